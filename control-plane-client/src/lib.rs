@@ -1,0 +1,20 @@
+//! What a proxy says to a control plane, and what it makes of the answers.
+//!
+//! - [`model`]: destinations, clusters and endpoints as a proxy uses them. Whatever the wire said, a value of
+//!   these types is already checked.
+//! - [`proto`]: the generated messages and gRPC stubs of our own services.
+
+pub mod model;
+
+/// Generated messages and gRPC stubs.
+#[allow(missing_docs, clippy::all, unreachable_pub)]
+pub mod proto {
+    /// `istio.v1.auth`: the certificate service.
+    pub mod ca {
+        tonic::include_proto!("istio.v1.auth");
+    }
+    /// `sheetbend.v1`: reports and the local join service.
+    pub mod v1 {
+        tonic::include_proto!("sheetbend.v1");
+    }
+}

@@ -1,0 +1,267 @@
+//! The mesh as a proxy sees it: decoded once, validated, then only read.
+//!
+//! Nothing here knows about xDS, files or Kubernetes; those are translated *into* this model.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::SocketAddr;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use sheetbend_certs::SpiffeId;
+
+/// What traffic asked for: a host (or an address) and a port.
+///
+/// `web:80`, `web.default.svc.cluster.local:8000`, `10.1.2.3:5432` or `[fd00::1]:80`. Hosts are lower case, without
+/// a trailing dot; addresses are in their shortest form, so that equal targets are equal values.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Target {
+    host: Arc<str>,
+    port: u16,
+}
+
+impl Target {
+    /// A target from a host name or an address without brackets, and a port.
+    pub fn new(host: &str, port: u16) -> Result<Self, TargetError> {
+        let trimmed = host.strip_suffix('.').unwrap_or(host);
+        if let Ok(ip) = trimmed.parse::<std::net::IpAddr>() {
+            return Ok(Self::from(SocketAddr::new(ip.to_canonical(), port)));
+        }
+        let well_formed = !trimmed.is_empty()
+            && trimmed.len() <= 253
+            && trimmed.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'));
+        if !well_formed {
+            return Err(TargetError(host.to_string()));
+        }
+        Ok(Self { host: trimmed.to_ascii_lowercase().into(), port })
+    }
+
+    /// The host: a name, or an address without brackets.
+    pub fn host(&self) -> &str {
+        &self.host
+    }
+
+    /// The port.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// The address, where the host is one.
+    pub fn address(&self) -> Option<SocketAddr> {
+        Some(SocketAddr::new(self.host.parse().ok()?, self.port))
+    }
+}
+
+impl From<SocketAddr> for Target {
+    fn from(address: SocketAddr) -> Self {
+        Self { host: address.ip().to_canonical().to_string().into(), port: address.port() }
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.host.contains(':') {
+            true => write!(f, "[{}]:{}", self.host, self.port),
+            false => write!(f, "{}:{}", self.host, self.port),
+        }
+    }
+}
+
+impl From<Target> for String {
+    fn from(target: Target) -> Self {
+        target.to_string()
+    }
+}
+
+impl TryFrom<String> for Target {
+    type Error = TargetError;
+    fn try_from(text: String) -> Result<Self, TargetError> {
+        text.parse()
+    }
+}
+
+impl FromStr for Target {
+    type Err = TargetError;
+    fn from_str(text: &str) -> Result<Self, TargetError> {
+        let wrong = || TargetError(text.to_string());
+        let (host, port) = text.rsplit_once(':').ok_or_else(wrong)?;
+        let host = match host.strip_prefix('[') {
+            Some(rest) => rest.strip_suffix(']').ok_or_else(wrong)?,
+            None if host.contains(':') => return Err(wrong()),
+            None => host,
+        };
+        Self::new(host, port.parse().map_err(|_| wrong())?)
+    }
+}
+
+/// Not a `HOST:PORT`.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is not a target: write HOST:PORT, for example web:80 or [fd00::1]:80")]
+pub struct TargetError(pub String);
+
+/// A service of the mesh.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct ServiceName {
+    /// `web`.
+    pub service: Arc<str>,
+    /// `default`.
+    pub namespace: Arc<str>,
+}
+
+impl fmt::Display for ServiceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.service, self.namespace)
+    }
+}
+
+/// A service's port: the name of an edge's far end, `web.default:8000`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct ServicePort {
+    /// The service.
+    pub service: ServiceName,
+    /// The service's port, not the pod's.
+    pub port: u16,
+}
+
+impl fmt::Display for ServicePort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.service, self.port)
+    }
+}
+
+/// What a port speaks, as far as someone said so.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AppProtocol {
+    /// Nobody said; the first bytes decide.
+    #[default]
+    Detect,
+    /// HTTP/1.1 (an upgrade to HTTP/2 by prior knowledge is still seen).
+    Http,
+    /// HTTP/2 with prior knowledge.
+    Http2,
+    /// gRPC over HTTP/2.
+    Grpc,
+    /// Bytes nobody looks into, server-first protocols included.
+    Tcp,
+    /// The app's own TLS: bytes nobody looks into.
+    Tls,
+}
+
+/// What a target stands for.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Resolution {
+    /// A destination of the mesh.
+    Mesh(Arc<Destination>),
+    /// The control plane said: no part of the mesh.
+    NotMesh,
+}
+
+/// A service port with its rules and backends.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Destination {
+    /// The service and its port.
+    pub name: ServicePort,
+    /// The trust domain of the mesh it is in; the last part of the SNI.
+    pub trust_domain: Arc<str>,
+    /// What the port speaks.
+    #[serde(default)]
+    pub protocol: AppProtocol,
+    /// HTTP rules in the order in which they are tried. The first that matches decides; none: `default_cluster`.
+    #[serde(default)]
+    pub rules: Vec<Rule>,
+    /// Where everything goes that no rule claims.
+    pub default_cluster: ClusterName,
+    /// Every cluster that `rules` and `default_cluster` name; decoding guarantees it.
+    pub clusters: BTreeMap<ClusterName, Arc<Cluster>>,
+}
+
+/// `web.default:8000`, unique in the mesh.
+pub type ClusterName = Arc<str>;
+
+/// One HTTP rule of a Gateway API `HTTPRoute` or `GRPCRoute`, indexed for reading.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Rule {
+    /// `namespace/route#rule`, for logs.
+    pub name: Arc<str>,
+    /// Any of these; none means every request.
+    pub matches: Vec<Match>,
+    /// Weighted backends; the weights' sum is above zero and fits in u32.
+    pub backends: Vec<Backend>,
+}
+
+/// A weighted choice.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Backend {
+    /// A key of [`Destination::clusters`].
+    pub cluster: ClusterName,
+    /// Its share among the rule's backends.
+    pub weight: u32,
+}
+
+/// Conditions that must all hold.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Match {
+    /// The path without its query.
+    #[serde(default)]
+    pub path: Option<PathMatch>,
+    /// The method, upper case.
+    #[serde(default)]
+    pub method: Option<Arc<str>>,
+    /// Headers with exact values; names are lower case.
+    #[serde(default)]
+    pub headers: Vec<(Arc<str>, Arc<str>)>,
+}
+
+/// A condition on the path.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum PathMatch {
+    /// The whole path.
+    Exact(Arc<str>),
+    /// Whole path elements: `/a` matches `/a` and `/a/b`, not `/ab`.
+    Prefix(Arc<str>),
+}
+
+/// A set of endpoints among which a request is balanced.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Cluster {
+    /// Unique in the mesh.
+    pub name: ClusterName,
+    /// The service port behind it: the graph's name of the edge, and the first part of the SNI.
+    pub service: ServicePort,
+    /// Its endpoints; empty when none is ready.
+    pub endpoints: Vec<Endpoint>,
+}
+
+/// One place that can answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Endpoint {
+    /// Where to connect.
+    pub address: SocketAddr,
+    /// How to speak to it.
+    pub transport: Transport,
+    /// Its share; 1 unless someone said more.
+    #[serde(default = "one")]
+    pub weight: u32,
+    /// Name of the workload instance (a pod's name, a process's run id), for logs.
+    #[serde(default)]
+    pub workload: Arc<str>,
+}
+
+fn one() -> u32 {
+    1
+}
+
+/// How an endpoint is reached. A meshed endpoint is never dialed in plain, whatever fails.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Transport {
+    /// A Sheetbend peer with this identity: mutual TLS, ALPN `sheetbend/*`.
+    Sheetbend(SpiffeId),
+    /// Another proxy or an app with this identity: mutual TLS, ALPN `h2` and `http/1.1`.
+    MutualTls(SpiffeId),
+    /// Outside the mesh.
+    Plain,
+}

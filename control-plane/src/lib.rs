@@ -1,0 +1,1 @@
+//! What answers a Sheetbend proxy - certificates, discovery, graph.

@@ -1,0 +1,1 @@
+//! The Sheetbend data plane.

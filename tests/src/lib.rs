@@ -1,0 +1,1 @@
+//! Stories about Sheetbend told against real processes.
