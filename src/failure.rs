@@ -1,0 +1,29 @@
+//! How a verb fails: in words for whoever typed the command.
+
+use std::fmt;
+use std::process::ExitCode;
+
+/// What went wrong, where, and how to mend it.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    message: String,
+    usage: bool,
+}
+
+impl Failure {
+    /// The command was right and could not be carried out: exit status 1.
+    pub(crate) fn new(message: impl fmt::Display) -> Self {
+        Self { message: message.to_string(), usage: false }
+    }
+
+    /// The command itself was wrong: exit status 2.
+    pub(crate) fn usage(message: impl fmt::Display) -> Self {
+        Self { message: message.to_string(), usage: true }
+    }
+
+    /// Prints the message to stderr and gives the exit status.
+    pub(crate) fn report(&self) -> ExitCode {
+        eprintln!("error: {}", self.message);
+        ExitCode::from(if self.usage { 2 } else { 1 })
+    }
+}

@@ -1,0 +1,12 @@
+//! `sheetbend token`: join tokens.
+
+use std::process::ExitCode;
+
+use crate::Failure;
+
+#[derive(clap::Subcommand)]
+pub(crate) enum Verb {}
+
+pub(crate) fn run(verb: Verb) -> Result<ExitCode, Failure> {
+    match verb {}
+}
