@@ -8,5 +8,5 @@ use crate::Failure;
 pub(crate) struct Args {}
 
 pub(crate) fn run(_args: Args) -> Result<ExitCode, Failure> {
-    Err(Failure::usage("not built yet"))
+    Err(Failure::new("not built yet"))
 }
