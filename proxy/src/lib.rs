@@ -1,1 +1,3 @@
 //! The Sheetbend data plane.
+
+pub mod proc_net;
