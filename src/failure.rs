@@ -12,6 +12,7 @@ pub(crate) struct Failure {
 
 impl Failure {
     /// The command was right and could not be carried out: exit status 1.
+    #[allow(dead_code)]
     pub(crate) fn new(message: impl fmt::Display) -> Self {
         Self { message: message.to_string(), usage: false }
     }
