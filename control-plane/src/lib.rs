@@ -1,1 +1,22 @@
-//! What answers a Sheetbend proxy - certificates, discovery, graph.
+//! What answers a Sheetbend proxy: certificates, discovery, the merged graph.
+//!
+//! Nothing on a request's way waits for this. A proxy connects with mutual TLS, subscribes to what its app talks to,
+//! and keeps what it knows when we are away.
+//!
+//! - [`Config`], [`ControlPlane`]: start one, ask where it listens, shut it down.
+//! - [`LocalMesh`]: the mesh of one user on one machine, in which any process may turn out to be the control plane.
+//! - [`token`]: join tokens.
+
+#![deny(missing_docs)]
+#![allow(dead_code)]
+
+mod config;
+mod local;
+mod persist;
+mod server;
+pub mod token;
+
+pub use config::{Config, DEFAULT_ADMIN_PORT, DEFAULT_PORT, StartError};
+pub use local::{Joined, LocalMesh, LocalMeshError};
+pub use persist::StateError;
+pub use server::ControlPlane;
