@@ -1,3 +1,9 @@
 //! The Sheetbend data plane.
 
+pub mod client_hello;
+pub mod detect;
+pub mod first_bytes;
+pub mod listen;
 pub mod proc_net;
+pub mod rewind;
+pub mod tcp;
