@@ -4,5 +4,14 @@
 //! what a user sees. This library is what stories share.
 
 mod binaries;
+pub mod http;
+mod need;
+mod netns;
+mod process;
+mod wait;
 
 pub use binaries::{binary, workspace};
+pub use need::{leave_out, namespaces, print_left_out, program, python, root, tools};
+pub use netns::{Host, two_hosts};
+pub use process::{Finished, Process, finish};
+pub use wait::{eventually, free_port, loopback, until, until_accepts};

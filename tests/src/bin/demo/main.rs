@@ -1,0 +1,2 @@
+//! A small shop on loopback.
+fn main() {}

@@ -1,0 +1,92 @@
+//! A small HTTP client: says exactly what it is told, over a connection that the story made.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{HeaderMap, Request, StatusCode};
+use http_body_util::{BodyExt, Full};
+use hyper::client::conn::{http1, http2};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+/// What may go wrong with a call: only printed.
+pub type Error = Box<dyn std::error::Error + Send + Sync>;
+
+/// A whole response.
+#[derive(Debug)]
+pub struct Answer {
+    /// Its status.
+    pub status: StatusCode,
+    /// Its headers.
+    pub headers: HeaderMap,
+    /// Its body.
+    pub body: Bytes,
+}
+
+impl Answer {
+    /// The body as text.
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.body).into_owned()
+    }
+
+    /// The body as JSON.
+    #[track_caller]
+    pub fn json(&self) -> serde_json::Value {
+        serde_json::from_slice(&self.body).unwrap_or_else(|e| panic!("not JSON: {e}: {}", self.text()))
+    }
+}
+
+/// An HTTP/1.1 connection.
+pub async fn http1(to: SocketAddr) -> Result<http1::SendRequest<Full<Bytes>>, Error> {
+    let stream = TcpStream::connect(to).await?;
+    stream.set_nodelay(true)?;
+    let (sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
+    tokio::spawn(connection.with_upgrades());
+    Ok(sender)
+}
+
+/// An HTTP/2 connection with prior knowledge over any stream.
+pub async fn http2(stream: TcpStream) -> Result<http2::SendRequest<Full<Bytes>>, Error> {
+    stream.set_nodelay(true)?;
+    let (sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await?;
+    tokio::spawn(connection);
+    Ok(sender)
+}
+
+/// Reads a response to its end.
+pub async fn read(response: http::Response<hyper::body::Incoming>) -> Result<Answer, Error> {
+    let (head, body) = response.into_parts();
+    Ok(Answer { status: head.status, headers: head.headers, body: body.collect().await?.to_bytes() })
+}
+
+/// One request over a connection of its own: `to` is where to connect, `url` what to ask for. An absolute `url` is what
+/// a client says to a proxy; a path is what it says to a server. Ten seconds at most.
+pub async fn send(to: SocketAddr, method: &str, url: &str, body: impl Into<Bytes>) -> Result<Answer, Error> {
+    let host = url.split_once("://").map_or(to.to_string(), |(_, rest)| rest.split('/').next().unwrap_or("").into());
+    let request = Request::builder().method(method).uri(url).header("host", host).body(Full::from(body.into()))?;
+    let call = async { read(http1(to).await?.send_request(request).await?).await };
+    tokio::time::timeout(Duration::from_secs(10), call).await?
+}
+
+/// `GET` of [`send`].
+pub async fn get(to: SocketAddr, url: &str) -> Result<Answer, Error> {
+    send(to, "GET", url, "").await
+}
+
+/// A tunnel through a proxy: `CONNECT target`.
+pub async fn tunnel(proxy: SocketAddr, target: &str) -> Result<TcpStream, Error> {
+    let mut stream = TcpStream::connect(proxy).await?;
+    stream.set_nodelay(true)?;
+    stream.write_all(format!("CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n").as_bytes()).await?;
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        head.push(stream.read_u8().await?);
+    }
+    let head = String::from_utf8_lossy(&head).into_owned();
+    match head.split(' ').nth(1) {
+        Some("200") => Ok(stream),
+        _ => Err(format!("no tunnel to {target}: {head}").into()),
+    }
+}

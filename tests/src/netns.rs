@@ -1,0 +1,87 @@
+//! Hosts made of network namespaces: two of them and a cable are two machines.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// A network namespace with its loopback up. Gone when dropped.
+#[derive(Debug)]
+pub struct Host {
+    name: String,
+    /// Its address on the cable.
+    pub v4: Ipv4Addr,
+    /// Its IPv6 address on the cable.
+    pub v6: Ipv6Addr,
+}
+
+/// Two hosts and a cable between them: 10.77.0.1/24 and .2, fd77::1/64 and ::2. Needs [`crate::namespaces`].
+pub fn two_hosts() -> (Host, Host) {
+    let left = Host::new(1);
+    let right = Host::new(2);
+    // Interface names are at most 15 bytes long.
+    let cable = |host: &Host| format!("v{}", &host.name[3..]);
+    let (a, b) = (cable(&left), cable(&right));
+    ip(&["link", "add", &a, "netns", &left.name, "type", "veth", "peer", "name", &b, "netns", &right.name]);
+    for (host, end) in [(&left, &a), (&right, &b)] {
+        ip(&["-n", &host.name, "addr", "add", &format!("{}/24", host.v4), "dev", end]);
+        // Duplicate address detection would keep the address unusable for a second or two.
+        ip(&["-n", &host.name, "addr", "add", &format!("{}/64", host.v6), "dev", end, "nodad"]);
+        ip(&["-n", &host.name, "link", "set", end, "up"]);
+    }
+    (left, right)
+}
+
+impl Host {
+    /// A namespace of its own, with nothing but loopback; `number` is the last part of its addresses.
+    pub fn new(number: u8) -> Self {
+        static MADE: AtomicU32 = AtomicU32::new(0);
+        let name = format!("sbt{}-{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
+        ip(&["netns", "add", &name]);
+        ip(&["-n", &name, "link", "set", "lo", "up"]);
+        Self { name, v4: Ipv4Addr::new(10, 77, 0, number), v6: Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, number.into()) }
+    }
+
+    /// The name of its namespace, for `ip netns exec`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its two addresses.
+    pub fn addresses(&self) -> [IpAddr; 2] {
+        [self.v4.into(), self.v6.into()]
+    }
+
+    /// A command that runs on this host.
+    pub fn command(&self, program: impl AsRef<Path>) -> Command {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &self.name]).arg(program.as_ref());
+        command
+    }
+
+    /// A command that runs on this host as the sidecar's user, with no capability left.
+    pub fn command_as(&self, uid: u32, program: impl AsRef<Path>) -> Command {
+        let mut command = self.command("setpriv");
+        command.args([format!("--reuid={uid}"), format!("--regid={uid}"), "--clear-groups".into()]);
+        command.arg(program.as_ref());
+        command
+    }
+
+    /// Takes the cable out (or puts it back): the other host is gone without a word.
+    pub fn cable(&self, plugged: bool) {
+        let end = format!("v{}", &self.name[3..]);
+        ip(&["-n", &self.name, "link", "set", &end, if plugged { "up" } else { "down" }]);
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["netns", "delete", &self.name]).output();
+    }
+}
+
+#[track_caller]
+fn ip(args: &[&str]) {
+    let out = Command::new("ip").args(args).output().expect("`ip` runs");
+    assert!(out.status.success(), "ip {}: {}", args.join(" "), String::from_utf8_lossy(&out.stderr));
+}
