@@ -2,9 +2,13 @@
 //!
 //! - [`model`]: destinations, clusters and endpoints as a proxy uses them. Whatever the wire said, a value of
 //!   these types is already checked.
+//! - [`xds`]: the model to and from xDS, our dialect of it.
+//! - [`registration`]: what a proxy says of itself.
 //! - [`proto`]: the generated messages and gRPC stubs of our own services.
 
 pub mod model;
+pub mod registration;
+pub mod xds;
 
 /// Generated messages and gRPC stubs.
 #[allow(missing_docs, clippy::all, unreachable_pub)]

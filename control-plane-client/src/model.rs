@@ -159,6 +159,35 @@ pub enum Resolution {
     NotMesh,
 }
 
+/// What the control plane says about the mesh as a whole, once, at start.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mesh {
+    /// The trust domain.
+    pub trust_domain: Arc<str>,
+    /// Addresses that belong to the mesh: without an answer about one of them, nothing passes in plain.
+    #[serde(default)]
+    pub ranges: Vec<ipnet::IpNet>,
+    /// Endings of the mesh's names, lower case and without a leading dot (`svc.cluster.local`). A name without any
+    /// dot is always the mesh's.
+    #[serde(default)]
+    pub domains: Vec<Arc<str>>,
+}
+
+impl Mesh {
+    /// Whether a target is the mesh's by its name or address alone, before anybody answered.
+    pub fn claims(&self, target: &Target) -> bool {
+        match target.address() {
+            Some(address) => self.ranges.iter().any(|range| range.contains(&address.ip())),
+            None => !target.host().contains('.') || self.domains.iter().any(|d| is_below(target.host(), d)),
+        }
+    }
+}
+
+/// Whether `host` is `domain` or a name below it.
+fn is_below(host: &str, domain: &str) -> bool {
+    host.strip_suffix(domain).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+}
+
 /// A service port with its rules and backends.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Destination {

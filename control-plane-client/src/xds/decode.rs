@@ -1,0 +1,456 @@
+//! From xDS to the model: what a proxy makes of what it is told.
+//!
+//! Nothing is trusted. Whatever a proxy could not act on exactly as it was said is refused, rather than read in some
+//! other way: a condition that is dropped would send requests where nobody wanted them.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use envoy_types::pb::envoy::config::cluster::v3 as cds;
+use envoy_types::pb::envoy::config::core::v3 as core;
+use envoy_types::pb::envoy::config::endpoint::v3 as eds;
+use envoy_types::pb::envoy::config::listener::v3 as lds;
+use envoy_types::pb::envoy::config::route::v3 as rds;
+use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3 as hcm;
+use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3 as tcp;
+use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3 as tls;
+use envoy_types::pb::envoy::r#type::matcher::v3::string_matcher::MatchPattern;
+use envoy_types::pb::google::protobuf::{Any, Struct};
+use prost::{Message, Name};
+use serde::de::DeserializeOwned;
+
+use super::encode::{DEFAULT_ROUTE, EndpointWords, ListenerWords, ServiceWords, Wire};
+use super::metadata::from_struct;
+use super::{DecodeError, Kind, ROOT_CA, WORDS};
+use crate::model::{AppProtocol, Backend, ClusterName, Endpoint, Match, Mesh, PathMatch, Rule, ServicePort, Transport};
+
+/// Endpoints of one cluster. At 150 bytes each this is 1.5 MiB on the wire.
+pub const MAX_ENDPOINTS: usize = 10_000;
+/// Routes of one destination: conditions, counted over all its rules.
+pub const MAX_ROUTES: usize = 2_000;
+/// Header conditions of one route, the Gateway API's own limit.
+pub const MAX_HEADERS: usize = 16;
+/// Backends of one rule; the Gateway API stops at 16.
+pub const MAX_BACKENDS: usize = 64;
+/// The longest name, path or value that is kept.
+pub const MAX_TEXT: usize = 4_096;
+/// Address ranges of a mesh, and its domains.
+pub const MAX_RANGES: usize = 1_024;
+
+/// One resource of our stream, decoded.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Decoded {
+    /// A target's Listener.
+    Listener(Arc<Listener>),
+    /// The Listener that tells what the mesh is.
+    Mesh(Arc<Mesh>),
+    /// A destination's routes.
+    Routes(Arc<Routes>),
+    /// A cluster without its endpoints: the service port behind it.
+    Cluster(ServicePort),
+    /// A cluster's endpoints.
+    Endpoints(Arc<[Endpoint]>),
+    /// The trust bundle, PEM.
+    RootCa(Arc<str>),
+}
+
+/// What a target's Listener says. At least one of `routes` and `opaque` is there.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Listener {
+    /// The service port that the target stands for.
+    pub name: ServicePort,
+    /// Its mesh.
+    pub trust_domain: Arc<str>,
+    /// What it speaks.
+    pub protocol: AppProtocol,
+    /// The name of the routes for HTTP.
+    pub routes: Option<Arc<str>>,
+    /// The cluster for bytes that nobody looks into.
+    pub opaque: Option<ClusterName>,
+}
+
+/// A destination's HTTP rules.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Routes {
+    /// In the order in which they are tried.
+    pub rules: Vec<Rule>,
+    /// Where everything else goes.
+    pub default_cluster: ClusterName,
+}
+
+impl Routes {
+    /// Every cluster that the rules and the default name.
+    pub fn clusters(&self) -> BTreeSet<&ClusterName> {
+        let backends = self.rules.iter().flat_map(|rule| &rule.backends).map(|backend| &backend.cluster);
+        backends.chain([&self.default_cluster]).collect()
+    }
+}
+
+/// Decodes one resource of a response. `name` is the resource's name on the stream, and must be the payload's own.
+pub fn resource(kind: Kind, name: &str, payload: &Any) -> Result<Decoded, DecodeError> {
+    match kind {
+        Kind::Listener => {
+            let message: lds::Listener = unpack(payload, kind.type_url())?;
+            same_name(name, &message.name)?;
+            match name == super::MESH {
+                true => mesh(&message).map(|mesh| Decoded::Mesh(mesh.into())),
+                false => listener(&message).map(|listener| Decoded::Listener(listener.into())),
+            }
+        }
+        Kind::Routes => {
+            let message: rds::RouteConfiguration = unpack(payload, kind.type_url())?;
+            same_name(name, &message.name)?;
+            routes(&message).map(|routes| Decoded::Routes(routes.into()))
+        }
+        Kind::Cluster => {
+            let message: cds::Cluster = unpack(payload, kind.type_url())?;
+            same_name(name, &message.name)?;
+            cluster(&message).map(Decoded::Cluster)
+        }
+        Kind::Endpoints => {
+            let message: eds::ClusterLoadAssignment = unpack(payload, kind.type_url())?;
+            same_name(name, &message.cluster_name)?;
+            endpoints(&message).map(|endpoints| Decoded::Endpoints(endpoints.into()))
+        }
+        Kind::Secret => {
+            let message: tls::Secret = unpack(payload, kind.type_url())?;
+            same_name(name, &message.name)?;
+            root_ca(&message).map(|pem| Decoded::RootCa(pem.into()))
+        }
+    }
+}
+
+/// A target's Listener.
+pub fn listener(message: &lds::Listener) -> Result<Listener, DecodeError> {
+    let words: ListenerWords = typed_words(message.metadata.as_ref(), "metadata")?;
+    let name = service_port(words.service)?;
+    let trust_domain = text("trust_domain", &words.trust_domain)?;
+    let mut found = Listener { name, trust_domain, protocol: words.protocol, routes: None, opaque: None };
+    for chain in message.filter_chains.iter().chain(&message.default_filter_chain) {
+        // The last filter is the one that ends a chain; those before it are for peers that know them.
+        let filter = chain.filters.last().ok_or(DecodeError::Missing("filter_chains.filters"))?;
+        let Some(lds::filter::ConfigType::TypedConfig(config)) = &filter.config_type else {
+            return Err(DecodeError::Missing("filter_chains.filters.typed_config"));
+        };
+        if is::<hcm::HttpConnectionManager>(config) {
+            found.routes = Some(routes_of_manager(config)?);
+        } else {
+            found.opaque = Some(cluster_of_tcp_proxy(config)?);
+        }
+    }
+    if found.routes.is_none() && found.opaque.is_none() {
+        return Err(DecodeError::Missing("filter_chains"));
+    }
+    Ok(found)
+}
+
+/// What the mesh is.
+pub fn mesh(message: &lds::Listener) -> Result<Mesh, DecodeError> {
+    let mesh: Mesh = typed_words(message.metadata.as_ref(), "metadata")?;
+    at_most("address ranges", mesh.ranges.len(), MAX_RANGES)?;
+    at_most("domains", mesh.domains.len(), MAX_RANGES)?;
+    Ok(mesh)
+}
+
+/// A destination's routes: one virtual host, and a last route that takes everything.
+pub fn routes(message: &rds::RouteConfiguration) -> Result<Routes, DecodeError> {
+    let [host] = &message.virtual_hosts[..] else {
+        return Err(DecodeError::invalid("virtual_hosts", "there must be exactly one"));
+    };
+    at_most("routes", host.routes.len(), MAX_ROUTES)?;
+    let Some((last, before)) = host.routes.split_last() else { return Err(DecodeError::Missing("routes")) };
+    if last.name != DEFAULT_ROUTE || condition(last)? != Match::default() {
+        return Err(DecodeError::invalid("routes", format!("the last must be `{DEFAULT_ROUTE}` and take everything")));
+    }
+    let default_cluster = match &backends(last)?[..] {
+        [only] => only.cluster.clone(),
+        _ => return Err(DecodeError::invalid("routes", "the default must have one cluster")),
+    };
+    let mut rules: Vec<Rule> = Vec::new();
+    for route in before {
+        add_route(&mut rules, route)?;
+    }
+    for rule in &mut rules {
+        // Among "any of these", one that takes everything leaves nothing to the others.
+        if rule.matches.contains(&Match::default()) {
+            rule.matches.clear();
+        }
+    }
+    Ok(Routes { rules, default_cluster })
+}
+
+/// A cluster: the service port behind it.
+pub fn cluster(message: &cds::Cluster) -> Result<ServicePort, DecodeError> {
+    use cds::cluster::{ClusterDiscoveryType, DiscoveryType};
+    let eds = Some(ClusterDiscoveryType::Type(DiscoveryType::Eds as i32));
+    if message.cluster_discovery_type != eds {
+        return Err(DecodeError::invalid("type", "only EDS clusters are known here"));
+    }
+    let config = message.eds_cluster_config.as_ref().ok_or(DecodeError::Missing("eds_cluster_config"))?;
+    if !config.service_name.is_empty() && config.service_name != message.name {
+        return Err(DecodeError::invalid("eds_cluster_config.service_name", "it must be the cluster's name"));
+    }
+    let words: ServiceWords = from_struct(words(message.metadata.as_ref())?, "metadata")?;
+    service_port(words)
+}
+
+/// A cluster's endpoints, those that do not take traffic left out.
+pub fn endpoints(message: &eds::ClusterLoadAssignment) -> Result<Vec<Endpoint>, DecodeError> {
+    let all = message.endpoints.iter().map(|locality| locality.lb_endpoints.len()).sum();
+    at_most("endpoints", all, MAX_ENDPOINTS)?;
+    let found = message.endpoints.iter().flat_map(|locality| &locality.lb_endpoints);
+    let found: Result<Vec<_>, _> = found.filter(|found| takes_traffic(found)).map(endpoint).collect();
+    let found = found?;
+    let mut seen = BTreeSet::new();
+    match found.iter().find(|endpoint| !seen.insert(endpoint.address)) {
+        Some(twice) => Err(DecodeError::invalid("endpoints", format!("{} is there twice", twice.address))),
+        None => Ok(found),
+    }
+}
+
+/// The trust bundle, PEM. Whether it parses is for its store to say.
+pub fn root_ca(message: &tls::Secret) -> Result<String, DecodeError> {
+    use core::data_source::Specifier;
+    if message.name != ROOT_CA {
+        return Err(DecodeError::invalid("name", format!("`{}` was not asked for", shown(&message.name))));
+    }
+    let Some(tls::secret::Type::ValidationContext(context)) = &message.r#type else {
+        return Err(DecodeError::Missing("validation_context"));
+    };
+    match context.trusted_ca.as_ref().and_then(|source| source.specifier.as_ref()) {
+        Some(Specifier::InlineString(pem)) => Ok(pem.clone()),
+        Some(Specifier::InlineBytes(pem)) => {
+            String::from_utf8(pem.clone()).map_err(|error| DecodeError::invalid("trusted_ca", error))
+        }
+        // A file or variable named by the other end is nothing that a proxy reads.
+        Some(_) | None => Err(DecodeError::invalid("trusted_ca", "it must be inline")),
+    }
+}
+
+fn unpack<M: Message + Name + Default>(payload: &Any, wanted: &'static str) -> Result<M, DecodeError> {
+    if payload.type_url != wanted {
+        return Err(DecodeError::WrongType { found: shown(&payload.type_url), wanted });
+    }
+    M::decode(&payload.value[..]).map_err(|error| DecodeError::Malformed(error.to_string()))
+}
+
+fn is<M: Name>(payload: &Any) -> bool {
+    payload.type_url == M::type_url()
+}
+
+/// A resource that answers to two names could slip into a place that nobody asked it for.
+fn same_name(outside: &str, inside: &str) -> Result<(), DecodeError> {
+    match outside == inside {
+        true => Ok(()),
+        false => Err(DecodeError::invalid("name", format!("`{}` inside", shown(inside)))),
+    }
+}
+
+fn routes_of_manager(config: &Any) -> Result<Arc<str>, DecodeError> {
+    use hcm::http_connection_manager::RouteSpecifier;
+    let manager = hcm::HttpConnectionManager::decode(&config.value[..])
+        .map_err(|error| DecodeError::Malformed(error.to_string()))?;
+    match manager.route_specifier {
+        Some(RouteSpecifier::Rds(rds)) => text("rds.route_config_name", &rds.route_config_name),
+        _ => Err(DecodeError::Missing("http_connection_manager.rds")),
+    }
+}
+
+fn cluster_of_tcp_proxy(config: &Any) -> Result<ClusterName, DecodeError> {
+    use tcp::tcp_proxy::ClusterSpecifier;
+    let proxy: tcp::TcpProxy =
+        unpack(config, "type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy")?;
+    match &proxy.cluster_specifier {
+        Some(ClusterSpecifier::Cluster(cluster)) => text("tcp_proxy.cluster", cluster),
+        _ => Err(DecodeError::Missing("tcp_proxy.cluster")),
+    }
+}
+
+/// Routes of one rule stand together: same name, same backends, one condition each.
+fn add_route(rules: &mut Vec<Rule>, route: &rds::Route) -> Result<(), DecodeError> {
+    let name = text("routes.name", &route.name)?;
+    let (condition, backends) = (condition(route)?, backends(route)?);
+    match rules.last_mut() {
+        Some(rule) if rule.name == name && rule.backends == backends => rule.matches.push(condition),
+        _ => rules.push(Rule { name, matches: vec![condition], backends }),
+    }
+    Ok(())
+}
+
+fn condition(route: &rds::Route) -> Result<Match, DecodeError> {
+    use rds::route_match::PathSpecifier;
+    let found = route.r#match.as_ref().ok_or(DecodeError::Missing("routes.match"))?;
+    let unknown = !found.query_parameters.is_empty()
+        || !found.cookies.is_empty()
+        || !found.dynamic_metadata.is_empty()
+        || !found.filter_state.is_empty()
+        || found.grpc.is_some()
+        || found.tls_context.is_some()
+        || found.runtime_fraction.is_some()
+        || found.case_sensitive.is_some_and(|sensitive| !sensitive.value);
+    if unknown {
+        return Err(DecodeError::invalid("routes.match", "only path, method and header conditions are known here"));
+    }
+    at_most("header conditions", found.headers.len(), MAX_HEADERS + 1)?; // and the method
+    let path = match &found.path_specifier {
+        Some(PathSpecifier::Prefix(prefix)) if prefix.is_empty() => None,
+        Some(PathSpecifier::Prefix(prefix)) if prefix == "/" => Some(PathMatch::Prefix(prefix.as_str().into())),
+        Some(PathSpecifier::Path(path)) => Some(PathMatch::Exact(text("routes.match.path", path)?)),
+        Some(PathSpecifier::PathSeparatedPrefix(prefix)) => {
+            Some(PathMatch::Prefix(text("routes.match.path_separated_prefix", prefix)?))
+        }
+        _ => {
+            return Err(DecodeError::invalid(
+                "routes.match",
+                "only whole paths and prefixes of whole elements are known here",
+            ));
+        }
+    };
+    let mut found_match = Match { path, ..Match::default() };
+    for header in &found.headers {
+        let (name, value) = exact_header(header)?;
+        match &*name {
+            ":method" if found_match.method.is_none() => found_match.method = Some(value),
+            name if name.starts_with(':') => {
+                return Err(DecodeError::invalid("routes.match.headers", format!("`{name}` can not be matched")));
+            }
+            _ => found_match.headers.push((name, value)),
+        }
+    }
+    Ok(found_match)
+}
+
+fn exact_header(header: &rds::HeaderMatcher) -> Result<(Arc<str>, Arc<str>), DecodeError> {
+    use rds::header_matcher::HeaderMatchSpecifier::StringMatch;
+    let name = text("routes.match.headers.name", &header.name)?;
+    if let Some(StringMatch(matcher)) = &header.header_match_specifier
+        && let Some(MatchPattern::Exact(value)) = &matcher.match_pattern
+        && !matcher.ignore_case
+        && !header.invert_match
+        && !name.bytes().any(|b| b.is_ascii_uppercase())
+        && value.len() <= MAX_TEXT
+    {
+        return Ok((name, value.as_str().into()));
+    }
+    Err(DecodeError::invalid("routes.match.headers", format!("`{name}`: only exact values are known here")))
+}
+
+fn backends(route: &rds::Route) -> Result<Vec<Backend>, DecodeError> {
+    use rds::route_action::ClusterSpecifier;
+    let Some(rds::route::Action::Route(action)) = &route.action else {
+        return Err(DecodeError::invalid("routes.action", "only forwarding is known here"));
+    };
+    let backends = match &action.cluster_specifier {
+        Some(ClusterSpecifier::Cluster(cluster)) => {
+            vec![Backend { cluster: text("routes.cluster", cluster)?, weight: 1 }]
+        }
+        Some(ClusterSpecifier::WeightedClusters(weighted)) => {
+            at_most("backends of a rule", weighted.clusters.len(), MAX_BACKENDS)?;
+            weighted.clusters.iter().map(backend).collect::<Result<_, _>>()?
+        }
+        _ => return Err(DecodeError::invalid("routes.action", "only named clusters are known here")),
+    };
+    let sum: u64 = backends.iter().map(|backend| u64::from(backend.weight)).sum();
+    match sum {
+        0 => Err(DecodeError::invalid("routes.weighted_clusters", "no backend has any weight")),
+        sum if sum > u64::from(u32::MAX) => {
+            Err(DecodeError::invalid("routes.weighted_clusters", "the weights are too large"))
+        }
+        _ => Ok(backends),
+    }
+}
+
+fn backend(found: &rds::weighted_cluster::ClusterWeight) -> Result<Backend, DecodeError> {
+    let weight = found.weight.as_ref().ok_or(DecodeError::Missing("routes.weighted_clusters.weight"))?;
+    Ok(Backend { cluster: text("routes.weighted_clusters.name", &found.name)?, weight: weight.value })
+}
+
+fn takes_traffic(endpoint: &eds::LbEndpoint) -> bool {
+    use core::HealthStatus::*;
+    match core::HealthStatus::try_from(endpoint.health_status) {
+        Ok(Unknown | Healthy | Degraded) => true,
+        Ok(Unhealthy | Draining | Timeout) | Err(_) => false,
+    }
+}
+
+fn endpoint(found: &eds::LbEndpoint) -> Result<Endpoint, DecodeError> {
+    let Some(eds::lb_endpoint::HostIdentifier::Endpoint(place)) = &found.host_identifier else {
+        return Err(DecodeError::Missing("endpoint"));
+    };
+    let address = address(place.address.as_ref())?;
+    let words: EndpointWords = from_struct(words(found.metadata.as_ref())?, "endpoint.metadata")?;
+    let transport = match (words.transport, words.identity) {
+        (Wire::Sheetbend, Some(id)) => Transport::Sheetbend(id),
+        (Wire::Mtls, Some(id)) => Transport::MutualTls(id),
+        (Wire::Plain, None) => Transport::Plain,
+        (Wire::Plain, Some(_)) => {
+            return Err(DecodeError::invalid("endpoint.metadata", "an endpoint with an identity is not plain"));
+        }
+        (Wire::Sheetbend | Wire::Mtls, None) => return Err(DecodeError::Missing("endpoint.metadata.identity")),
+    };
+    let weight = found.load_balancing_weight.as_ref().map_or(1, |weight| weight.value);
+    if weight == 0 {
+        return Err(DecodeError::invalid("endpoint.load_balancing_weight", "it must not be 0"));
+    }
+    at_most("bytes in a workload's name", words.workload.len(), MAX_TEXT)?;
+    Ok(Endpoint { address, transport, weight, workload: words.workload })
+}
+
+fn address(found: Option<&core::Address>) -> Result<SocketAddr, DecodeError> {
+    let wrong = |reason: &str| DecodeError::invalid("endpoint.address", reason);
+    let Some(core::address::Address::SocketAddress(found)) = found.and_then(|found| found.address.as_ref()) else {
+        return Err(DecodeError::Missing("endpoint.address"));
+    };
+    let ip: IpAddr = found.address.parse().map_err(|_| wrong("it is no IP address"))?;
+    let Some(core::socket_address::PortSpecifier::PortValue(port)) = found.port_specifier else {
+        return Err(DecodeError::Missing("endpoint.address.port_value"));
+    };
+    match u16::try_from(port) {
+        Ok(port) if port != 0 && !ip.is_unspecified() && !ip.is_multicast() => {
+            Ok(SocketAddr::new(ip.to_canonical(), port))
+        }
+        _ => Err(wrong("nothing can be reached there")),
+    }
+}
+
+fn typed_words<T: DeserializeOwned>(metadata: Option<&core::Metadata>, field: &'static str) -> Result<T, DecodeError> {
+    let packed = metadata.and_then(|metadata| metadata.typed_filter_metadata.get(WORDS));
+    let packed = packed.ok_or(DecodeError::Missing("metadata.typed_filter_metadata[\"sheetbend.io\"]"))?;
+    let fields: Struct = unpack(packed, "type.googleapis.com/google.protobuf.Struct")?;
+    from_struct(&fields, field)
+}
+
+fn words(metadata: Option<&core::Metadata>) -> Result<&Struct, DecodeError> {
+    let found = metadata.and_then(|metadata| metadata.filter_metadata.get(WORDS));
+    found.ok_or(DecodeError::Missing("metadata.filter_metadata[\"sheetbend.io\"]"))
+}
+
+fn service_port(words: ServiceWords) -> Result<ServicePort, DecodeError> {
+    text("service", &words.service)?;
+    text("namespace", &words.namespace)?;
+    match words.port {
+        0 => Err(DecodeError::invalid("port", "it must not be 0")),
+        _ => Ok(words.into()),
+    }
+}
+
+/// A name, path or value of a sane length; never empty.
+fn text(field: &'static str, found: &str) -> Result<Arc<str>, DecodeError> {
+    match found.len() {
+        0 => Err(DecodeError::Missing(field)),
+        // A name with a line break in it would write its own log lines.
+        _ if found.chars().any(char::is_control) => Err(DecodeError::invalid(field, "it has control characters")),
+        1..=MAX_TEXT => Ok(found.into()),
+        _ => Err(DecodeError::invalid(field, format!("longer than {MAX_TEXT} bytes"))),
+    }
+}
+
+fn at_most(what: &'static str, count: usize, most: usize) -> Result<(), DecodeError> {
+    if count > most { Err(DecodeError::TooMany { what, count, most }) } else { Ok(()) }
+}
+
+/// A stranger's text, short enough for a log line.
+fn shown(text: &str) -> String {
+    text.chars().take(80).collect()
+}

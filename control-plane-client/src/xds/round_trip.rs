@@ -1,0 +1,272 @@
+//! Whatever the control plane says, the proxy understands exactly that.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use envoy_types::pb::envoy::config::listener::v3 as lds;
+use envoy_types::pb::envoy::config::route::v3 as rds;
+use envoy_types::pb::google::protobuf::Any;
+use envoy_types::util::pack_any;
+use proptest::prelude::*;
+use prost::{Message, Name};
+
+use super::decode::{self, Decoded};
+use super::{DecodeError, Kind, MESH, ROOT_CA, encode};
+use crate::model::*;
+
+fn name() -> impl Strategy<Value = Arc<str>> {
+    "[a-z][a-z0-9-]{0,8}".prop_map(Arc::from)
+}
+
+fn service_port() -> impl Strategy<Value = ServicePort> {
+    (name(), name(), 1..=u16::MAX)
+        .prop_map(|(service, namespace, port)| ServicePort { service: ServiceName { service, namespace }, port })
+}
+
+fn transport() -> impl Strategy<Value = Transport> {
+    let id = |name: Arc<str>| format!("spiffe://cluster.local/ns/default/sa/{name}").parse().unwrap();
+    prop_oneof![
+        name().prop_map(move |n| Transport::Sheetbend(id(n))),
+        name().prop_map(move |n| Transport::MutualTls(id(n))),
+        Just(Transport::Plain),
+    ]
+}
+
+fn endpoints() -> impl Strategy<Value = Vec<Endpoint>> {
+    let address = (any::<[u8; 3]>(), 1..=u16::MAX, any::<bool>()).prop_map(|([a, b, c], port, v6)| match v6 {
+        true => SocketAddr::new(std::net::Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 1, u16::from(a)).into(), port),
+        false => SocketAddr::new(std::net::Ipv4Addr::new(127, a, b, c).into(), port),
+    });
+    let one = (transport(), 1..=u32::MAX, prop_oneof![Just(Arc::from("")), name()]);
+    prop::collection::btree_map(address, one, 0..6).prop_map(|found| {
+        let endpoint = |(address, (transport, weight, workload))| Endpoint { address, transport, weight, workload };
+        found.into_iter().map(endpoint).collect()
+    })
+}
+
+fn condition() -> impl Strategy<Value = Match> {
+    let path = prop_oneof![
+        "/[a-z/.]{0,10}".prop_map(|p| PathMatch::Exact(p.into())),
+        Just(PathMatch::Prefix("/".into())),
+        "/[a-z/]{0,8}[a-z]".prop_map(|p| PathMatch::Prefix(p.into())),
+    ];
+    let method = prop::option::of(prop::sample::select(vec!["GET", "POST"]).prop_map(Arc::from));
+    let header = ("x-[a-z]{1,6}".prop_map(Arc::from), "[ -~]{0,8}".prop_map(Arc::from));
+    (prop::option::of(path), method, prop::collection::vec(header, 0..3))
+        .prop_map(|(path, method, headers)| Match { path, method, headers })
+        .prop_filter("a condition that takes everything is written as none", |m| *m != Match::default())
+}
+
+/// Which of the clusters, and its weight.
+type Choice = (prop::sample::Index, u32);
+
+fn destination() -> impl Strategy<Value = Destination> {
+    use AppProtocol::*;
+    let protocol = prop::sample::select(vec![Detect, Http, Http2, Grpc, Tcp, Tls]);
+    let clusters = prop::collection::btree_map(name(), (service_port(), endpoints()), 1..4);
+    let choices = prop::collection::vec((any::<prop::sample::Index>(), 1..=u32::MAX / 8), 1..4);
+    let rules = prop::collection::vec((prop::collection::vec(condition(), 0..3), choices), 0..4);
+    (service_port(), name(), protocol, rules, clusters).prop_map(|(name, trust_domain, protocol, rules, clusters)| {
+        let names: Vec<ClusterName> = clusters.keys().cloned().collect();
+        let opaque = matches!(protocol, Tcp | Tls);
+        let rule = |(at, (matches, backends)): (usize, (Vec<Match>, Vec<Choice>))| Rule {
+            name: format!("default/route#{at}").into(),
+            matches,
+            backends: backends
+                .into_iter()
+                .map(|(which, weight)| Backend { cluster: which.get(&names).clone(), weight })
+                .collect(),
+        };
+        let cluster = |(name, (service, endpoints)): (ClusterName, _)| {
+            (name.clone(), Arc::new(Cluster { name, service, endpoints }))
+        };
+        Destination {
+            name,
+            trust_domain,
+            protocol,
+            rules: if opaque { Vec::new() } else { rules.into_iter().enumerate().map(rule).collect() },
+            default_cluster: names[0].clone(),
+            clusters: clusters.into_iter().map(cluster).collect(),
+        }
+    })
+}
+
+/// Over the wire and back: bytes, not values.
+fn over<M: Message + Name + Default>(kind: Kind, name: &str, message: M) -> Result<Decoded, DecodeError> {
+    let packed = encode::resource(name, "1", message).resource.unwrap();
+    decode::resource(kind, name, &Any::decode(&packed.encode_to_vec()[..]).unwrap())
+}
+
+/// All the resources of a destination, decoded and put together again.
+fn there_and_back(target: &Target, sent: &Destination) -> Result<Destination, DecodeError> {
+    let Decoded::Listener(listener) = over(Kind::Listener, &target.to_string(), encode::listener(target, sent))? else {
+        panic!("a listener decodes to a listener");
+    };
+    let (rules, default_cluster) = match &listener.routes {
+        None => (Vec::new(), listener.opaque.clone().unwrap()),
+        Some(name) => match over(Kind::Routes, name, encode::route_configuration(sent))? {
+            Decoded::Routes(routes) => (routes.rules.clone(), routes.default_cluster.clone()),
+            other => panic!("routes decode to routes, not {other:?}"),
+        },
+    };
+    let mut clusters = BTreeMap::new();
+    for (name, cluster) in &sent.clusters {
+        let packed = encode::cluster(cluster, &sent.trust_domain, sent.protocol);
+        let Decoded::Cluster(service) = over(Kind::Cluster, name, packed)? else { panic!("a cluster") };
+        let packed = encode::load_assignment(cluster);
+        let Decoded::Endpoints(endpoints) = over(Kind::Endpoints, name, packed)? else { panic!("endpoints") };
+        let cluster = Cluster { name: name.clone(), service, endpoints: endpoints.to_vec() };
+        clusters.insert(name.clone(), Arc::new(cluster));
+    }
+    Ok(Destination {
+        name: listener.name.clone(),
+        trust_domain: listener.trust_domain.clone(),
+        protocol: listener.protocol,
+        rules,
+        default_cluster,
+        clusters,
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(128))]
+
+    #[test]
+    fn a_destination_survives_the_wire(destination in destination()) {
+        let target: Target = "web:80".parse().unwrap();
+        prop_assert_eq!(there_and_back(&target, &destination).unwrap(), destination);
+    }
+
+    #[test]
+    fn equal_content_has_equal_versions(destination in destination()) {
+        prop_assert_eq!(encode::version(&destination), encode::version(&destination.clone()));
+    }
+
+    #[test]
+    fn no_bytes_crash_the_decoder(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+        for kind in Kind::ALL {
+            let payload = Any { type_url: kind.type_url().to_string(), value: bytes.clone() };
+            let _ = decode::resource(kind, "web:80", &payload);
+        }
+    }
+}
+
+#[test]
+fn what_the_mesh_is_survives_the_wire() {
+    let sent = Mesh {
+        trust_domain: "cluster.local".into(),
+        ranges: vec!["127.0.0.0/8".parse().unwrap(), "fd00::/8".parse().unwrap()],
+        domains: vec!["svc.cluster.local".into()],
+    };
+    assert_eq!(over(Kind::Listener, MESH, encode::mesh(&sent)), Ok(Decoded::Mesh(sent.into())));
+}
+
+#[test]
+fn the_bundle_survives_the_wire() {
+    let sent = "-----BEGIN CERTIFICATE-----\n";
+    assert_eq!(over(Kind::Secret, ROOT_CA, encode::root_ca(sent)), Ok(Decoded::RootCa(sent.into())));
+}
+
+#[test]
+fn a_cluster_with_meshed_endpoints_alone_offers_a_foreign_peer_no_plain_socket() {
+    let cluster = Cluster { endpoints: vec![sheetbend_endpoint("127.0.0.1:80")], ..empty_cluster() };
+    let encoded = encode::cluster(&cluster, "cluster.local", AppProtocol::Http);
+    let names: Vec<_> = encoded.transport_socket_matches.iter().map(|socket| socket.name.as_str()).collect();
+    assert_eq!(names, ["mtls"]);
+}
+
+#[test]
+fn a_payload_of_another_name_is_refused() {
+    let error = over(Kind::Endpoints, "other.default:80", encode::load_assignment(&empty_cluster())).unwrap_err();
+    assert_eq!(error.to_string(), "`name`: `web.default:80` inside");
+}
+
+#[test]
+fn a_payload_of_another_type_is_refused() {
+    let payload = pack_any(encode::load_assignment(&empty_cluster()));
+    let error = decode::resource(Kind::Cluster, "web.default:80", &payload).unwrap_err();
+    assert!(matches!(error, DecodeError::WrongType { .. }), "{error}");
+}
+
+#[test]
+fn a_meshed_endpoint_without_an_identity_is_refused_rather_than_dialed_in_plain() {
+    let cluster = Cluster { endpoints: vec![sheetbend_endpoint("127.0.0.1:80")], ..empty_cluster() };
+    let mut assignment = encode::load_assignment(&cluster);
+    let metadata = assignment.endpoints[0].lb_endpoints[0].metadata.as_mut().unwrap();
+    metadata.filter_metadata.get_mut(super::WORDS).unwrap().fields.remove("identity");
+    assert_eq!(decode::endpoints(&assignment), Err(DecodeError::Missing("endpoint.metadata.identity")));
+}
+
+#[test]
+fn an_endpoint_without_our_words_is_refused_rather_than_dialed_in_plain() {
+    let cluster = Cluster { endpoints: vec![sheetbend_endpoint("127.0.0.1:80")], ..empty_cluster() };
+    let mut assignment = encode::load_assignment(&cluster);
+    assignment.endpoints[0].lb_endpoints[0].metadata = None;
+    assert!(matches!(decode::endpoints(&assignment), Err(DecodeError::Missing(_))));
+}
+
+#[test]
+fn more_endpoints_than_a_proxy_takes_are_refused() {
+    let endpoint = |n: u32| sheetbend_endpoint(&format!("127.{}.{}.1:80", n >> 8, n & 255));
+    let cluster = Cluster { endpoints: (0..=decode::MAX_ENDPOINTS as u32).map(endpoint).collect(), ..empty_cluster() };
+    let error = decode::endpoints(&encode::load_assignment(&cluster)).unwrap_err();
+    assert_eq!(error.to_string(), "10001 endpoints, at most 10000 are taken");
+}
+
+#[test]
+fn a_condition_that_is_not_known_is_refused_rather_than_left_out() {
+    let destination =
+        Destination { rules: vec![Rule { name: "default/r#0".into(), matches: vec![], backends: to_web() }], ..web() };
+    let mut routes = encode::route_configuration(&destination);
+    let condition = routes.virtual_hosts[0].routes[0].r#match.as_mut().unwrap();
+    condition.query_parameters.push(rds::QueryParameterMatcher { name: "q".into(), ..Default::default() });
+    let error = decode::routes(&routes).unwrap_err();
+    assert!(error.to_string().contains("only path, method and header"), "{error}");
+}
+
+#[test]
+fn weights_that_are_all_zero_are_refused() {
+    let backends = vec![Backend { cluster: "web.default:80".into(), weight: 0 }];
+    let rule = Rule { name: "default/r#0".into(), matches: vec![], backends };
+    let error = decode::routes(&encode::route_configuration(&Destination { rules: vec![rule], ..web() })).unwrap_err();
+    assert!(error.to_string().contains("no backend has any weight"), "{error}");
+}
+
+#[test]
+fn a_listener_without_any_way_on_is_refused() {
+    let target: Target = "web:80".parse().unwrap();
+    let bare = lds::Listener {
+        filter_chains: vec![],
+        ..encode::listener(&target, &Destination { protocol: AppProtocol::Http, ..web() })
+    };
+    assert_eq!(decode::listener(&bare), Err(DecodeError::Missing("filter_chains")));
+}
+
+fn sheetbend_endpoint(address: &str) -> Endpoint {
+    let id = "spiffe://cluster.local/ns/default/sa/web".parse().unwrap();
+    Endpoint { address: address.parse().unwrap(), transport: Transport::Sheetbend(id), weight: 1, workload: "".into() }
+}
+
+fn web_port() -> ServicePort {
+    ServicePort { service: ServiceName { service: "web".into(), namespace: "default".into() }, port: 80 }
+}
+
+fn to_web() -> Vec<Backend> {
+    vec![Backend { cluster: "web.default:80".into(), weight: 1 }]
+}
+
+fn empty_cluster() -> Cluster {
+    Cluster { name: "web.default:80".into(), service: web_port(), endpoints: vec![] }
+}
+
+fn web() -> Destination {
+    Destination {
+        name: web_port(),
+        trust_domain: "cluster.local".into(),
+        protocol: AppProtocol::Detect,
+        rules: vec![],
+        default_cluster: "web.default:80".into(),
+        clusters: BTreeMap::from([("web.default:80".into(), Arc::new(empty_cluster()))]),
+    }
+}
