@@ -6,6 +6,7 @@
 //! - [`registration`]: what a proxy says of itself.
 //! - [`proto`]: the generated messages and gRPC stubs of our own services.
 
+pub mod graph;
 pub mod model;
 pub mod registration;
 pub mod xds;

@@ -1,5 +1,6 @@
 //! The Sheetbend data plane.
 
+pub mod admin;
 pub mod client_hello;
 pub mod detect;
 pub mod first_bytes;
@@ -7,3 +8,4 @@ pub mod listen;
 pub mod proc_net;
 pub mod rewind;
 pub mod tcp;
+pub mod telemetry;

@@ -1,0 +1,142 @@
+//! What the proxy counts about itself: everything that has no name in Istio's metrics.
+
+use metrics::{Key, Label, Level, Metadata, Recorder};
+
+macro_rules! metrics_of_the_process {
+    ($(#[$doc:meta])* $type:ident; $($variant:ident $name:literal { $($label:ident: $value:literal),* } $help:literal;)+) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum $type {
+            $(#[doc = concat!("`", $name, "{", $(stringify!($label), "=", $value,)* "}`: ", $help)] $variant,)+
+        }
+
+        impl $type {
+            pub(super) const ALL: &'static [Self] = &[$(Self::$variant,)+];
+
+            fn describe(self) -> (&'static str, &'static str, &'static [(&'static str, &'static str)]) {
+                match self { $(Self::$variant => ($name, $help, &[$((stringify!($label), $value)),*]),)+ }
+            }
+        }
+    };
+}
+
+metrics_of_the_process! {
+    /// A count of events in this process. Every one is there from the start, at zero.
+    Counter;
+    DetectedHttp1 "sheetbend_detected_total" { protocol: "http1" } "Connections by what their first bytes were.";
+    DetectedHttp2 "sheetbend_detected_total" { protocol: "http2" } "Connections by what their first bytes were.";
+    DetectedTls "sheetbend_detected_total" { protocol: "tls" } "Connections by what their first bytes were.";
+    DetectedOpaque "sheetbend_detected_total" { protocol: "opaque" } "Connections by what their first bytes were.";
+    DetectedSilent "sheetbend_detected_total" { protocol: "silent" } "Connections by what their first bytes were.";
+
+    RetriedConnect "sheetbend_retries_total" { reason: "connect" } "Second attempts, by why the first one failed.";
+    RetriedUnsent "sheetbend_retries_total" { reason: "unsent" } "Second attempts, by why the first one failed.";
+    RetriedRefused "sheetbend_retries_total" { reason: "refused_stream" } "Second attempts, by why the first one failed.";
+    RetriedGoAway "sheetbend_retries_total" { reason: "goaway" } "Second attempts, by why the first one failed.";
+    RetriedPeerConnect "sheetbend_retries_total" { reason: "peer_connect" } "Second attempts, by why the first one failed.";
+    RetriedReset "sheetbend_retries_total" { reason: "reset" } "Second attempts, by why the first one failed.";
+    RetriedStatus "sheetbend_retries_total" { reason: "status" } "Second attempts, by why the first one failed.";
+
+    NotRetriedUnsafe "sheetbend_not_retried_total" { reason: "unsafe" } "Failures that were not tried again, by why not.";
+    NotRetriedBody "sheetbend_not_retried_total" { reason: "body_too_large" } "Failures that were not tried again, by why not.";
+    NotRetriedBudget "sheetbend_not_retried_total" { reason: "budget" } "Failures that were not tried again, by why not.";
+    NotRetriedAttempts "sheetbend_not_retried_total" { reason: "attempts" } "Failures that were not tried again, by why not.";
+    NotRetriedDeadline "sheetbend_not_retried_total" { reason: "deadline" } "Failures that were not tried again, by why not.";
+    NotRetriedEndpoint "sheetbend_not_retried_total" { reason: "no_other_endpoint" } "Failures that were not tried again, by why not.";
+    NotRetriedStarted "sheetbend_not_retried_total" { reason: "response_started" } "Failures that were not tried again, by why not.";
+
+    RefusedNoCertificate "sheetbend_refused_total" { reason: "no_certificate" } "Connections and requests refused, by why.";
+    RefusedCertificate "sheetbend_refused_total" { reason: "certificate" } "Connections and requests refused, by why.";
+    RefusedIdentity "sheetbend_refused_total" { reason: "identity" } "Connections and requests refused, by why.";
+    RefusedNotAllowed "sheetbend_refused_total" { reason: "not_allowed" } "Connections and requests refused, by why.";
+    RefusedPlain "sheetbend_refused_total" { reason: "plain" } "Connections and requests refused, by why.";
+    RefusedTlsVersion "sheetbend_refused_total" { reason: "tls_version" } "Connections and requests refused, by why.";
+    RefusedHandshake "sheetbend_refused_total" { reason: "handshake" } "Connections and requests refused, by why.";
+    RefusedHandshakeTimeout "sheetbend_refused_total" { reason: "handshake_timeout" } "Connections and requests refused, by why.";
+    RefusedOwner "sheetbend_refused_total" { reason: "other_user" } "Connections and requests refused, by why.";
+    RefusedPolicy "sheetbend_refused_total" { reason: "outbound_policy" } "Connections and requests refused, by why.";
+    RefusedNoIdentity "sheetbend_refused_total" { reason: "no_own_certificate" } "Connections and requests refused, by why.";
+    RefusedLoop "sheetbend_refused_total" { reason: "loop" } "Connections and requests refused, by why.";
+    RefusedOverload "sheetbend_refused_total" { reason: "overload" } "Connections and requests refused, by why.";
+
+    MalformedRequest "sheetbend_rejected_requests_total" { reason: "malformed" } "Requests this proxy answered itself, by why.";
+    HeadersTooLarge "sheetbend_rejected_requests_total" { reason: "headers_too_large" } "Requests this proxy answered itself, by why.";
+    HeadersTooSlow "sheetbend_rejected_requests_total" { reason: "headers_too_slow" } "Requests this proxy answered itself, by why.";
+    Smuggling "sheetbend_rejected_requests_total" { reason: "smuggling" } "Requests this proxy answered itself, by why.";
+    RejectedPending "sheetbend_rejected_requests_total" { reason: "pending" } "Requests this proxy answered itself, by why.";
+    RejectedRequests "sheetbend_rejected_requests_total" { reason: "requests" } "Requests this proxy answered itself, by why.";
+    RejectedNoEndpoint "sheetbend_rejected_requests_total" { reason: "no_endpoint" } "Requests this proxy answered itself, by why.";
+    RejectedNoDiscovery "sheetbend_rejected_requests_total" { reason: "no_discovery" } "Requests this proxy answered itself, by why.";
+
+    ResolvedMesh "sheetbend_resolved_total" { result: "mesh" } "Destinations traffic named, by what they turned out to be.";
+    ResolvedNotMesh "sheetbend_resolved_total" { result: "not_mesh" } "Destinations traffic named, by what they turned out to be.";
+    Unresolved "sheetbend_resolved_total" { result: "unresolved" } "Destinations traffic named, by what they turned out to be.";
+
+    AcceptedOutbound "sheetbend_connections_total" { side: "outbound" } "Connections accepted.";
+    AcceptedInbound "sheetbend_connections_total" { side: "inbound" } "Connections accepted.";
+    DialedMesh "sheetbend_dials_total" { to: "mesh" } "Connections made.";
+    DialedApp "sheetbend_dials_total" { to: "app" } "Connections made.";
+    DialedExternal "sheetbend_dials_total" { to: "external" } "Connections made.";
+    AcceptErrors "sheetbend_accept_errors_total" {} "Accepts that failed; a full file table is the usual cause.";
+
+    HandshakesFull "sheetbend_tls_handshakes_total" { kind: "full" } "TLS handshakes completed.";
+    HandshakesResumed "sheetbend_tls_handshakes_total" { kind: "resumed" } "TLS handshakes completed.";
+
+    InformationalDropped "sheetbend_informational_dropped_total" {} "Responses of class 1xx that could not be passed on.";
+    EmptyDataDropped "sheetbend_empty_data_frames_dropped_total" {} "Empty HTTP/2 DATA frames that ended nothing and were not passed on.";
+    UpgradesTunnelled "sheetbend_tunnels_total" { kind: "upgrade" } "Connections turned into byte tunnels.";
+    ConnectsTunnelled "sheetbend_tunnels_total" { kind: "connect" } "Connections turned into byte tunnels.";
+
+    CertificatesInstalled "sheetbend_certificate_renewals_total" { result: "ok" } "Certificates asked for.";
+    CertificatesFailed "sheetbend_certificate_renewals_total" { result: "failed" } "Certificates asked for.";
+    DiscoveryConnected "sheetbend_control_plane_connections_total" { result: "ok" } "Discovery streams opened.";
+    DiscoveryFailed "sheetbend_control_plane_connections_total" { result: "failed" } "Discovery streams opened.";
+    DiscoveryRefused "sheetbend_control_plane_updates_refused_total" {} "Updates of the control plane that were not valid (NACK).";
+    ReportsFailed "sheetbend_reports_failed_total" {} "Edge reports that did not reach the control plane.";
+
+    AccessLogDropped "sheetbend_access_log_dropped_total" {} "Access log lines dropped because writing them was too slow.";
+    EdgesOverflowed "sheetbend_edges_overflowed_total" {} "Edges that found the table full and were counted as `other`.";
+    SeriesOverflowed "sheetbend_series_overflowed_total" {} "Label sets that found the budget spent and were counted under overflow=\"true\".";
+}
+
+metrics_of_the_process! {
+    /// A level that goes up and down.
+    Gauge;
+    OpenOutbound "sheetbend_open_connections" { side: "outbound" } "Connections open now.";
+    OpenInbound "sheetbend_open_connections" { side: "inbound" } "Connections open now.";
+    PooledMesh "sheetbend_pooled_connections" { to: "mesh" } "Connections kept for reuse now.";
+    PooledApp "sheetbend_pooled_connections" { to: "app" } "Connections kept for reuse now.";
+    RequestsInFlight "sheetbend_requests_in_flight" {} "Requests begun and not ended.";
+    Destinations "sheetbend_destinations" {} "Destinations known from the control plane.";
+    ControlPlaneConnected "sheetbend_control_plane_connected" {} "1 while the discovery stream is up.";
+    CertificateExpiry "sheetbend_certificate_expiry_timestamp_seconds" {} "When this proxy's own certificate expires, in Unix time.";
+    Draining "sheetbend_draining" {} "1 from the moment this proxy was told to stop.";
+    SeriesInUse "sheetbend_series" {} "Time series shown here, of the 2,000 there may be.";
+    EdgesInUse "sheetbend_edges" {} "Edges of the graph this proxy keeps.";
+    StartTime "process_start_time_seconds" {} "When this process started, in Unix time.";
+    ResidentMemory "process_resident_memory_bytes" {} "Resident memory.";
+    OpenFiles "process_open_fds" {} "Open file descriptors.";
+    MaxFiles "process_max_fds" {} "Open file descriptors there may be.";
+}
+
+const METADATA: Metadata<'static> = Metadata::new(module_path!(), Level::INFO, None);
+
+fn key(name: &'static str, labels: &'static [(&'static str, &'static str)]) -> Key {
+    Key::from_parts(name, labels.iter().map(|(k, v)| Label::from_static_parts(k, v)).collect::<Vec<_>>())
+}
+
+impl Counter {
+    pub(super) fn register(self, recorder: &dyn Recorder) -> metrics::Counter {
+        let (name, help, labels) = self.describe();
+        recorder.describe_counter(name.into(), None, help.into());
+        recorder.register_counter(&key(name, labels), &METADATA)
+    }
+}
+
+impl Gauge {
+    pub(super) fn register(self, recorder: &dyn Recorder) -> metrics::Gauge {
+        let (name, help, labels) = self.describe();
+        recorder.describe_gauge(name.into(), None, help.into());
+        recorder.register_gauge(&key(name, labels), &METADATA)
+    }
+}
