@@ -12,6 +12,9 @@ use crate::telemetry::Telemetry;
 /// Gives one document of the admin port.
 pub type Document = Box<dyn Fn() -> serde_json::Value + Send + Sync>;
 
+/// Replaces the log filter, or says what is wrong with the new one.
+pub type SetLogFilter = Box<dyn Fn(&str) -> Result<(), String> + Send + Sync>;
+
 /// What the admin port shows; filled by whoever wires the process together.
 pub struct AdminState {
     /// Metrics and the graph.
@@ -29,7 +32,7 @@ pub struct AdminState {
     /// The log filter in use, as `RUST_LOG` writes it.
     pub log_filter: Box<dyn Fn() -> String + Send + Sync>,
     /// Replaces the log filter, or says what is wrong with the new one.
-    pub set_log_filter: Box<dyn Fn(&str) -> Result<(), String> + Send + Sync>,
+    pub set_log_filter: SetLogFilter,
 }
 
 /// Which paths a listener has.

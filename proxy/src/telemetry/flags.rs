@@ -69,7 +69,7 @@ impl Flags {
     }
 
     /// The bits, 24 of them.
-    pub(crate) fn bits(self) -> u32 {
+    pub fn bits(self) -> u32 {
         self.0
     }
 
