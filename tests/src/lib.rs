@@ -5,12 +5,14 @@
 
 mod binaries;
 pub mod http;
+mod mesh;
 mod need;
 mod netns;
 mod process;
 mod wait;
 
 pub use binaries::{binary, workspace};
+pub use mesh::{Mesh, Run, START, Sidecar};
 pub use need::{leave_out, namespaces, print_left_out, program, python, root, tools};
 pub use netns::{Host, two_hosts};
 pub use process::{Finished, Process, finish};

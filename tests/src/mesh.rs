@@ -1,0 +1,322 @@
+//! A mesh of a story's own: `sheetbend run` beside each program, in a state folder of its own.
+
+use std::ffi::OsStr;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::netns::Host;
+use crate::process::{Finished, Process, finish};
+use crate::wait::{free_port, loopback, until, until_accepts};
+
+/// How long a process may take to become ready: a busy machine is slow, not broken.
+pub const START: Duration = Duration::from_secs(30);
+
+/// A mesh. Dropping it ends nothing that [`Run::start`] gave away; those end themselves.
+#[derive(Debug)]
+pub struct Mesh {
+    control_plane: Option<ControlPlane>,
+    folder: TempDir,
+}
+
+#[derive(Debug)]
+struct ControlPlane {
+    process: Option<Process>,
+    listen: SocketAddr,
+    admin: SocketAddr,
+    netns: Option<String>,
+    flags: Vec<String>,
+}
+
+impl Mesh {
+    /// A mesh without a control plane of its own: the first `run` serves one.
+    pub fn local() -> Self {
+        let folder = tempfile::Builder::new().prefix("sheetbend-story-").tempdir().expect("a temporary folder");
+        Self { control_plane: None, folder }
+    }
+
+    /// A mesh with a CA and a control plane process on loopback; `flags` are added to `sheetbend control-plane`.
+    pub fn with_control_plane(flags: &[&str]) -> Self {
+        Self::start(flags, None, loopback(free_port()))
+    }
+
+    /// The same on a host made of a network namespace, on 15112 of its IPv4 address.
+    pub fn with_control_plane_on(host: &Host, flags: &[&str]) -> Self {
+        Self::start(flags, Some(host.name().into()), SocketAddr::new(host.v4.into(), 15112))
+    }
+
+    fn start(flags: &[&str], netns: Option<String>, listen: SocketAddr) -> Self {
+        let mut mesh = Self::local();
+        let ca = mesh.ca();
+        mesh.finish(&[OsStr::new("certs"), "init".as_ref(), "--dir".as_ref(), ca.as_ref()]).ok();
+        let flags = flags.iter().map(ToString::to_string).collect();
+        let admin = loopback(free_port());
+        mesh.control_plane = Some(ControlPlane { process: None, listen, admin, netns, flags });
+        mesh.start_control_plane();
+        mesh
+    }
+
+    /// Starts the control plane (again), and waits until it serves.
+    pub fn start_control_plane(&mut self) {
+        let folder = self.folder.path().to_path_buf();
+        let ca = self.ca();
+        let control_plane = self.control_plane.as_mut().expect("a mesh with a control plane");
+        let mut command = in_namespace(control_plane.netns.as_deref(), &crate::binary("sheetbend"));
+        command.args(["control-plane", "--dir"]).arg(ca);
+        command.args(["--listen", &control_plane.listen.to_string(), "--admin", &control_plane.admin.to_string()]);
+        command.args(&control_plane.flags).env("XDG_STATE_HOME", &folder);
+        let process = control_plane.process.insert(Process::spawn("control-plane", &folder, command));
+        match control_plane.netns.as_deref() {
+            None => {
+                until_accepts(control_plane.admin, START);
+                until_accepts(control_plane.listen, START);
+            }
+            Some(netns) => until("the control plane accepts", START, || {
+                assert!(process.is_alive(), "{}", process.told());
+                listens(netns, control_plane.listen.port()).then_some(())
+            }),
+        }
+    }
+
+    /// Ends the control plane as `kill -9` does.
+    pub fn kill_control_plane(&mut self) {
+        let control_plane = self.control_plane.as_mut().expect("a mesh with a control plane");
+        control_plane.process.take().expect("a control plane that runs").kill();
+    }
+
+    /// The control plane's process.
+    pub fn control_plane(&mut self) -> &mut Process {
+        self.control_plane.as_mut().and_then(|c| c.process.as_mut()).expect("a control plane that runs")
+    }
+
+    /// Where the control plane's admin and graph page are.
+    pub fn control_plane_admin(&self) -> SocketAddr {
+        self.control_plane.as_ref().expect("a mesh with a control plane").admin
+    }
+
+    /// Where the control plane serves certificates and discovery.
+    pub fn control_plane_address(&self) -> SocketAddr {
+        self.control_plane.as_ref().expect("a mesh with a control plane").listen
+    }
+
+    /// The CA's folder: that of the control plane, or the one that `run` made.
+    pub fn ca(&self) -> PathBuf {
+        match self.control_plane {
+            Some(_) => self.folder.path().join("ca"),
+            None if self.folder.path().join("sheetbend/ca").exists() => self.folder.path().join("sheetbend/ca"),
+            None => self.folder.path().join("ca"),
+        }
+    }
+
+    /// A folder for the story's files.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// `sheetbend ARGS…` for this mesh.
+    pub fn sheetbend<I: IntoIterator<Item: AsRef<OsStr>>>(&self, args: I) -> Command {
+        let mut command = Command::new(crate::binary("sheetbend"));
+        command.args(args).env("XDG_STATE_HOME", self.folder.path());
+        command
+    }
+
+    /// Runs `sheetbend ARGS…` to its end.
+    pub fn finish<I: IntoIterator<Item: AsRef<OsStr>>>(&self, args: I) -> Finished {
+        finish(self.sheetbend(args), START)
+    }
+
+    /// A program beside its own sidecar, as `service`.
+    pub fn run(&self, service: &str) -> Run<'_> {
+        Run { mesh: self, service: service.into(), port: None, flags: Vec::new(), netns: None, environment: Vec::new() }
+    }
+
+    /// A sidecar with no program of its own: the story itself calls through it.
+    pub fn caller(&self, service: &str) -> Sidecar {
+        self.run(service).caller()
+    }
+
+    /// Issues a certificate by hand and gives the folder with `cert.pem`, `key.pem` and `bundle.pem`.
+    pub fn certificate(&self, name: &str, flags: &[&str]) -> PathBuf {
+        let out = self.folder.path().join(format!("cert-{name}"));
+        let mut command = self.sheetbend(["certs", "issue", "--dir"]);
+        command.arg(self.ca()).args(flags).arg("--out").arg(&out);
+        finish(command, START).ok();
+        out
+    }
+}
+
+/// How a program is to be run beside its sidecar.
+#[derive(Debug)]
+pub struct Run<'a> {
+    mesh: &'a Mesh,
+    service: String,
+    port: Option<u16>,
+    flags: Vec<String>,
+    netns: Option<String>,
+    environment: Vec<(String, String)>,
+}
+
+impl Run<'_> {
+    /// The port on which the program serves.
+    pub fn port(mut self, port: u16) -> Self {
+        self.port = Some(port);
+        self
+    }
+
+    /// A flag of `sheetbend run`, with its value where it has one.
+    pub fn flag(mut self, words: &[&str]) -> Self {
+        self.flags.extend(words.iter().map(ToString::to_string));
+        self
+    }
+
+    /// A local port that leads to `target` (`postgres` or `postgres:5432`).
+    pub fn upstream(self, local: u16, target: &str) -> Self {
+        self.flag(&["--upstream", &format!("{local}:{target}")])
+    }
+
+    /// A variable of the program's environment.
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.environment.push((name.into(), value.into()));
+        self
+    }
+
+    /// On a host made of a network namespace, known to others by `address`.
+    pub fn on(mut self, host: &Host, address: IpAddr) -> Self {
+        self.netns = Some(host.name().into());
+        self.flag(&["--advertise", &address.to_string()])
+    }
+
+    /// The whole command.
+    pub fn command<I: IntoIterator<Item: AsRef<OsStr>>>(&self, program: I) -> Command {
+        let mut command = in_namespace(self.netns.as_deref(), &crate::binary("sheetbend"));
+        command.env("XDG_STATE_HOME", self.mesh.folder.path()).envs(self.environment.iter().cloned());
+        command.args(["run", "--service", &self.service]).args(&self.flags);
+        if let Some(port) = self.port {
+            command.args(["--port", &port.to_string()]);
+        }
+        if let Some(control_plane) = &self.mesh.control_plane {
+            let ca = self.mesh.ca();
+            let mut create = self.mesh.sheetbend(["token", "create", "--ttl", "10m", "--service", &self.service]);
+            create.arg("--dir").arg(&ca);
+            let token = finish(create, START).ok();
+            let file = tempfile::Builder::new().prefix("token-").tempfile_in(self.mesh.folder.path());
+            let (_, file) = file.and_then(|f| Ok(f.keep()?)).expect("a file for the token");
+            std::fs::write(&file, token).expect("the token is written");
+            command.args(["--control-plane", &format!("https://{}", control_plane.listen), "--token-file"]).arg(file);
+        }
+        command.arg("--").args(program);
+        command
+    }
+
+    /// Starts it, and waits until the program accepts on its port and others can call it.
+    pub fn start<I: IntoIterator<Item: AsRef<OsStr>>>(self, program: I) -> Sidecar {
+        let command = self.command(program);
+        let mut sidecar = self.spawn(command);
+        if let Some(port) = self.port {
+            until(&format!("{} accepts on {port}", self.service), START, || {
+                assert!(sidecar.process.is_alive(), "{}", sidecar.process.told());
+                match &self.netns {
+                    None => std::net::TcpStream::connect(loopback(port)).is_ok().then_some(()),
+                    Some(netns) => listens(netns, port).then_some(()),
+                }
+            });
+        }
+        sidecar
+    }
+
+    /// Runs it to its end.
+    pub fn finish<I: IntoIterator<Item: AsRef<OsStr>>>(self, program: I) -> Finished {
+        finish(self.command(program), Duration::from_secs(60))
+    }
+
+    /// A sidecar with no program of its own: the story itself calls through [`Sidecar::proxy`].
+    pub fn caller(self) -> Sidecar {
+        let command = self.command(["sh", "-c", "echo proxy=$http_proxy; exec sleep 3600"]);
+        let mut sidecar = self.spawn(command);
+        let line = sidecar.process.wait_for("proxy=", START);
+        let address = line.rsplit("//").next().unwrap_or_default().trim_end_matches('/');
+        sidecar.proxy = Some(address.parse().unwrap_or_else(|e| panic!("{e}: {line}")));
+        sidecar
+    }
+
+    fn spawn(&self, command: Command) -> Sidecar {
+        let process = Process::spawn(&format!("run-{}-{}", self.service, free_port()), self.mesh.folder(), command);
+        Sidecar {
+            process,
+            service: self.service.clone(),
+            proxies: self.mesh.folder.path().join("sheetbend/proxies"),
+            proxy: None,
+        }
+    }
+}
+
+/// A running `sheetbend run`. Dropping it ends it and its program.
+#[derive(Debug)]
+pub struct Sidecar {
+    /// The process of `sheetbend run`.
+    pub process: Process,
+    /// The service it stands for.
+    pub service: String,
+    proxies: PathBuf,
+    proxy: Option<SocketAddr>,
+}
+
+impl Sidecar {
+    /// What its program would find in `http_proxy`; only of a [`Mesh::caller`].
+    pub fn proxy(&self) -> SocketAddr {
+        self.proxy.expect("a sidecar made by `caller`")
+    }
+
+    /// What it has written about itself for `sheetbend graph` to find.
+    pub fn state(&self) -> Value {
+        let file = self.proxies.join(format!("{}.json", self.process.id()));
+        until(&format!("{} is written", file.display()), START, || {
+            serde_json::from_slice(&std::fs::read(&file).ok()?).ok()
+        })
+    }
+
+    /// Its admin port.
+    pub fn admin(&self) -> SocketAddr {
+        let state = self.state();
+        let url = state["admin"].as_str().unwrap_or_default().to_string();
+        let address = url.trim_start_matches("http://").trim_end_matches('/');
+        address.parse().unwrap_or_else(|e| panic!("{e}: {state}"))
+    }
+
+    /// One of its admin's pages.
+    pub async fn page(&self, path: &str) -> crate::http::Answer {
+        crate::http::get(self.admin(), path).await.unwrap_or_else(|e| panic!("{path} of {}: {e}", self.service))
+    }
+
+    /// The sum of a counter over all of its labels that contain each of `labels` (`response_code="200"`).
+    pub async fn counter(&self, name: &str, labels: &[&str]) -> f64 {
+        let metrics = self.page("/metrics").await.text();
+        let lines = metrics.lines().filter(|line| {
+            line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']))
+                && labels.iter().all(|label| line.contains(label))
+        });
+        lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+    }
+}
+
+fn in_namespace(netns: Option<&str>, program: &Path) -> Command {
+    let Some(netns) = netns else { return Command::new(program) };
+    let mut command = Command::new("ip");
+    command.args(["netns", "exec", netns]).arg(program);
+    command
+}
+
+/// Whether anything listens on a TCP port in a namespace; from outside one cannot connect.
+fn listens(netns: &str, port: u16) -> bool {
+    let out = Command::new("ip").args(["netns", "exec", netns, "cat", "/proc/net/tcp", "/proc/net/tcp6"]).output();
+    let table = out.map(|out| String::from_utf8_lossy(&out.stdout).into_owned()).unwrap_or_default();
+    let (port, listen) = (format!(":{port:04X}"), "0A");
+    table.lines().any(|line| {
+        let mut words = line.split_whitespace().skip(1);
+        words.next().is_some_and(|local| local.ends_with(&port)) && words.nth(1) == Some(listen)
+    })
+}
