@@ -4,6 +4,7 @@
 //! what a user sees. This library is what stories share.
 
 mod binaries;
+mod graph;
 pub mod http;
 mod mesh;
 mod need;
@@ -12,6 +13,7 @@ mod process;
 mod wait;
 
 pub use binaries::{binary, workspace};
+pub use graph::{Edge, edges};
 pub use mesh::{Mesh, Run, START, Sidecar};
 pub use need::{leave_out, namespaces, print_left_out, program, python, root, tools};
 pub use netns::{Host, two_hosts};

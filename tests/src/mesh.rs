@@ -9,6 +9,7 @@ use std::time::Duration;
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::graph::{Edge, edges};
 use crate::netns::Host;
 use crate::process::{Finished, Process, finish};
 use crate::wait::{free_port, loopback, until, until_accepts};
@@ -96,6 +97,11 @@ impl Mesh {
     /// Where the control plane's admin and graph page are.
     pub fn control_plane_admin(&self) -> SocketAddr {
         self.control_plane.as_ref().expect("a mesh with a control plane").admin
+    }
+
+    /// The edges of the merged graph.
+    pub async fn edges(&self) -> Vec<Edge> {
+        edges(self.control_plane_admin()).await
     }
 
     /// Where the control plane serves certificates and discovery.
@@ -285,6 +291,11 @@ impl Sidecar {
         let url = state["admin"].as_str().unwrap_or_default().to_string();
         let address = url.trim_start_matches("http://").trim_end_matches('/');
         address.parse().unwrap_or_else(|e| panic!("{e}: {state}"))
+    }
+
+    /// The edges that it has seen.
+    pub async fn edges(&self) -> Vec<Edge> {
+        edges(self.admin()).await
     }
 
     /// One of its admin's pages.
