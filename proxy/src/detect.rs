@@ -144,3 +144,144 @@ fn names_a_resource(target: &[u8]) -> bool {
 fn is_token(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use proptest::test_runner::RngSeed;
+
+    use super::*;
+
+    const HTTP1: &[&[u8]] = &[
+        b"GET / HTTP/1.1\r\nhost: web\r\n\r\n",
+        b"GET http://web/a?b HTTP/1.0\r\n\r\n",
+        b"CONNECT web:80 HTTP/1.1\r\n\r\n",
+        b"OPTIONS * HTTP/1.1\r\n\r\n",
+        b"BASELINE-CONTROL /x HTTP/1.1\r\n",
+        b"m!#$%&'*+-.^_`|~1 /x HTTP/1.1\r\n",
+        b"PRI * HTTP/1.1\r\n",
+        b"PRIVATE / HTTP/1.1\r\n",
+        b"\r\nPOST / HTTP/1.1\r\n",
+        b"GET /caf\xc3\xa9 HTTP/1.1\r\n",
+    ];
+
+    const OPAQUE: &[&[u8]] = &[
+        b"PING\r\n",
+        b"SET key value\r\n",
+        b"SET / HTTP/2.0\r\n",
+        b"*1\r\n$4\r\nPING\r\n",
+        b"EHLO me.example\r\n",
+        b"SSH-2.0-OpenSSH_9.2p1 Debian-2\r\n",
+        b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n",
+        b"PROXY UNKNOWN\r\n",
+        b"OPTIONS rtsp://camera/ RTSP/1.0\r\n",
+        b"INVITE sip:a@b SIP/2.0\r\n",
+        b"CONNECT {\"verbose\":false}\r\n",
+        b"get key\r\n",
+        b"GET /\r\n",
+        b"GET  / HTTP/1.1\r\n",
+        b" GET / HTTP/1.1\r\n",
+        b"GET\t/ HTTP/1.1\r\n",
+        b"\r\n\r\n\r\nGET / HTTP/1.1\r\n",
+        b"\x00\x00\x00\x08\x04\xd2\x16\x2f", // PostgreSQL, SSLRequest
+        b"\x00\x00\x00\x2b\x00\x03\x00\x00user\x00postgres\x00", // PostgreSQL, start-up
+        b"\x10\x0f\x00\x04MQTT\x04",         // MQTT, CONNECT
+        b"AMQP\x00\x00\x09\x01",
+        b"\x3a\x00\x00\x00\x01\x00\x00\x00\x00\x00\x00\x00\xd4\x07\x00\x00", // MongoDB, OP_QUERY
+        b"\x80\x2e\x01\x03\x01",                                             // SSL 2 hello
+        b"\x16\x03\x01\x00\x00\x01",                                         // an empty record
+        b"\x16\x03\x01\x40\x01\x01",                                         // a record larger than any
+        b"\x16\x03\x01\x00\x20\x02",                                         // ServerHello
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\0",
+    ];
+
+    #[test]
+    fn real_greetings_are_told_apart() {
+        for bytes in HTTP1 {
+            assert_eq!(detect(bytes), Detected::Http1, "{}", bytes.escape_ascii());
+        }
+        for bytes in OPAQUE {
+            assert_eq!(detect(bytes), Detected::Opaque, "{}", bytes.escape_ascii());
+        }
+        assert_eq!(detect(HTTP2_PREFACE), Detected::Http2);
+        assert_eq!(detect(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"), Detected::Tls);
+        assert_eq!(detect(b""), Detected::NeedMore);
+    }
+
+    #[test]
+    fn a_command_line_of_another_protocol_is_opaque_no_later_than_its_line_end() {
+        for bytes in OPAQUE {
+            let Some(end) = bytes.windows(2).position(|pair| pair == b"\r\n").filter(|end| *end > 0) else { continue };
+            if bytes.starts_with(b"\r\n") || bytes.starts_with(b"PRI") {
+                continue;
+            }
+            assert_eq!(detect(&bytes[..end + 2]), Detected::Opaque, "{}", bytes.escape_ascii());
+        }
+    }
+
+    #[test]
+    fn a_request_line_longer_than_the_limit_is_http_when_it_names_a_resource() {
+        let long = "a".repeat(MOST_BYTES);
+        for (line, expected) in [
+            (format!("GET /{long}"), Detected::Http1),
+            (format!("GET https://{long}"), Detected::Http1),
+            (format!("GET {long}"), Detected::Opaque),
+            (long.clone(), Detected::Opaque),
+        ] {
+            assert_eq!(detect(line.as_bytes()), expected, "{:.20}", line);
+        }
+        let line = format!("GET /{} HTTP/1.1\r\n", "a".repeat(MOST_BYTES - 12));
+        for len in MOST_BYTES - 20..MOST_BYTES {
+            assert_eq!(detect(&line.as_bytes()[..len]), Detected::NeedMore, "{len} bytes");
+        }
+        assert_eq!(detect(line.as_bytes()), Detected::Http1);
+    }
+
+    #[test]
+    fn a_method_may_be_long_but_not_endless() {
+        let method = |len| format!("{} / HTTP/1.1\r\n", "M".repeat(len));
+        assert_eq!(detect(method(LONGEST_METHOD).as_bytes()), Detected::Http1);
+        assert_eq!(detect(method(LONGEST_METHOD + 1).as_bytes()), Detected::Opaque);
+    }
+
+    /// Beginnings that lead deep into each branch, with noise after them and within them.
+    fn bytes() -> impl Strategy<Value = Vec<u8>> {
+        let known: Vec<Vec<u8>> = HTTP1.iter().chain(OPAQUE).chain([&HTTP2_PREFACE]).map(|b| b.to_vec()).collect();
+        let near = (prop::sample::select(known), any::<prop::sample::Index>(), any::<u8>(), any::<bool>()).prop_map(
+            |(mut bytes, at, byte, change)| {
+                let at = at.index(bytes.len());
+                if change {
+                    bytes[at] = byte;
+                }
+                bytes
+            },
+        );
+        let long =
+            (MOST_BYTES - 200..MOST_BYTES + 200).prop_map(|len| format!("GET /{} HTTP/1.1\r\n", "a".repeat(len)));
+        prop_oneof![4 => near, 2 => prop::collection::vec(any::<u8>(), 0..64), 1 => "[A-Z /\r\n]{0,40}".prop_map(String::into_bytes), 1 => long.prop_map(String::into_bytes)]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 2_000, rng_seed: RngSeed::Fixed(15101), ..ProptestConfig::default() })]
+
+        #[test]
+        fn once_given_a_verdict_is_never_taken_back(bytes in bytes()) {
+            let mut verdict = Detected::NeedMore;
+            // Every cut of a short beginning; of a long one, those near its two ends and near the limit.
+            let cuts = (0..=bytes.len()).filter(|len| *len < 100 || len % 211 == 0 || *len > MOST_BYTES - 100);
+            for len in cuts {
+                let now = detect(&bytes[..len]);
+                if verdict != Detected::NeedMore {
+                    prop_assert_eq!(now, verdict, "after {} bytes of {}", len, bytes.escape_ascii());
+                }
+                verdict = now;
+            }
+        }
+
+        #[test]
+        fn there_is_always_a_verdict_within_the_limit(mut bytes in bytes(), filler in any::<u8>()) {
+            bytes.resize(MOST_BYTES, filler);
+            prop_assert_ne!(detect(&bytes), Detected::NeedMore);
+        }
+    }
+}

@@ -1,0 +1,104 @@
+//! The listener, on loopback.
+
+use std::io::Read;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use sheetbend_proxy::listen::{self, BindError, bind};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+fn addr(text: &str) -> SocketAddr {
+    text.parse().unwrap()
+}
+
+#[tokio::test]
+async fn a_port_in_use_says_how_to_find_who_uses_it() {
+    let first = bind(addr("127.0.0.1:0")).unwrap();
+    let error = bind(first.local_addr()).unwrap_err();
+    assert!(matches!(error, BindError::InUse(_)));
+    let port = first.local_addr().port();
+    assert_eq!(error.to_string(), format!("127.0.0.1:{port} is in use; `ss -ltnp 'sport = :{port}'` shows by whom"));
+}
+
+#[tokio::test]
+async fn an_address_of_nobody_is_told_from_other_trouble() {
+    let error = bind(addr("192.0.2.1:0")).unwrap_err();
+    assert!(matches!(error, BindError::NoSuchAddress(_)), "{error}");
+}
+
+#[tokio::test]
+async fn a_port_can_be_taken_again_at_once() {
+    let mut listener = bind(addr("127.0.0.1:0")).unwrap();
+    let at = listener.local_addr();
+    let client = TcpStream::connect(at).await.unwrap();
+    drop(listener.accept().await); // Our side closes first, and so is the one in TIME_WAIT.
+    drop((listener, client));
+    bind(at).unwrap();
+}
+
+#[tokio::test]
+async fn every_accepted_connection_has_its_options() {
+    let mut listener = bind(addr("127.0.0.1:0")).unwrap();
+    let _client = TcpStream::connect(listener.local_addr()).await.unwrap();
+    let stream = listener.accept().await.register().unwrap();
+    let socket = socket2::SockRef::from(&stream);
+    assert!(socket.tcp_nodelay().unwrap() && socket.keepalive().unwrap());
+    assert_eq!(socket.tcp_keepalive_time().unwrap(), Duration::from_secs(10));
+    assert_eq!(socket.tcp_keepalive_interval().unwrap(), Duration::from_secs(10));
+    listen::expect_steady_reader(&stream).unwrap();
+    assert_eq!(socket.tcp_user_timeout().unwrap(), Some(Duration::from_secs(30)));
+}
+
+#[tokio::test]
+async fn both_families_reach_a_listener_on_every_address() {
+    let Ok(mut listener) = bind(addr("[::]:0")) else {
+        eprintln!("left out: this machine has no IPv6");
+        return;
+    };
+    let port = listener.local_addr().port();
+    for ip in ["127.0.0.1", "::1"] {
+        let client = TcpStream::connect((ip, port)).await.unwrap();
+        let accepted = listener.accept().await;
+        assert_eq!(accepted.peer.port(), client.local_addr().unwrap().port());
+        assert_eq!(accepted.peer.ip().to_canonical().to_string(), ip);
+        assert_eq!(listen::original_destination(&accepted.stream).unwrap(), None, "nobody redirected this");
+    }
+}
+
+#[test]
+fn with_no_descriptor_left_clients_are_closed_and_counted_and_later_ones_served() {
+    // The limit is the process's, so this runs in one of its own.
+    const NAME: &str = "with_no_descriptor_left_clients_are_closed_and_counted_and_later_ones_served";
+    if std::env::var_os("SHEETBEND_TEST_CHILD").is_none() {
+        let status = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", NAME, "--nocapture"])
+            .env("SHEETBEND_TEST_CHILD", "1")
+            .status()
+            .unwrap();
+        assert!(status.success());
+        return;
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let mut listener = bind(addr("127.0.0.1:0")).unwrap();
+        let at = listener.local_addr();
+        let mut clients: Vec<_> = (0..20).map(|_| std::net::TcpStream::connect(at).unwrap()).collect();
+        let maximum = getrlimit(Resource::Nofile).maximum;
+        setrlimit(Resource::Nofile, Rlimit { current: Some(64), maximum }).unwrap();
+        let files: Vec<_> = std::iter::from_fn(|| std::fs::File::open("/dev/null").ok()).collect();
+
+        let waiting = timeout(Duration::from_secs(1), listener.accept()).await;
+        assert!(waiting.is_err(), "there was no descriptor to accept with");
+        assert_eq!(listener.turned_away(), 20);
+        for client in &mut clients {
+            assert_eq!(client.read(&mut [0]).unwrap(), 0, "an orderly close, at once");
+        }
+        drop(files);
+
+        let client = std::net::TcpStream::connect(at).unwrap();
+        let accepted = timeout(Duration::from_secs(10), listener.accept()).await.unwrap();
+        assert_eq!(accepted.peer, client.local_addr().unwrap());
+    });
+}
