@@ -1,41 +1,32 @@
 //! Identities and certificates of a mesh.
+//!
+//! Who a workload is: a [`SpiffeId`]. What proves it: an [`Identity`], signed by a [`Ca`]. Who believes it: whoever has
+//! the CA's root in a [`TrustBundle`]. What a proxy holds of all that, ready for use and swapped whole at each rotation:
+//! the [`Material`] of an [`IdentityStore`]. Who the other side of a connection is: [`verify_peer`], after every
+//! handshake.
+//!
+//! Start reading at `spiffe.rs`, then `verify.rs` (the rules), `tls.rs` (the rules inside rustls) and `ca.rs`. Nothing
+//! here opens a socket, and time comes in as an argument wherever a decision hangs on it.
 
-use std::fmt;
-use std::str::FromStr;
-use std::sync::Arc;
+mod bundle;
+mod ca;
+mod csr;
+mod facts;
+pub mod files;
+mod identity;
+mod pem;
+mod spiffe;
+mod store;
+mod tls;
+mod verify;
 
-/// A SPIFFE id.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct SpiffeId(Arc<str>);
-
-impl fmt::Display for SpiffeId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-/// Not a SPIFFE id.
-#[derive(Debug, thiserror::Error)]
-#[error("`{0}` is not a SPIFFE id")]
-pub struct SpiffeIdError(String);
-
-impl FromStr for SpiffeId {
-    type Err = SpiffeIdError;
-    fn from_str(text: &str) -> Result<Self, SpiffeIdError> {
-        Ok(Self(text.into()))
-    }
-}
-
-impl TryFrom<String> for SpiffeId {
-    type Error = SpiffeIdError;
-    fn try_from(text: String) -> Result<Self, SpiffeIdError> {
-        text.parse()
-    }
-}
-
-impl From<SpiffeId> for String {
-    fn from(id: SpiffeId) -> String {
-        id.0.to_string()
-    }
-}
+pub use bundle::{BundleError, Root, TrustBundle};
+pub use ca::{BACKDATE, Ca, CaError, DEFAULT_TTL, IssueRequest, Issued, control_plane_file, describe_root};
+pub use csr::{Csr, CsrError};
+pub use facts::{CertFacts, Sha256, format_span, format_time};
+pub use identity::{Identity, IdentityError, KeyAndCsr};
+pub use pem::{decode_certificates, encode_certificates};
+pub use spiffe::{SpiffeId, SpiffeIdError, TrustDomain};
+pub use store::{IdentityStore, InstallError, Material};
+pub use tls::{FOREIGN_ALPN, MeshAlpn, control_plane_client, control_plane_server, first_trust_client, provider};
+pub use verify::{PeerError, RENEWAL_GRACE, Renewing, VerifiedPeer, verify_peer, verify_peer_for_renewal};

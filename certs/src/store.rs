@@ -1,0 +1,128 @@
+//! Where a proxy's identity lives: everything built from it, swapped whole at each rotation, the last good one kept.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use arc_swap::ArcSwapOption;
+use rustls::{ClientConfig, ServerConfig};
+use tokio::sync::watch;
+
+use crate::bundle::TrustBundle;
+use crate::identity::Identity;
+use crate::tls::{self, FOREIGN_ALPN, MeshAlpn};
+use crate::verify::{PeerError, verify_peer};
+
+/// One identity, one bundle, and the TLS configurations made of them, with their own verifiers and session caches.
+#[derive(Debug)]
+pub struct Material {
+    /// Who we are.
+    pub identity: Identity,
+    /// Whom we believe.
+    pub bundle: Arc<TrustBundle>,
+    /// Towards peers that are not ours: offers `h2` and `http/1.1`.
+    pub foreign_client: Arc<ClientConfig>,
+    /// For our own proxies: takes `sheetbend/*`.
+    pub server: Arc<ServerConfig>,
+    /// For our own and others: takes `sheetbend/*`, `h2` and `http/1.1`.
+    pub server_any: Arc<ServerConfig>,
+    /// In the order of [`MeshAlpn::ALL`].
+    mesh: [Arc<ClientConfig>; 3],
+}
+
+impl Material {
+    /// Builds everything anew: nothing is shared with any other material, so no session survives into this one.
+    pub fn new(identity: Identity, bundle: Arc<TrustBundle>) -> Result<Self, rustls::Error> {
+        // Clones of one configuration share verifier and session cache, as peers of one identity and bundle may.
+        let client = tls::mesh_client(&identity, bundle.clone())?;
+        let offering = |alpn: &[&[u8]]| {
+            let mut config = client.clone();
+            config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
+            Arc::new(config)
+        };
+        let mesh = MeshAlpn::ALL.map(|alpn| offering(&[alpn.wire()]));
+        let foreign_client = offering(&FOREIGN_ALPN);
+
+        let mut server = tls::mesh_server(&identity, bundle.clone())?;
+        server.alpn_protocols = MeshAlpn::ALL.iter().map(|alpn| alpn.wire().to_vec()).collect();
+        let mut server_any = server.clone();
+        server_any.alpn_protocols.extend(FOREIGN_ALPN.iter().map(|name| name.to_vec()));
+        let (server, server_any) = (Arc::new(server), Arc::new(server_any));
+        Ok(Self { identity, bundle, foreign_client, server, server_any, mesh })
+    }
+
+    /// Towards one of our own proxies, offering one protocol.
+    pub fn mesh_client(&self, alpn: MeshAlpn) -> &Arc<ClientConfig> {
+        let [h2, http1, tcp] = &self.mesh;
+        match alpn {
+            MeshAlpn::H2 => h2,
+            MeshAlpn::Http1 => http1,
+            MeshAlpn::Tcp => tcp,
+        }
+    }
+
+    /// A server configuration that takes just these protocols. To be made once and kept, not for every connection.
+    pub fn server_for(&self, alpn: &[&[u8]]) -> Arc<ServerConfig> {
+        let mut config = ServerConfig::clone(&self.server);
+        config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
+        Arc::new(config)
+    }
+}
+
+/// Holds the current material. Readers take an `Arc` and are never blocked by a rotation.
+#[derive(Debug)]
+pub struct IdentityStore {
+    current: ArcSwapOption<Material>,
+    changes: watch::Sender<Option<Arc<Material>>>,
+}
+
+impl IdentityStore {
+    /// A store that holds nothing yet.
+    pub fn new() -> Self {
+        Self { current: ArcSwapOption::empty(), changes: watch::Sender::new(None) }
+    }
+
+    /// What is in force, if anything is.
+    pub fn current(&self) -> Option<Arc<Material>> {
+        self.current.load_full()
+    }
+
+    /// Tells of every change; holds what is in force.
+    pub fn subscribe(&self) -> watch::Receiver<Option<Arc<Material>>> {
+        self.changes.subscribe()
+    }
+
+    /// Puts a new identity or bundle in force. What would not work is refused, and the last good one stays: the
+    /// identity must verify against the bundle now.
+    pub fn install(
+        &self,
+        identity: Identity,
+        bundle: Arc<TrustBundle>,
+        now: SystemTime,
+    ) -> Result<Arc<Material>, InstallError> {
+        verify_peer(Some(&identity.chain), &bundle, now)?;
+        let material = Arc::new(Material::new(identity, bundle)?);
+        // Under the channel's own lock, so that two installers cannot leave the two views apart.
+        self.changes.send_modify(|latest| {
+            self.current.store(Some(material.clone()));
+            *latest = Some(material.clone());
+        });
+        Ok(material)
+    }
+}
+
+impl Default for IdentityStore {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Why an identity was not put in force.
+#[derive(Debug, thiserror::Error)]
+pub enum InstallError {
+    /// Our own peers would refuse it.
+    #[error("peers would refuse our own certificate: {0}")]
+    Refused(#[from] PeerError),
+    /// The TLS library refuses it.
+    #[error("no TLS configuration can be made of our certificate: {0}")]
+    Tls(#[from] rustls::Error),
+}

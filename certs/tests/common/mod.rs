@@ -1,0 +1,99 @@
+//! What the tests of this crate share: a CA in a directory of its own, identities from it, handshakes in memory.
+#![allow(dead_code, unreachable_pub)]
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::{ClientConfig, ServerConfig};
+use sheetbend_certs::{Ca, Csr, Identity, IssueRequest, KeyAndCsr, Material, SpiffeId, TrustDomain};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+/// A CA that is gone when dropped.
+pub struct TestCa {
+    pub dir: tempfile::TempDir,
+    pub ca: Ca,
+}
+
+impl TestCa {
+    pub fn new() -> Self {
+        Self::at(SystemTime::now())
+    }
+
+    /// A CA made at some other time.
+    pub fn at(now: SystemTime) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let ca = Ca::init(&dir.path().join("ca"), &TrustDomain::default(), now).unwrap();
+        Self { dir, ca }
+    }
+
+    pub fn identity(&self, service: &str) -> Identity {
+        self.identity_at(service, SystemTime::now(), Duration::from_secs(3600))
+    }
+
+    pub fn identity_at(&self, service: &str, now: SystemTime, ttl: Duration) -> Identity {
+        self.issue(service, now, |request| request.ttl = ttl)
+    }
+
+    pub fn issue(&self, service: &str, now: SystemTime, change: impl FnOnce(&mut IssueRequest)) -> Identity {
+        let key = KeyAndCsr::generate().unwrap();
+        let mut request = IssueRequest::new(workload(service), Csr::parse(key.csr_der()).unwrap());
+        change(&mut request);
+        let issued = self.ca.issue(&request, now).unwrap();
+        key.into_identity(issued.chain).unwrap()
+    }
+
+    pub fn material(&self, service: &str) -> Material {
+        Material::new(self.identity(service), self.ca.bundle().unwrap()).unwrap()
+    }
+}
+
+pub fn workload(service: &str) -> SpiffeId {
+    SpiffeId::for_workload(&TrustDomain::default(), "default", service).unwrap()
+}
+
+/// What one side of a finished handshake knows of the other.
+#[derive(Debug)]
+pub struct Side {
+    pub peer: Option<Vec<CertificateDer<'static>>>,
+    pub alpn: Option<Vec<u8>>,
+    pub resumed: bool,
+    pub group: Option<rustls::NamedGroup>,
+    pub version: Option<rustls::ProtocolVersion>,
+}
+
+fn side(connection: &rustls::CommonState) -> Side {
+    Side {
+        peer: connection.peer_certificates().map(|certs| certs.to_vec()),
+        alpn: connection.alpn_protocol().map(<[u8]>::to_vec),
+        resumed: connection.handshake_kind() == Some(rustls::HandshakeKind::Resumed),
+        group: connection.negotiated_key_exchange_group().map(|group| group.name()),
+        version: connection.protocol_version(),
+    }
+}
+
+/// A real handshake, one byte each way (so that session tickets arrive), and what both sides say: client, server.
+pub async fn handshake(
+    client: &Arc<ClientConfig>,
+    server: &Arc<ServerConfig>,
+    name: &str,
+) -> (Result<Side, std::io::Error>, Result<Side, std::io::Error>) {
+    let (near, far) = tokio::io::duplex(64 * 1024);
+    let name = ServerName::try_from(name.to_owned()).unwrap();
+    let client = async {
+        let mut stream = tokio_rustls::TlsConnector::from(client.clone()).connect(name, near).await?;
+        stream.write_all(b"?").await?;
+        stream.read_exact(&mut [0]).await?;
+        Ok(side(stream.get_ref().1))
+    };
+    let server = async {
+        let mut stream = tokio_rustls::TlsAcceptor::from(server.clone()).accept(far).await?;
+        stream.read_exact(&mut [0]).await?;
+        stream.write_all(b"!").await?;
+        stream.flush().await?;
+        let side = side(stream.get_ref().1);
+        let _ = stream.read(&mut [0]).await;
+        Ok(side)
+    };
+    tokio::join!(client, server)
+}
