@@ -3,17 +3,21 @@
 //! A story is a file of `tests/`: it starts the real binaries beside real programs, does what a user does and looks at
 //! what a user sees. This library is what stories share.
 
+mod app;
 mod binaries;
 mod graph;
 pub mod http;
+mod load;
 mod mesh;
 mod need;
 mod netns;
 mod process;
 mod wait;
 
+pub use app::{AnyBody, App, full, long};
 pub use binaries::{binary, workspace};
 pub use graph::{Edge, edges};
+pub use load::{Load, Tally};
 pub use mesh::{Mesh, Run, START, Sidecar};
 pub use need::{leave_out, namespaces, print_left_out, program, python, root, tools};
 pub use netns::{Host, two_hosts};

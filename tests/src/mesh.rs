@@ -234,6 +234,11 @@ impl Run<'_> {
         sidecar
     }
 
+    /// A sidecar for a server that the story itself runs, on the port given before.
+    pub fn serve(self) -> Sidecar {
+        self.start(["sleep", "3600"])
+    }
+
     /// Runs it to its end.
     pub fn finish<I: IntoIterator<Item: AsRef<OsStr>>>(self, program: I) -> Finished {
         finish(self.command(program), Duration::from_secs(60))

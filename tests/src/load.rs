@@ -1,0 +1,107 @@
+//! A steady load of small requests through a sidecar, and how it fared.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http::Request;
+use http_body_util::Full;
+use tokio::task::JoinSet;
+use tokio::time::{MissedTickBehavior, interval};
+
+use crate::http::{http1, read};
+
+/// Clients that ask for one URL, over and over.
+#[derive(Debug)]
+pub struct Load {
+    clients: JoinSet<()>,
+    stop: Arc<AtomicBool>,
+    tally: Arc<Mutex<Tally>>,
+}
+
+/// What became of the requests.
+#[derive(Clone, Debug, Default)]
+pub struct Tally {
+    /// How long each good answer took.
+    pub good: Vec<Duration>,
+    /// What went wrong with each of the others, with the time since the start.
+    pub failed: Vec<(Duration, String)>,
+}
+
+impl Load {
+    /// `clients` connections through the sidecar at `proxy`, each asking for `url` at `rate` requests a second.
+    pub fn start(proxy: SocketAddr, url: &str, clients: u32, rate: f64) -> Self {
+        let mut load = Self { clients: JoinSet::new(), stop: Arc::default(), tally: Arc::default() };
+        for _ in 0..clients {
+            load.clients.spawn(client(proxy, url.into(), rate, load.stop.clone(), load.tally.clone()));
+        }
+        load
+    }
+
+    /// What became of the requests so far.
+    pub fn so_far(&self) -> Tally {
+        self.tally.lock().expect("no panic holds this lock").clone()
+    }
+
+    /// Lets every client finish its request, and counts.
+    pub async fn stop(mut self) -> Tally {
+        self.stop.store(true, Ordering::Relaxed);
+        while self.clients.join_next().await.is_some() {}
+        self.so_far()
+    }
+}
+
+impl Tally {
+    /// Panics with the first failures, if there was one, or when there were fewer than `least` good answers.
+    #[track_caller]
+    pub fn assert_none_failed(&self, least: usize) {
+        let some: Vec<_> = self.failed.iter().take(5).collect();
+        assert!(some.is_empty(), "{} of {} failed: {some:#?}", self.failed.len(), self.failed.len() + self.good.len());
+        assert!(self.good.len() >= least, "only {} answers", self.good.len());
+    }
+
+    /// The time within which that share of the good answers came.
+    pub fn quantile(&self, share: f64) -> Duration {
+        let mut good = self.good.clone();
+        good.sort_unstable();
+        let at = (good.len() as f64 * share) as usize;
+        good.get(at.min(good.len().saturating_sub(1))).copied().unwrap_or_default()
+    }
+}
+
+async fn client(proxy: SocketAddr, url: String, rate: f64, stop: Arc<AtomicBool>, tally: Arc<Mutex<Tally>>) {
+    let began = Instant::now();
+    let mut tick = interval(Duration::from_secs_f64(1.0 / rate));
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let host = url.split('/').nth(2).unwrap_or_default().to_string();
+    let mut sender = None;
+    while !stop.load(Ordering::Relaxed) {
+        tick.tick().await;
+        let asked = Instant::now();
+        let call = async {
+            let mut open = match sender.take() {
+                Some(open) => open,
+                None => http1(proxy).await?,
+            };
+            let request = Request::get(&url).header("host", &host).body(Full::<Bytes>::default())?;
+            let answer = read(open.send_request(request).await?).await?;
+            match answer.status.is_success() {
+                true => {}
+                false => return Err(format!("{}: {:?} {}", answer.status, answer.headers, answer.text()).into()),
+            }
+            if open.ready().await.is_ok() {
+                sender = Some(open);
+            }
+            Ok::<(), crate::http::Error>(())
+        };
+        let outcome = tokio::time::timeout(Duration::from_secs(20), call).await;
+        let mut tally = tally.lock().expect("no panic holds this lock");
+        match outcome {
+            Ok(Ok(())) => tally.good.push(asked.elapsed()),
+            Ok(Err(error)) => tally.failed.push((began.elapsed(), error.to_string())),
+            Err(_) => tally.failed.push((began.elapsed(), "no answer within 20 s".into())),
+        }
+    }
+}
