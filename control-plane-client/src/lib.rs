@@ -3,9 +3,15 @@
 //! - [`model`]: destinations, clusters and endpoints as a proxy uses them. Whatever the wire said, a value of
 //!   these types is already checked.
 //! - [`xds`]: the model to and from xDS, our dialect of it.
+//! - [`discovery`]: what a target stands for, asked on demand and kept up to date.
+//! - [`channel`], [`backoff`]: how the control plane is reached, and how long to wait when it is not.
 //! - [`registration`]: what a proxy says of itself.
+//! - [`graph`]: the edges of the service graph, merged and shown.
 //! - [`proto`]: the generated messages and gRPC stubs of our own services.
 
+pub mod backoff;
+pub mod channel;
+pub mod discovery;
 pub mod graph;
 pub mod model;
 pub mod registration;

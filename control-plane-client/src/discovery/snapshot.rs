@@ -1,0 +1,79 @@
+//! What is known of the mesh, as it is read on the way of a request.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::model::{Mesh, Resolution, Target};
+
+/// Everything known at one moment. Never changes; the next moment is another snapshot.
+///
+/// Destinations and clusters that did not change keep their `Arc` from one snapshot to the next, so that a reader tells
+/// by [`Arc::ptr_eq`] what to index anew.
+#[derive(Debug, Default)]
+pub struct Snapshot {
+    pub(super) entries: HashMap<Target, Entry>,
+    pub(super) mesh: Option<Arc<Mesh>>,
+}
+
+/// An answer, and whether anybody cared for it lately.
+#[derive(Clone, Debug)]
+pub(super) struct Entry {
+    pub(super) resolution: Resolution,
+    pub(super) used: Used,
+}
+
+impl Snapshot {
+    /// What a target stands for, if that is known. Counts as a use: what nobody asks for is forgotten in time.
+    pub fn get(&self, target: &Target) -> Option<&Resolution> {
+        let entry = self.entries.get(target)?;
+        entry.used.mark();
+        Some(&entry.resolution)
+    }
+
+    /// What the mesh is; `None` before the first answer of a control plane.
+    pub fn mesh(&self) -> Option<&Arc<Mesh>> {
+        self.mesh.as_ref()
+    }
+
+    /// Whether a target is the mesh's by its name or address alone. Nothing is before the mesh is known, except names
+    /// without a dot.
+    pub fn claims(&self, target: &Target) -> bool {
+        match &self.mesh {
+            Some(mesh) => mesh.claims(target),
+            None => Mesh::default().claims(target),
+        }
+    }
+
+    /// Everything known, in no order. Does not count as a use.
+    pub fn iter(&self) -> impl Iterator<Item = (&Target, &Resolution)> {
+        self.entries.iter().map(|(target, entry)| (target, &entry.resolution))
+    }
+
+    /// How many targets are known.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether nothing is known.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+}
+
+/// Set by readers, cleared by the sweep. A mark without a clock: reading a time would cost more than the lookup.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Used(Arc<AtomicBool>);
+
+impl Used {
+    /// Written only when it changes: a line of memory that all workers read should stay shared.
+    pub(super) fn mark(&self) {
+        if !self.0.load(Ordering::Relaxed) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+
+    pub(super) fn take(&self) -> bool {
+        self.0.swap(false, Ordering::Relaxed)
+    }
+}
