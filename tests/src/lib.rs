@@ -21,5 +21,5 @@ pub use load::{Load, Tally};
 pub use mesh::{Mesh, Run, START, Sidecar};
 pub use need::{leave_out, namespaces, print_left_out, program, python, root, tools};
 pub use netns::{Host, two_hosts};
-pub use process::{Finished, Process, finish};
+pub use process::{Finished, Process, finish, raise_file_limit};
 pub use wait::{eventually, free_port, loopback, until, until_accepts};

@@ -19,9 +19,7 @@ pub struct Host {
 pub fn two_hosts() -> (Host, Host) {
     let left = Host::new(1);
     let right = Host::new(2);
-    // Interface names are at most 15 bytes long.
-    let cable = |host: &Host| format!("v{}", &host.name[3..]);
-    let (a, b) = (cable(&left), cable(&right));
+    let (a, b) = (left.interface(), right.interface());
     ip(&["link", "add", &a, "netns", &left.name, "type", "veth", "peer", "name", &b, "netns", &right.name]);
     for (host, end) in [(&left, &a), (&right, &b)] {
         ip(&["-n", &host.name, "addr", "add", &format!("{}/24", host.v4), "dev", end]);
@@ -67,10 +65,15 @@ impl Host {
         command
     }
 
+    /// The name of its end of the cable.
+    pub fn interface(&self) -> String {
+        // Interface names are at most 15 bytes long.
+        format!("v{}", &self.name[3..])
+    }
+
     /// Takes the cable out (or puts it back): the other host is gone without a word.
     pub fn cable(&self, plugged: bool) {
-        let end = format!("v{}", &self.name[3..]);
-        ip(&["-n", &self.name, "link", "set", &end, if plugged { "up" } else { "down" }]);
+        ip(&["-n", &self.name, "link", "set", &self.interface(), if plugged { "up" } else { "down" }]);
     }
 }
 

@@ -136,6 +136,13 @@ impl Drop for Process {
     }
 }
 
+/// Lets this process, and those it starts from now on, have as many open files as the system permits.
+pub fn raise_file_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+}
+
 /// Runs a command to its end and gives its output; panics when it takes longer than `within`.
 pub fn finish(mut command: Command, within: Duration) -> Finished {
     let folder = tempfile::tempdir().expect("a temporary folder");
