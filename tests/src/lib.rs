@@ -12,6 +12,7 @@ mod mesh;
 mod need;
 mod netns;
 mod process;
+pub mod tls;
 mod wait;
 
 pub use app::{AnyBody, App, full, long};

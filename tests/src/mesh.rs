@@ -298,6 +298,13 @@ impl Sidecar {
         address.parse().unwrap_or_else(|e| panic!("{e}: {state}"))
     }
 
+    /// Where other sidecars connect to it.
+    pub fn inbound(&self) -> SocketAddr {
+        let state = self.state();
+        let address = state["inbound"].as_str().unwrap_or_else(|| panic!("no inbound address in {state}"));
+        address.parse().unwrap_or_else(|e| panic!("{e}: {state}"))
+    }
+
     /// The edges that it has seen.
     pub async fn edges(&self) -> Vec<Edge> {
         edges(self.admin()).await
