@@ -1,0 +1,502 @@
+//! Deltas in, a graph out.
+//!
+//! An edge's key is (source identity, service:port, protocol). Both its ends report; the source's numbers are the
+//! edge's, the destination's stand beside them. The reporter is whom its certificate says: a source's report is about
+//! its own calls whatever it writes, and a destination's about services of its own namespace only.
+//!
+//! Everything a reporter can grow is bounded, and nothing it writes is shown unless it is made of a name's characters.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::window::{Side, Totals};
+use super::{Edge, Figures, Graph, Node, NodeKind, Protocol, Reporter, Seen, buckets};
+use crate::proto::v1::{self, EdgeDelta, EdgeReport};
+
+/// Edges a merged graph keeps; further ones are merged into `other`.
+pub const MAX_EDGES: usize = 20_000;
+/// Edges one instance may report on: the 512 a proxy keeps, and those named `other`.
+const MAX_EDGES_AN_INSTANCE: usize = 520;
+/// Instances known at a time.
+const MAX_INSTANCES: usize = 20_000;
+/// Six reports missed.
+const INSTANCE_GONE_AFTER: Duration = Duration::from_secs(30);
+/// How long an edge is shown after the last one who reported it has gone.
+const EDGE_GONE_AFTER: Duration = Duration::from_secs(300);
+
+const UNKNOWN: &str = "unknown";
+const EXTERNAL: &str = "external";
+const OTHER: &str = "other";
+
+/// How deltas come in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arrival {
+    /// As things happen: a proxy's own graph.
+    Live,
+    /// Every 5 s, about the 5 s before: a control plane's.
+    Reported,
+}
+
+/// What is known of all edges. Times are given by the caller, counted from when the graph was made.
+#[derive(Debug)]
+pub struct MergedGraph {
+    trust_domain: Arc<str>,
+    scope: String,
+    arrival: Arrival,
+    edges: HashMap<Key, Merged>,
+    instances: HashMap<(Arc<str>, Arc<str>), Instance>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Key {
+    /// A SPIFFE id, `unknown` or `other`.
+    source: Arc<str>,
+    /// `web.default:8000`, `external` or `other`.
+    destination: Arc<str>,
+    protocol: Protocol,
+}
+
+#[derive(Debug, Default)]
+struct Merged {
+    source: Option<Side>,
+    destination: Option<Side>,
+    principal: Option<Arc<str>>,
+    reporters: usize,
+    orphaned_at: Option<Duration>,
+}
+
+#[derive(Debug, Default)]
+struct Instance {
+    last_report: Duration,
+    /// Connections it has open, by edge: closed when it goes away.
+    edges: HashMap<(Key, Reporter), u64>,
+}
+
+impl MergedGraph {
+    /// An empty graph. `scope` is `mesh`, or the name of the one workload it is about.
+    pub fn new(trust_domain: &str, scope: &str, arrival: Arrival) -> Self {
+        Self {
+            trust_domain: trust_domain.into(),
+            scope: scope.into(),
+            arrival,
+            edges: HashMap::new(),
+            instances: HashMap::new(),
+        }
+    }
+
+    /// Adds a report of the one whose certificate has `identity`.
+    pub fn apply(&mut self, now: Duration, identity: &str, report: &EdgeReport) {
+        let instance = if is_name(&report.instance) { report.instance.as_str() } else { "" };
+        let reporter = (Arc::<str>::from(identity), Arc::<str>::from(instance));
+        if !self.instances.contains_key(&reporter) && self.instances.len() >= MAX_INSTANCES {
+            return;
+        }
+        let mut instance = self.instances.remove(&reporter).unwrap_or_default();
+        instance.last_report = now;
+        for delta in report.deltas.iter().take(2 * MAX_EDGES_AN_INSTANCE) {
+            self.add(now, &reporter.0, &mut instance, delta);
+        }
+        self.instances.insert(reporter, instance);
+        self.forget(now);
+    }
+
+    /// Forgets an instance whose stream has ended.
+    pub fn instance_gone(&mut self, now: Duration, identity: &str, instance: &str) {
+        if let Some(instance) = self.instances.remove(&(identity.into(), instance.into())) {
+            self.close(now, instance);
+        }
+    }
+
+    /// Forgets instances that have been silent for 30 s, and edges that nobody has reported for 5 min since.
+    pub fn forget(&mut self, now: Duration) {
+        if self.arrival == Arrival::Live {
+            return;
+        }
+        let silent = |i: &Instance| now.saturating_sub(i.last_report) > INSTANCE_GONE_AFTER;
+        let gone: Vec<_> = self.instances.iter().filter(|(_, i)| silent(i)).map(|(k, _)| k.clone()).collect();
+        for key in gone {
+            if let Some(instance) = self.instances.remove(&key) {
+                self.close(now, instance);
+            }
+        }
+        self.edges.retain(|_, e| e.orphaned_at.is_none_or(|at| now.saturating_sub(at) < EDGE_GONE_AFTER));
+    }
+
+    fn close(&mut self, now: Duration, instance: Instance) {
+        for ((key, reporter), open) in instance.edges {
+            let Some(edge) = self.edges.get_mut(&key) else { continue };
+            let side = match reporter {
+                Reporter::Source => &mut edge.source,
+                Reporter::Destination => &mut edge.destination,
+            };
+            if let Some(side) = side {
+                side.since_start.closed = side.since_start.closed.saturating_add(open);
+            }
+            edge.reporters = edge.reporters.saturating_sub(1);
+            if edge.reporters == 0 {
+                edge.orphaned_at = Some(now);
+            }
+        }
+    }
+
+    fn add(&mut self, now: Duration, identity: &Arc<str>, instance: &mut Instance, delta: &EdgeDelta) {
+        let Some(protocol) = Protocol::from_name(&delta.protocol) else { return };
+        let reporter = match v1::Reporter::try_from(delta.reporter) {
+            Ok(v1::Reporter::Source) => Reporter::Source,
+            Ok(v1::Reporter::Destination) => Reporter::Destination,
+            Ok(v1::Reporter::Unspecified) | Err(_) => return,
+        };
+        let destination = destination_of(&delta.destination);
+        let source = match reporter {
+            Reporter::Source => Arc::clone(identity),
+            Reporter::Destination if !same_namespace(identity, destination) => return,
+            Reporter::Destination if delta.source.is_empty() => UNKNOWN.into(),
+            Reporter::Destination if is_identity(&delta.source) => delta.source.as_str().into(),
+            Reporter::Destination => return,
+        };
+        let mut key = Key { source, destination: destination.into(), protocol };
+        if !self.edges.contains_key(&key)
+            && (self.edges.len() >= MAX_EDGES || instance.edges.len() >= MAX_EDGES_AN_INSTANCE)
+        {
+            key = Key { source: OTHER.into(), destination: OTHER.into(), protocol };
+        }
+        let edge = self.edges.entry(key.clone()).or_default();
+        let principal = match reporter {
+            Reporter::Source => Some(delta.destination_principal.as_str()).filter(|id| is_identity(id)),
+            Reporter::Destination => Some(identity.as_ref()),
+        };
+        if let Some(principal) = principal
+            && edge.principal.as_deref() != Some(principal)
+        {
+            edge.principal = Some(principal.into());
+        }
+        let open = instance.edges.entry((key, reporter)).or_insert_with(|| {
+            edge.reporters += 1;
+            edge.orphaned_at = None;
+            0
+        });
+        let totals = totals_of(delta);
+        *open = open.saturating_add(totals.opened).saturating_sub(totals.closed);
+        let side = match reporter {
+            Reporter::Source => &mut edge.source,
+            Reporter::Destination => &mut edge.destination,
+        };
+        side.get_or_insert_default().add(now, &totals, delta.mtls);
+    }
+
+    /// The graph as it is now.
+    pub fn snapshot(&self, now: Duration) -> Graph {
+        let names = self.names();
+        let mut nodes: BTreeMap<String, Node> = BTreeMap::new();
+        let mut note = |id: String, identity: Option<&str>| -> String {
+            let node = nodes.entry(id.clone()).or_insert_with(|| Node { kind: kind_of(&id), id, identity: None });
+            if let Some(identity) = identity.filter(|id| is_identity(id)) {
+                node.identity.get_or_insert_with(|| identity.to_string());
+            }
+            node.id.clone()
+        };
+        let mut edges = Vec::with_capacity(self.edges.len());
+        for (key, merged) in &self.edges {
+            let Some((reporter, main)) = merged.main() else { continue };
+            let source = note(self.name(&key.source, &names), Some(&key.source));
+            let (service, port) = split_port(&key.destination);
+            let destination = note(service.to_string(), merged.principal.as_deref());
+            let (last_minute, since_start) = self.figures(main, key.protocol, now);
+            let beside = merged.destination.as_ref().filter(|_| reporter == Reporter::Source);
+            edges.push(Edge {
+                source,
+                destination,
+                port,
+                protocol: key.protocol,
+                mtls: main.mtls(now),
+                reporter,
+                open_connections: main.since_start.opened.saturating_sub(main.since_start.closed),
+                last_minute,
+                since_start,
+                at_destination: beside.map(|side| {
+                    let (last_minute, since_start) = self.figures(side, key.protocol, now);
+                    Seen { last_minute, since_start }
+                }),
+            });
+        }
+        edges.sort_by(|a, b| {
+            (&a.source, &a.destination, a.port, a.protocol).cmp(&(&b.source, &b.destination, b.port, b.protocol))
+        });
+        Graph {
+            scope: self.scope.clone(),
+            uptime_seconds: (now.as_secs_f64() * 1000.0).round() / 1000.0,
+            nodes: nodes.into_values().collect(),
+            edges,
+        }
+    }
+
+    fn figures(&self, side: &Side, protocol: Protocol, now: Duration) -> (Figures, Figures) {
+        let (totals, over) = match self.arrival {
+            Arrival::Live => side.last_minute_live(now),
+            Arrival::Reported => side.last_minute_reported(now),
+        };
+        (totals.figures(protocol, over), side.since_start.figures(protocol, now))
+    }
+
+    /// Identities that serve exactly one service are shown under its name, so that a workload whose account is called
+    /// otherwise is one node, not two.
+    fn names(&self) -> HashMap<&str, &str> {
+        let mut services: HashMap<&str, HashSet<&str>> = HashMap::new();
+        for (key, merged) in &self.edges {
+            let (service, port) = split_port(&key.destination);
+            if let (Some(principal), Some(_)) = (merged.principal.as_deref(), port) {
+                services.entry(principal).or_default().insert(service);
+            }
+        }
+        services
+            .into_iter()
+            .filter(|(_, s)| s.len() == 1)
+            .filter_map(|(id, s)| Some((id, s.into_iter().next()?)))
+            .collect()
+    }
+
+    fn name(&self, identity: &str, names: &HashMap<&str, &str>) -> String {
+        if let Some(service) = names.get(identity) {
+            return (*service).to_string();
+        }
+        match workload(identity) {
+            Some((domain, namespace, account)) if *domain == *self.trust_domain => format!("{account}.{namespace}"),
+            Some((domain, namespace, account)) => format!("{account}.{namespace}.{domain}"),
+            None => identity.to_string(),
+        }
+    }
+}
+
+impl Merged {
+    fn main(&self) -> Option<(Reporter, &Side)> {
+        let source = self.source.as_ref().map(|side| (Reporter::Source, side));
+        source.or(self.destination.as_ref().map(|side| (Reporter::Destination, side)))
+    }
+}
+
+fn totals_of(delta: &EdgeDelta) -> Totals {
+    let mut totals = Totals::default();
+    let mut latency: Vec<(u16, u64)> = delta
+        .latency
+        .iter()
+        .take(buckets::COUNT)
+        .filter(|b| b.count > 0 && (b.bucket as usize) < buckets::COUNT)
+        .map(|b| (b.bucket as u16, b.count))
+        .collect();
+    latency.sort_unstable();
+    totals.add(&Totals {
+        requests: delta.requests,
+        errors: delta.errors,
+        bytes_sent: delta.bytes_sent,
+        bytes_received: delta.bytes_received,
+        opened: delta.connections_opened,
+        closed: delta.connections_closed,
+        latency,
+    });
+    totals
+}
+
+/// `spiffe://TRUST-DOMAIN/ns/NAMESPACE/sa/ACCOUNT` in its three parts.
+fn workload(identity: &str) -> Option<(&str, &str, &str)> {
+    let mut parts = identity.strip_prefix("spiffe://")?.split('/');
+    let found = match (parts.next()?, parts.next()?, parts.next()?, parts.next()?, parts.next()?) {
+        (domain, "ns", namespace, "sa", account) => (domain, namespace, account),
+        _ => return None,
+    };
+    parts.next().is_none().then_some(found)
+}
+
+fn is_identity(text: &str) -> bool {
+    text.len() <= 2048 && text.strip_prefix("spiffe://").is_some_and(|rest| rest.split('/').all(is_name))
+}
+
+/// Characters of DNS names, SPIFFE path segments and addresses, and not too many.
+fn is_name(text: &str) -> bool {
+    (1..=300).contains(&text.len())
+        && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_' | b':'))
+}
+
+/// A service port as it is; whatever else is called is outside the mesh.
+fn destination_of(text: &str) -> &str {
+    match split_port(text) {
+        (OTHER, None) => OTHER,
+        (service, Some(_)) if is_name(service) && service.contains('.') && !service.contains(':') => {
+            // An address and a port is no service.
+            if service.parse::<std::net::IpAddr>().is_ok() { EXTERNAL } else { text }
+        }
+        _ => EXTERNAL,
+    }
+}
+
+fn split_port(destination: &str) -> (&str, Option<u16>) {
+    match destination.rsplit_once(':').map(|(service, port)| (service, port.parse())) {
+        Some((service, Ok(port))) => (service, Some(port)),
+        _ => (destination, None),
+    }
+}
+
+fn same_namespace(identity: &str, destination: &str) -> bool {
+    let of_service = split_port(destination).0.rsplit_once('.').map(|(_, namespace)| namespace);
+    destination == OTHER || workload(identity).is_some_and(|(_, namespace, _)| Some(namespace) == of_service)
+}
+
+fn kind_of(id: &str) -> NodeKind {
+    match id {
+        UNKNOWN => NodeKind::Unknown,
+        EXTERNAL => NodeKind::External,
+        OTHER => NodeKind::Other,
+        _ => NodeKind::Service,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const WEB: &str = "spiffe://cluster.local/ns/default/sa/web";
+    const CART: &str = "spiffe://cluster.local/ns/default/sa/cart";
+
+    fn mesh() -> MergedGraph {
+        MergedGraph::new("cluster.local", "mesh", Arrival::Reported)
+    }
+
+    fn at(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    fn delta(reporter: v1::Reporter, source: &str, destination: &str, requests: u64) -> EdgeDelta {
+        EdgeDelta {
+            reporter: reporter.into(),
+            source: source.into(),
+            destination: destination.into(),
+            protocol: "http".into(),
+            mtls: true,
+            requests,
+            latency: vec![v1::BucketCount { bucket: 100, count: requests }],
+            ..EdgeDelta::default()
+        }
+    }
+
+    fn report(instance: &str, deltas: Vec<EdgeDelta>) -> EdgeReport {
+        EdgeReport { deltas, instance: instance.into() }
+    }
+
+    #[test]
+    fn the_sources_numbers_are_the_edges_and_the_destinations_stand_beside_them() {
+        let mut graph = mesh();
+        graph.apply(at(5), WEB, &report("w", vec![delta(v1::Reporter::Source, "", "cart.default:80", 50)]));
+        graph.apply(at(5), CART, &report("c", vec![delta(v1::Reporter::Destination, WEB, "cart.default:80", 49)]));
+        let graph = graph.snapshot(at(6));
+        let [edge] = graph.edges.as_slice() else { panic!("one edge, not {:?}", graph.edges) };
+        assert_eq!(
+            (edge.source.as_str(), edge.destination.as_str(), edge.port),
+            ("web.default", "cart.default", Some(80))
+        );
+        assert_eq!((edge.reporter, edge.mtls), (Reporter::Source, true));
+        assert_eq!((edge.last_minute.requests, edge.last_minute.rate), (50, 10.0));
+        assert_eq!(edge.at_destination.as_ref().map(|d| d.last_minute.requests), Some(49));
+        assert_eq!(graph.nodes.iter().map(|n| n.id.as_str()).collect::<Vec<_>>(), ["cart.default", "web.default"]);
+    }
+
+    #[test]
+    fn an_edge_only_the_destination_reports_is_shown_with_its_numbers() {
+        let mut graph = mesh();
+        graph.apply(at(5), CART, &report("c", vec![delta(v1::Reporter::Destination, "", "cart.default:80", 3)]));
+        let graph = graph.snapshot(at(6));
+        assert_eq!(graph.edges[0].source, "unknown");
+        assert_eq!((graph.edges[0].reporter, graph.edges[0].since_start.requests), (Reporter::Destination, 3));
+    }
+
+    #[test]
+    fn nobody_reports_in_anothers_name() {
+        let mut graph = mesh();
+        let lies = vec![
+            delta(v1::Reporter::Source, CART, "db.default:5432", 1),
+            delta(v1::Reporter::Destination, CART, "ledger.bank:443", 1_000_000),
+        ];
+        graph.apply(at(5), WEB, &report("w", lies));
+        let graph = graph.snapshot(at(6));
+        assert_eq!(graph.edges.len(), 1);
+        assert_eq!(graph.edges[0].source, "web.default");
+    }
+
+    #[test]
+    fn what_an_instance_had_open_is_closed_when_it_goes_away() {
+        let mut graph = mesh();
+        let opened = EdgeDelta {
+            connections_opened: 7,
+            connections_closed: 2,
+            protocol: "tcp".into(),
+            ..delta(v1::Reporter::Source, "", "db.default:5432", 0)
+        };
+        graph.apply(at(5), WEB, &report("w1", vec![opened.clone()]));
+        graph.apply(at(5), WEB, &report("w2", vec![opened]));
+        assert_eq!(graph.snapshot(at(6)).edges[0].open_connections, 10);
+        graph.instance_gone(at(7), WEB, "w1");
+        assert_eq!(graph.snapshot(at(8)).edges[0].open_connections, 5);
+        graph.forget(at(36));
+        assert_eq!(graph.snapshot(at(36)).edges[0].open_connections, 0);
+        graph.forget(at(400));
+        assert_eq!(graph.snapshot(at(400)).edges, []);
+    }
+
+    #[test]
+    fn a_flood_of_edges_ends_in_other() {
+        let mut graph = mesh();
+        let deltas = (0..2000).map(|n| delta(v1::Reporter::Source, "", &format!("s{n}.default:80"), 1)).collect();
+        graph.apply(at(5), WEB, &report("w", deltas));
+        let graph = graph.snapshot(at(6));
+        assert_eq!(graph.edges.len(), MAX_EDGES_AN_INSTANCE + 1);
+        assert!(graph.edges.iter().any(|e| e.source == "other" && e.last_minute.requests == 520));
+    }
+
+    #[test]
+    fn an_account_that_serves_one_service_is_shown_under_its_name() {
+        let mut graph = mesh();
+        let account = "spiffe://cluster.local/ns/shop/sa/cart-account";
+        graph.apply(
+            at(5),
+            account,
+            &report(
+                "c",
+                vec![
+                    delta(v1::Reporter::Destination, WEB, "cart.shop:80", 1),
+                    delta(v1::Reporter::Source, "", "db.shop:5432", 1),
+                ],
+            ),
+        );
+        let ids: Vec<_> = graph.snapshot(at(6)).nodes.into_iter().map(|n| n.id).collect();
+        assert_eq!(ids, ["cart.shop", "db.shop", "web.default"]);
+    }
+
+    #[test]
+    fn an_address_outside_is_external_and_garbage_too() {
+        for outside in ["10.1.2.3:443", "[fd00::1]:443", "external", "", "<script>:80", "a b.c:1", "\u{1b}[31m.x:2"] {
+            assert_eq!(destination_of(outside), EXTERNAL, "{outside:?}");
+        }
+        assert_eq!(destination_of("web.default:80"), "web.default:80");
+    }
+
+    proptest! {
+        #[test]
+        fn no_report_breaks_the_graph(
+            texts in proptest::collection::vec((".{0,30}", ".{0,30}", "(http|tcp|x)", 0i32..4, any::<u64>(), any::<u32>()), 0..20),
+        ) {
+            let mut graph = mesh();
+            let deltas = texts.iter().map(|(source, destination, protocol, reporter, n, bucket)| EdgeDelta {
+                reporter: *reporter,
+                source: source.clone(),
+                destination: destination.clone(),
+                protocol: protocol.clone(),
+                requests: *n,
+                connections_closed: *n,
+                latency: vec![v1::BucketCount { bucket: *bucket, count: *n }; 3],
+                ..EdgeDelta::default()
+            }).collect();
+            graph.apply(at(5), WEB, &report("w", deltas));
+            graph.snapshot(at(6));
+        }
+    }
+}
