@@ -12,7 +12,6 @@ pub(crate) struct Failure {
 
 impl Failure {
     /// The command was right and could not be carried out: exit status 1.
-    #[allow(dead_code)]
     pub(crate) fn new(message: impl fmt::Display) -> Self {
         Self { message: message.to_string(), usage: false }
     }
@@ -26,5 +25,11 @@ impl Failure {
     pub(crate) fn report(&self) -> ExitCode {
         eprintln!("error: {}", self.message);
         ExitCode::from(if self.usage { 2 } else { 1 })
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
     }
 }
