@@ -298,11 +298,16 @@ impl Sidecar {
         address.parse().unwrap_or_else(|e| panic!("{e}: {state}"))
     }
 
-    /// Where other sidecars connect to it.
+    /// Where other sidecars connect to it: where its process listens beside its admin and its explicit listener. Only
+    /// where it serves no control plane too.
     pub fn inbound(&self) -> SocketAddr {
         let state = self.state();
-        let address = state["inbound"].as_str().unwrap_or_else(|| panic!("no inbound address in {state}"));
-        address.parse().unwrap_or_else(|e| panic!("{e}: {state}"))
+        let known = ["admin", "outbound"].map(|key| state[key].as_str().unwrap_or_default().to_string());
+        until(&format!("{} listens for others", self.service), START, || {
+            let mut others = listening(self.process.id());
+            others.retain(|address| !known.iter().any(|url| url.contains(&address.to_string())));
+            others.first().copied().filter(|_| others.len() == 1)
+        })
     }
 
     /// The edges that it has seen.
@@ -342,4 +347,23 @@ fn listens(netns: &str, port: u16) -> bool {
         let mut words = line.split_whitespace().skip(1);
         words.next().is_some_and(|local| local.ends_with(&port)) && words.nth(1) == Some(listen)
     })
+}
+
+/// The IPv4 addresses on which a process listens.
+fn listening(pid: u32) -> Vec<SocketAddr> {
+    let fds = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    let links = fds.filter_map(|fd| std::fs::read_link(fd.path()).ok());
+    let inodes: Vec<String> = links
+        .filter_map(|link| Some(link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.to_string()))
+        .collect();
+    let table = std::fs::read_to_string(format!("/proc/{pid}/net/tcp")).unwrap_or_default();
+    let address = |line: &str| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let (local, state, inode) = (words.get(1)?, words.get(3)?, words.get(9)?);
+        let (ip, port) = local.split_once(':')?;
+        let ip = u32::from_str_radix(ip, 16).ok()?.swap_bytes();
+        let address = SocketAddr::from((std::net::Ipv4Addr::from(ip), u16::from_str_radix(port, 16).ok()?));
+        (*state == "0A" && inodes.iter().any(|mine| mine == inode)).then_some(address)
+    };
+    table.lines().filter_map(address).collect()
 }
