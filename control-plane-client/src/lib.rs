@@ -7,14 +7,18 @@
 //! - [`channel`], [`backoff`]: how the control plane is reached, and how long to wait when it is not.
 //! - [`registration`]: what a proxy says of itself.
 //! - [`graph`]: the edges of the service graph, merged and shown.
+//! - [`report`]: what edges this proxy saw, told every 5 s.
+//! - [`local`]: how processes of one user find their own control plane.
 //! - [`proto`]: the generated messages and gRPC stubs of our own services.
 
 pub mod backoff;
 pub mod channel;
 pub mod discovery;
 pub mod graph;
+pub mod local;
 pub mod model;
 pub mod registration;
+pub mod report;
 pub mod xds;
 
 /// Generated messages and gRPC stubs.

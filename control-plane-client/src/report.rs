@@ -1,0 +1,232 @@
+//! Reports: the edges that this proxy saw, told every 5 s. Nothing ever waits for it.
+//!
+//! A delta is told at most once. What was not handed to the connection yet when that ended is kept, merged with what
+//! comes after, and told on the next one.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use futures_util::Stream;
+use tokio::sync::Notify;
+
+use crate::backoff;
+use crate::channel::Connector;
+use crate::proto::v1::report_client::ReportClient;
+use crate::proto::v1::{BucketCount, EdgeDelta, EdgeReport};
+
+/// How often edges are told.
+pub const EVERY: Duration = Duration::from_secs(5);
+/// Edges kept while the control plane is away: four times what a proxy has at any one time.
+const MAX_EDGES: usize = 2_048;
+
+/// What reporting needs to know.
+pub struct ReportConfig {
+    /// How the control plane is reached.
+    pub connector: Connector,
+    /// Unique among the reporters alive; a restart is another one.
+    pub instance: String,
+    /// How often.
+    pub every: Duration,
+    /// Gives the deltas since it was last called.
+    pub source: Box<dyn FnMut() -> Vec<EdgeDelta> + Send>,
+}
+
+/// Reports for as long as it is polled. To be spawned.
+pub async fn run(mut config: ReportConfig) {
+    let mut pending = Pending::default();
+    let mut rotations = config.connector.rotations();
+    let mut failures = 0u32;
+    loop {
+        let slot = Arc::new(Slot::default());
+        // In no order. A rotation ends the stream in mid-air; what was not taken from the slot is told on the next one.
+        let ended = tokio::select! {
+            reason = stream(&config.connector, slot.clone()) => Some(reason),
+            never = feed(&mut config.source, &config.instance, config.every, &mut pending, &slot, &mut failures) => match never {},
+            () = rotations.next() => None,
+        };
+        pending.put_back(slot.take());
+        let Some(reason) = ended else { continue };
+        failures = failures.saturating_add(1);
+        let wait = backoff::wait(failures, rand::random());
+        tracing::debug!(reason, ?wait, edges = pending.edges.len(), "edges can not be reported now; they are kept");
+        tokio::time::sleep(wait).await;
+    }
+}
+
+/// Sends what appears in the slot, until the connection ends.
+async fn stream(connector: &Connector, slot: Arc<Slot>) -> String {
+    let channel = match connector.connect().await {
+        Ok(channel) => channel,
+        Err(error) => return error.to_string(),
+    };
+    match ReportClient::new(channel).edges(reports(slot)).await {
+        Ok(_) => "the control plane ended the stream".to_string(),
+        Err(status) => format!("{}: {:.300}", status.code(), status.message()),
+    }
+}
+
+/// Looks at the source every `every`, and puts into the slot what there is, once what was there is gone.
+async fn feed(
+    source: &mut (dyn FnMut() -> Vec<EdgeDelta> + Send),
+    instance: &str,
+    every: Duration,
+    pending: &mut Pending,
+    slot: &Slot,
+    failures: &mut u32,
+) -> std::convert::Infallible {
+    loop {
+        tokio::time::sleep(every).await;
+        pending.merge(source());
+        if slot.is_taken() {
+            // The connection took the one before: it lives.
+            *failures = 0;
+        }
+        if slot.is_empty() && !pending.edges.is_empty() {
+            slot.put(EdgeReport { deltas: pending.take(), instance: instance.to_string() });
+        }
+    }
+}
+
+fn reports(slot: Arc<Slot>) -> impl Stream<Item = EdgeReport> {
+    futures_util::stream::unfold(slot, |slot| async move {
+        loop {
+            // `notify_one` leaves a permit when nobody waits: nothing is missed between the two lines.
+            if let Some(report) = slot.hand_over() {
+                return Some((report, slot));
+            }
+            slot.filled.notified().await;
+        }
+    })
+}
+
+/// Holds one report until the connection takes it.
+#[derive(Default)]
+struct Slot {
+    report: Mutex<(Option<EdgeReport>, bool)>,
+    filled: Notify,
+}
+
+impl Slot {
+    /// A lock of a few instructions, never held across an await, and never by a worker.
+    fn lock(&self) -> MutexGuard<'_, (Option<EdgeReport>, bool)> {
+        self.report.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn put(&self, report: EdgeReport) {
+        self.lock().0 = Some(report);
+        self.filled.notify_one();
+    }
+
+    fn hand_over(&self) -> Option<EdgeReport> {
+        let mut slot = self.lock();
+        let report = slot.0.take();
+        slot.1 |= report.is_some();
+        report
+    }
+
+    fn take(&self) -> Option<EdgeReport> {
+        self.lock().0.take()
+    }
+
+    fn is_empty(&self) -> bool {
+        self.lock().0.is_none()
+    }
+
+    /// Whether the connection ever took a report.
+    fn is_taken(&self) -> bool {
+        self.lock().1
+    }
+}
+
+/// Deltas that nobody was told yet, each edge once.
+#[derive(Default)]
+struct Pending {
+    edges: BTreeMap<Edge, EdgeDelta>,
+}
+
+/// What tells two edges apart.
+type Edge = (i32, String, String, String, String, bool);
+
+impl Pending {
+    fn merge(&mut self, deltas: Vec<EdgeDelta>) {
+        for mut delta in deltas {
+            if self.edges.len() >= MAX_EDGES && !self.edges.contains_key(&edge(&delta)) {
+                // The sums stay right; which far end it was is lost.
+                delta.destination = "other".to_string();
+                delta.destination_principal.clear();
+            }
+            match self.edges.entry(edge(&delta)) {
+                std::collections::btree_map::Entry::Vacant(free) => drop(free.insert(delta)),
+                std::collections::btree_map::Entry::Occupied(mut sum) => add(sum.get_mut(), delta),
+            }
+        }
+    }
+
+    fn put_back(&mut self, report: Option<EdgeReport>) {
+        self.merge(report.map(|report| report.deltas).unwrap_or_default());
+    }
+
+    fn take(&mut self) -> Vec<EdgeDelta> {
+        std::mem::take(&mut self.edges).into_values().collect()
+    }
+}
+
+fn edge(delta: &EdgeDelta) -> Edge {
+    (
+        delta.reporter,
+        delta.source.clone(),
+        delta.destination.clone(),
+        delta.destination_principal.clone(),
+        delta.protocol.clone(),
+        delta.mtls,
+    )
+}
+
+fn add(sum: &mut EdgeDelta, delta: EdgeDelta) {
+    sum.requests = sum.requests.saturating_add(delta.requests);
+    sum.errors = sum.errors.saturating_add(delta.errors);
+    sum.bytes_sent = sum.bytes_sent.saturating_add(delta.bytes_sent);
+    sum.bytes_received = sum.bytes_received.saturating_add(delta.bytes_received);
+    sum.connections_opened = sum.connections_opened.saturating_add(delta.connections_opened);
+    sum.connections_closed = sum.connections_closed.saturating_add(delta.connections_closed);
+    let mut buckets: BTreeMap<u32, u64> = sum.latency.iter().map(|b| (b.bucket, b.count)).collect();
+    for bucket in delta.latency {
+        let count = buckets.entry(bucket.bucket).or_default();
+        *count = count.saturating_add(bucket.count);
+    }
+    sum.latency = buckets.into_iter().map(|(bucket, count)| BucketCount { bucket, count }).collect();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn delta(destination: &str, requests: u64) -> EdgeDelta {
+        EdgeDelta {
+            destination: destination.to_string(),
+            requests,
+            latency: vec![BucketCount { bucket: 3, count: requests }],
+            ..EdgeDelta::default()
+        }
+    }
+
+    #[test]
+    fn deltas_that_wait_are_one_sum_an_edge() {
+        let mut pending = Pending::default();
+        pending.merge(vec![delta("web.default:80", 2), delta("db.default:5432", 1)]);
+        pending.put_back(Some(EdgeReport { deltas: vec![delta("web.default:80", 40)], instance: String::new() }));
+        let told = pending.take();
+        assert_eq!(told, [delta("db.default:5432", 1), delta("web.default:80", 42)]);
+        assert_eq!(pending.take(), []);
+    }
+
+    #[test]
+    fn what_waits_is_bounded_and_no_request_is_lost_from_the_sum() {
+        let mut pending = Pending::default();
+        pending.merge((0..3 * MAX_EDGES).map(|n| delta(&format!("s{n}.default:80"), 1)).collect());
+        let told = pending.take();
+        assert_eq!(told.len(), MAX_EDGES + 1);
+        assert_eq!(told.iter().map(|delta| delta.requests).sum::<u64>(), 3 * MAX_EDGES as u64);
+    }
+}
