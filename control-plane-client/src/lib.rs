@@ -3,6 +3,7 @@
 //! - [`model`]: destinations, clusters and endpoints as a proxy uses them. Whatever the wire said, a value of
 //!   these types is already checked.
 //! - [`xds`]: the model to and from xDS, our dialect of it.
+//! - [`identity`]: the first certificate, and all that follow it.
 //! - [`discovery`]: what a target stands for, asked on demand and kept up to date.
 //! - [`channel`], [`backoff`]: how the control plane is reached, and how long to wait when it is not.
 //! - [`registration`]: what a proxy says of itself.
@@ -15,6 +16,7 @@ pub mod backoff;
 pub mod channel;
 pub mod discovery;
 pub mod graph;
+pub mod identity;
 pub mod local;
 pub mod model;
 pub mod registration;
