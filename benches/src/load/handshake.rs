@@ -1,0 +1,126 @@
+//! Full TLS 1.3 handshakes with a client certificate, never resumed, at an inbound proxy.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use rustls::client::Resumption;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::{ClientConfig, RootCertStore};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+
+use super::Shared;
+use crate::frames;
+use crate::pki::Pki;
+
+/// What a handshake needs to know.
+#[derive(Clone)]
+pub(crate) struct Caller {
+    connector: TlsConnector,
+    server_name: ServerName<'static>,
+}
+
+impl Caller {
+    /// The calling side of `pki`, which asks for `server_name` and offers `alpn`.
+    ///
+    /// The server's certificate is verified against the bundle, for the name `web.default`, whatever the SNI says.
+    pub(crate) fn new(pki: &Pki, server_name: &str, alpn: &str) -> io::Result<Self> {
+        let mut roots = RootCertStore::empty();
+        for root in CertificateDer::pem_file_iter(pki.path("bundle.pem")).map_err(io::Error::other)? {
+            roots.add(root.map_err(io::Error::other)?).map_err(io::Error::other)?;
+        }
+        let chain = CertificateDer::pem_file_iter(pki.path("caller.pem"))
+            .and_then(|certs| certs.collect::<Result<Vec<_>, _>>())
+            .map_err(io::Error::other)?;
+        let key = PrivateKeyDer::from_pem_file(pki.path("caller.key")).map_err(io::Error::other)?;
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let verifier = rustls::client::WebPkiServerVerifier::builder_with_provider(roots.into(), provider.clone())
+            .build()
+            .map_err(io::Error::other)?;
+        let mut config = ClientConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .map_err(io::Error::other)?
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(OneName(verifier)))
+            .with_client_auth_cert(chain, key)
+            .map_err(io::Error::other)?;
+        config.alpn_protocols = vec![alpn.as_bytes().to_vec()];
+        config.resumption = Resumption::disabled();
+        let server_name = ServerName::try_from(server_name.to_string()).map_err(io::Error::other)?;
+        Ok(Self { connector: TlsConnector::from(Arc::new(config)), server_name })
+    }
+
+    /// One handshake, until the server has verified the client: its first HTTP/2 frame comes after that. Gives the
+    /// name of the key exchange that was agreed.
+    pub(crate) async fn shake(&self, to: SocketAddr) -> io::Result<String> {
+        let tcp = TcpStream::connect(to).await?;
+        tcp.set_nodelay(true)?;
+        let mut tls = self.connector.connect(self.server_name.clone(), tcp).await?;
+        let mut hello = frames::PREFACE.to_vec();
+        frames::push(&mut hello, frames::SETTINGS, 0, 0, &[]);
+        tls.write_all(&hello).await?;
+        tls.flush().await?;
+        let mut first = [0; 9];
+        tls.read_exact(&mut first).await?;
+        match first[3] {
+            frames::SETTINGS => {
+                Ok(tls.get_ref().1.negotiated_key_exchange_group().map_or(String::new(), |g| format!("{:?}", g.name())))
+            }
+            _ => Err(io::Error::other(format!("expected SETTINGS, got {first:02x?}"))),
+        }
+    }
+}
+
+/// Handshakes one after another.
+pub(crate) async fn again_and_again(caller: Caller, to: SocketAddr, shared: Arc<Shared>) {
+    while !shared.stopped() {
+        let outcome = caller.shake(to).await;
+        if outcome.is_ok() {
+            shared.count();
+        }
+        shared.note(outcome.map(drop));
+    }
+}
+
+/// Verifies for the name in the certificate, where the SNI names a port of a service.
+#[derive(Debug)]
+struct OneName(Arc<rustls::client::WebPkiServerVerifier>);
+
+impl rustls::client::danger::ServerCertVerifier for OneName {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        ocsp: &[u8],
+        now: rustls::pki_types::UnixTime,
+    ) -> Result<rustls::client::danger::ServerCertVerified, rustls::Error> {
+        let name = ServerName::try_from("web.default").map_err(|e| rustls::Error::General(e.to_string()))?;
+        self.0.verify_server_cert(end_entity, intermediates, &name, ocsp, now)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        signed: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        self.0.verify_tls12_signature(message, cert, signed)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        signed: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        self.0.verify_tls13_signature(message, cert, signed)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
+        self.0.supported_verify_schemes()
+    }
+}

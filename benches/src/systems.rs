@@ -1,0 +1,217 @@
+//! The pairs under test, and how each is started.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use crate::load::http1::{Client, get};
+use crate::load::http2;
+use crate::pki::Pki;
+use crate::procs::Proc;
+
+/// A version of HTTP on one stretch of the way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum Http {
+    /// HTTP/1.1.
+    One,
+    /// HTTP/2.
+    Two,
+}
+
+/// Whose proxies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, clap::ValueEnum)]
+pub(crate) enum Make {
+    Nginx,
+    Haproxy,
+    Envoy,
+    Sheetbend,
+}
+
+/// A pair of proxies in one of its settings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct System {
+    /// Whose.
+    pub(crate) make: Make,
+    /// What its clients speak.
+    pub(crate) client: Http,
+    /// What the two speak between them.
+    pub(crate) between: Http,
+    /// What the inbound proxy speaks to the app. Sheetbend decides by what the client spoke.
+    pub(crate) origin: Http,
+}
+
+impl System {
+    /// How the table calls it.
+    pub(crate) fn name(self) -> &'static str {
+        match (self.make, self.between) {
+            (Make::Nginx, _) => "nginx",
+            (Make::Haproxy, Http::One) => "HAProxy, HTTP/1.1 between",
+            (Make::Haproxy, Http::Two) => "HAProxy, HTTP/2 between",
+            (Make::Envoy, Http::One) => "Envoy, HTTP/1.1 between",
+            (Make::Envoy, Http::Two) => "Envoy, HTTP/2 between",
+            (Make::Sheetbend, _) => "Sheetbend",
+        }
+    }
+}
+
+/// Every setting, where clients and app speak `spoken`. nginx speaks HTTP/1.1 to whatever is behind it.
+pub(crate) fn systems(spoken: Http) -> Vec<System> {
+    let system = |make, between, origin| System { make, client: spoken, between, origin };
+    vec![
+        system(Make::Nginx, Http::One, Http::One),
+        system(Make::Haproxy, Http::One, spoken),
+        system(Make::Haproxy, Http::Two, spoken),
+        system(Make::Envoy, Http::One, spoken),
+        system(Make::Envoy, Http::Two, spoken),
+        system(Make::Sheetbend, Http::Two, spoken),
+    ]
+}
+
+/// The programs.
+pub(crate) struct Programs {
+    pub(crate) nginx: PathBuf,
+    pub(crate) haproxy: PathBuf,
+    pub(crate) envoy: PathBuf,
+    pub(crate) sheetbend: PathBuf,
+}
+
+/// What every pair shares.
+pub(crate) struct Bench<'a> {
+    pub(crate) programs: &'a Programs,
+    pub(crate) pki: &'a Pki,
+    pub(crate) scratch: &'a Path,
+    pub(crate) origin: SocketAddr,
+}
+
+/// Two running proxies, with a path from `outbound` to the origin.
+pub(crate) struct Pair {
+    pub(crate) system: System,
+    pub(crate) inbound: Proc,
+    pub(crate) outbound: Proc,
+    /// Where clients connect.
+    pub(crate) entry: SocketAddr,
+    /// Where the outbound proxy connects.
+    pub(crate) middle: SocketAddr,
+    /// From the first process's start to the first answer.
+    pub(crate) started_in: Duration,
+}
+
+impl Pair {
+    /// Starts both, and waits for the first answer.
+    pub(crate) async fn start(bench: &Bench<'_>, system: System) -> io::Result<Self> {
+        let dir = tempfile::tempdir_in(bench.scratch)?.keep();
+        let (entry, middle) = (free_port()?, free_port()?);
+        let sides = sides(bench, system, &dir, entry, middle)?;
+        let start = Instant::now();
+        let [inbound, outbound] = sides.map(|(name, mut command)| Proc::start(&mut command, &dir.join(name)));
+        let mut pair =
+            Self { system, inbound: inbound?, outbound: outbound?, entry, middle, started_in: Duration::ZERO };
+        pair.first_answer(start).await.map_err(|error| {
+            let said = |name| fs::read_to_string(dir.join(name)).unwrap_or_default();
+            let name = system.name();
+            io::Error::other(format!("{name}: {error}\n{}{}", said("inbound.log"), said("outbound.log")))
+        })?;
+        Ok(pair)
+    }
+
+    async fn first_answer(&mut self, start: Instant) -> io::Result<()> {
+        let request = get("/small");
+        loop {
+            let ask = async {
+                match self.system.client {
+                    Http::One => Client::connect(self.entry).await?.ask(&request).await.map(drop),
+                    Http::Two => http2::once(self.entry).await,
+                }
+            };
+            let answer = tokio::time::timeout(Duration::from_millis(100), ask).await;
+            match answer {
+                Ok(Ok(_)) => {
+                    self.started_in = start.elapsed();
+                    return Ok(());
+                }
+                _ if self.inbound.has_ended() || self.outbound.has_ended() => {
+                    return Err(io::Error::other("a proxy ended at its start"));
+                }
+                Ok(Err(error)) if start.elapsed() > Duration::from_secs(10) => return Err(error),
+                _ => tokio::time::sleep(Duration::from_millis(1)).await,
+            }
+        }
+    }
+
+    /// Nanoseconds of CPU that both have used.
+    pub(crate) fn cpu(&self) -> u64 {
+        self.inbound.cpu() + self.outbound.cpu()
+    }
+
+    /// Resident bytes of both.
+    pub(crate) fn resident(&self) -> u64 {
+        self.inbound.resident() + self.outbound.resident()
+    }
+}
+
+fn free_port() -> io::Result<SocketAddr> {
+    TcpListener::bind("127.0.0.1:0")?.local_addr()
+}
+
+type Sides = [(&'static str, Command); 2];
+
+fn sides(bench: &Bench<'_>, system: System, dir: &Path, entry: SocketAddr, middle: SocketAddr) -> io::Result<Sides> {
+    let options = |http| if http == Http::Two { "http2_protocol_options" } else { "http_protocol_options" };
+    let alpn = |http| if http == Http::Two { "h2" } else { "http/1.1" };
+    let words = BTreeMap::from([
+        ("dir", dir.display().to_string()),
+        ("pki", bench.pki.path("").display().to_string().trim_end_matches('/').to_string()),
+        ("nofile", "19000".to_string()),
+        ("outbound", entry.to_string()),
+        ("outbound_ip", entry.ip().to_string()),
+        ("outbound_port", entry.port().to_string()),
+        ("inbound", middle.to_string()),
+        ("inbound_ip", middle.ip().to_string()),
+        ("inbound_port", middle.port().to_string()),
+        ("origin", bench.origin.to_string()),
+        ("origin_ip", bench.origin.ip().to_string()),
+        ("origin_port", bench.origin.port().to_string()),
+        // Without TLS, nginx serves HTTP/2 on ports that serve nothing else.
+        ("listen_http2", if system.client == Http::Two { "http2".into() } else { String::new() }),
+        ("between_alpn", alpn(system.between).to_string()),
+        ("between_options", options(system.between).to_string()),
+        ("origin_options", options(system.origin).to_string()),
+        ("origin_proto", if system.origin == Http::Two { "proto h2".into() } else { String::new() }),
+    ]);
+    let write = |name: &str| {
+        let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("peers").join(name))?;
+        let text = words.iter().fold(text, |text, (word, value)| text.replace(&format!("{{{{{word}}}}}"), value));
+        let path = dir.join(name);
+        fs::write(&path, text)?;
+        io::Result::Ok(path)
+    };
+    let programs = bench.programs;
+    let command = |side: &str| {
+        let mut command;
+        match system.make {
+            Make::Nginx => {
+                command = Command::new(&programs.nginx);
+                command.arg("-p").arg(dir).arg("-c").arg(write(&format!("nginx.{side}.conf"))?);
+            }
+            Make::Haproxy => {
+                command = Command::new(&programs.haproxy);
+                command.arg("-f").arg(write(&format!("haproxy.{side}.conf"))?);
+            }
+            Make::Envoy => {
+                command = Command::new(&programs.envoy);
+                command.args(["--concurrency", "1", "--disable-hot-restart", "--log-level", "error", "-c"]);
+                command.arg(write(&format!("envoy.{side}.yaml"))?);
+            }
+            Make::Sheetbend => {
+                command = Command::new(&programs.sheetbend);
+                command.arg("--config").arg(write(&format!("sheetbend.{side}.json"))?);
+            }
+        }
+        io::Result::Ok(command)
+    };
+    Ok([("inbound.log", command("inbound")?), ("outbound.log", command("outbound")?)])
+}
