@@ -24,7 +24,7 @@ pub use self::layout::CaError;
 use self::layout::{Loaded, Manifest, Paths};
 use crate::bundle::{Root, TrustBundle};
 use crate::csr::Csr;
-use crate::facts::{Sha256, format_span};
+use crate::facts::format_span;
 use crate::files::{self, Access};
 use crate::pem;
 use crate::spiffe::{SpiffeId, TrustDomain};
@@ -254,14 +254,11 @@ impl Ca {
     }
 }
 
-/// Which root a chain rests on, for an operator: its digest, and how long the chain still holds.
+/// A root as an operator reads it: its name (which ends in the first digits of its key's digest) and what it has left.
 pub fn describe_root(root: &Root, now: SystemTime) -> String {
-    let digest: Sha256 = root.sha256();
     match root.not_after().duration_since(now) {
-        Ok(left) => format!("`{}` ({}, {} left)", root.subject(), digest.short(), format_span(left)),
-        Err(ended) => {
-            format!("`{}` ({}, expired {} ago)", root.subject(), digest.short(), format_span(ended.duration()))
-        }
+        Ok(left) => format!("`{}` ({} left)", root.subject(), format_span(left)),
+        Err(ended) => format!("`{}` (expired {} ago)", root.subject(), format_span(ended.duration())),
     }
 }
 

@@ -245,7 +245,7 @@ pub(crate) fn system(at: UnixTime) -> SystemTime {
 }
 
 /// Why a peer is not believed.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PeerError {
     /// It showed none.
     #[error("the peer showed no certificate")]
@@ -331,4 +331,26 @@ pub enum PeerError {
     /// Anything else that path building refuses.
     #[error("the peer's chain is refused: {0}")]
     Chain(webpki::Error),
+}
+
+impl PeerError {
+    /// The reason in our own words, if a handshake failed because the peer's certificate was refused on this side.
+    pub fn of_handshake(error: &std::io::Error) -> Option<&Self> {
+        Self::of_tls(error.get_ref()?.downcast_ref()?)
+    }
+
+    /// Likewise, from the TLS library's error.
+    pub fn of_tls(error: &rustls::Error) -> Option<&Self> {
+        match error {
+            rustls::Error::InvalidCertificate(rustls::CertificateError::Other(other)) => other.0.downcast_ref(),
+            _ => None,
+        }
+    }
+}
+
+/// As `Display`: the TLS library writes the reason into its own messages in this form, and operators read those.
+impl std::fmt::Debug for PeerError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Display::fmt(self, f)
+    }
 }

@@ -97,3 +97,50 @@ pub async fn handshake(
     };
     tokio::join!(client, server)
 }
+
+/// The issuing CA of a directory, for signing what the CA itself would never sign.
+pub fn forger(ca: &TestCa) -> (rcgen::Issuer<'static, rcgen::KeyPair>, CertificateDer<'static>) {
+    let dir = ca.ca.dir();
+    let manifest: serde_json::Value = std::fs::read_to_string(dir.join("ca.json")).unwrap().parse().unwrap();
+    let name = manifest["issuer"].as_str().unwrap();
+    let key = rcgen::KeyPair::from_pem(&std::fs::read_to_string(dir.join(format!("{name}.key"))).unwrap()).unwrap();
+    let pem = std::fs::read_to_string(dir.join(format!("{name}.pem"))).unwrap();
+    let der = sheetbend_certs::decode_certificates(&pem).unwrap().remove(0);
+    (rcgen::Issuer::from_ca_cert_der(&der, key).unwrap(), der)
+}
+
+/// What a leaf of ours looks like, to be spoilt.
+pub fn leaf_params(uris: &[&str]) -> rcgen::CertificateParams {
+    use rcgen::{ExtendedKeyUsagePurpose as Eku, KeyUsagePurpose, SanType};
+    let mut params = rcgen::CertificateParams::default();
+    params.distinguished_name = rcgen::DistinguishedName::new();
+    params.is_ca = rcgen::IsCa::ExplicitNoCa;
+    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+    params.extended_key_usages = vec![Eku::ServerAuth, Eku::ClientAuth];
+    params.subject_alt_names = uris.iter().map(|uri| SanType::URI((*uri).try_into().unwrap())).collect();
+    let now = SystemTime::now();
+    (params.not_before, params.not_after) =
+        ((now - Duration::from_secs(60)).into(), (now + Duration::from_secs(3600)).into());
+    params
+}
+
+/// A chain whose leaf has these parameters, signed by the CA's own issuing key, and the leaf's key.
+pub fn forge(ca: &TestCa, params: rcgen::CertificateParams) -> (Vec<CertificateDer<'static>>, rcgen::KeyPair) {
+    let (issuer, der) = forger(ca);
+    let key = rcgen::KeyPair::generate().unwrap();
+    (vec![params.signed_by(&key, &issuer).unwrap().into(), der], key)
+}
+
+/// Whether a test may go on: without the tool it is left out by name, and under `SHEETBEND_TEST_STRICT=1` it fails.
+pub fn has(tool: &str, probe: &str) -> bool {
+    use std::io::Write;
+    let found = std::process::Command::new(tool).arg(probe).output().is_ok_and(|output| output.status.success());
+    let strict = std::env::var_os("SHEETBEND_TEST_STRICT").is_some_and(|v| v == "1");
+    assert!(found || !strict, "{tool} is missing, and nothing may be left out");
+    if !found {
+        let thread = std::thread::current();
+        let line = format!("left out: {}: `{tool}` is not installed\n", thread.name().unwrap_or("a test"));
+        let _ = std::io::stderr().write_all(line.as_bytes()); // Past the capturing of `print!`.
+    }
+    found
+}
