@@ -1,0 +1,142 @@
+//! Every console block of the README does what it shows.
+//!
+//! The blocks run in their order, in one folder, on a host of their own (a network namespace: the ports are those that
+//! the README names). `…` stands for anything: within a line, or, as a line, for any lines. A block marked `console runs`
+//! goes on running while the blocks after it do.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use sheetbend_tests::{Host, Process, START, binary, finish, namespaces, need, program, until, workspace};
+
+/// A command of the README and what it prints.
+struct Step {
+    line: usize,
+    command: String,
+    expected: String,
+    runs_on: bool,
+}
+
+fn steps(readme: &str) -> Vec<Step> {
+    let mut steps: Vec<Step> = Vec::new();
+    let mut block = None;
+    for (number, line) in readme.lines().enumerate() {
+        match (block, line) {
+            (None, "```console" | "```console runs") => block = Some(line == "```console runs"),
+            (Some(_), "```") => block = None,
+            (Some(runs_on), line) => match line.strip_prefix("$ ") {
+                Some(command) => {
+                    steps.push(Step { line: number + 1, command: command.into(), expected: String::new(), runs_on });
+                }
+                None => {
+                    let step = steps.last_mut().expect("a block begins with a command");
+                    let continued = step.expected.is_empty() && step.command.ends_with('\\');
+                    let text = if continued { &mut step.command } else { &mut step.expected };
+                    text.push_str(if continued { "\n" } else { "" });
+                    text.push_str(line);
+                    text.push_str(if continued { "" } else { "\n" });
+                }
+            },
+            (None, _) => {}
+        }
+    }
+    steps
+}
+
+/// Whether a line is as shown: `…` stands for any run of characters.
+fn line_is(shown: &str, line: &str) -> bool {
+    let mut rest = line;
+    let mut parts = shown.split('…').map(str::trim_end).peekable();
+    let Some(first) = parts.next() else { return rest.is_empty() };
+    let Some(after) = rest.strip_prefix(first) else { return false };
+    rest = after;
+    if parts.peek().is_none() {
+        return rest.trim().is_empty();
+    }
+    while let Some(part) = parts.next() {
+        if parts.peek().is_none() {
+            return rest.trim_end().ends_with(part);
+        }
+        let Some(at) = rest.find(part) else { return false };
+        rest = &rest[at + part.len()..];
+    }
+    true
+}
+
+/// Whether an output is as shown. With `more`, it may go on.
+fn is(shown: &[&str], said: &[&str], more: bool) -> bool {
+    match (shown.split_first(), said.split_first()) {
+        (None, None) => true,
+        (None, Some(_)) => more,
+        (Some((&"…", rest)), _) => (0..=said.len()).any(|skipped| is(rest, &said[skipped..], more)),
+        (Some(_), None) => false,
+        (Some((first, rest)), Some((line, lines))) => line_is(first, line) && is(rest, lines, more),
+    }
+}
+
+fn as_shown(shown: &str, said: &str, more: bool) -> bool {
+    let lines = |text: &str| text.trim_end().lines().map(|line| line.trim_end().to_string()).collect::<Vec<_>>();
+    let (shown, said) = (lines(shown), lines(said));
+    let shown: Vec<&str> = shown.iter().map(String::as_str).collect();
+    let said: Vec<&str> = said.iter().map(String::as_str).collect();
+    is(&shown, &said, more)
+}
+
+fn shell(host: &Host, folder: &Path, command: &str) -> Command {
+    let programs = binary("sheetbend").parent().expect("a binary lies in a folder").to_path_buf();
+    let path = std::env::var("PATH").unwrap_or_default();
+    let mut shell = host.command("bash");
+    // Both outputs in the order in which they come, as a terminal shows them.
+    shell.args(["-c", &format!("exec 2>&1\n{command}")]).current_dir(folder);
+    shell.env("PATH", format!("{}:{path}", programs.display()));
+    shell.env("HOME", folder).env_remove("XDG_STATE_HOME").env("TERM", "dumb");
+    shell
+}
+
+#[test]
+fn every_console_block_of_the_readme_prints_what_it_shows() {
+    need!(namespaces());
+    need!(program("python3"));
+    need!(program("curl"));
+    let readme = std::fs::read_to_string(workspace().join("README.md")).expect("the README");
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let host = Host::new(1);
+    let mut running = Vec::new();
+    let steps = steps(&readme);
+    assert!(!steps.is_empty(), "the README shows commands");
+    for step in steps {
+        let command = shell(&host, folder.path(), &step.command);
+        let place = format!("README.md:{}: $ {}", step.line, step.command);
+        if step.runs_on {
+            let process = Process::spawn(&format!("line-{}", step.line), folder.path(), command);
+            until(&format!("{place}\nto print\n{}\nbut: {}", step.expected, process.told()), START, || {
+                as_shown(&step.expected, &process.stdout(), true).then_some(())
+            });
+            running.push(process);
+            continue;
+        }
+        let said = finish(command, Duration::from_secs(60));
+        assert!(
+            as_shown(&step.expected, &said.stdout, false),
+            "{place}\n--- shows\n{}--- prints\n{}",
+            step.expected,
+            said.stdout
+        );
+    }
+    // The last started ends first: who depends on another goes before it.
+    while let Some(process) = running.pop() {
+        drop(process);
+    }
+}
+
+#[test]
+fn the_wildcard_of_a_console_block_stands_for_anything() {
+    assert!(as_shown("a\n…\nz\n", "a\nb\nc\nz", false));
+    assert!(as_shown("from … to … end", "from 1 to 2 end", false));
+    assert!(as_shown("a …", "a b c", false));
+    assert!(as_shown("a\n", "a\nb\n", true));
+    assert!(!as_shown("a\n", "a\nb\n", false));
+    assert!(!as_shown("a\n…\nz\n", "a\nb\n", false));
+    assert!(!as_shown("from … to 3", "from 1 to 2", false));
+}
