@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Takes what a story needs, or leaves the story out and says why.
 ///
@@ -67,7 +68,9 @@ pub fn root() -> Result<(), String> {
 pub fn namespaces() -> Result<(), String> {
     root()?;
     let ip = program("ip")?;
-    let probe = format!("sbt-probe-{}", std::process::id());
+    // Stories of one process ask at the same time.
+    static ASKED: AtomicU32 = AtomicU32::new(0);
+    let probe = format!("sbt-probe-{}-{}", std::process::id(), ASKED.fetch_add(1, Ordering::Relaxed));
     let add = Command::new(&ip).args(["netns", "add", &probe]).output();
     match add {
         Ok(out) if out.status.success() => {}
