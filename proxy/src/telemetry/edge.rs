@@ -5,8 +5,8 @@
 //! is being counted meanwhile may be in one number and not yet in another.
 
 use std::fmt;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, Ordering::Acquire, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use sheetbend_certs::SpiffeId;
@@ -14,6 +14,8 @@ use sheetbend_control_plane_client::graph::buckets;
 pub use sheetbend_control_plane_client::graph::{Protocol, Reporter};
 
 use super::Flags;
+use super::labels::{self, Code};
+use super::series::{Labels, Requests, Series, Tcp};
 
 /// The other end of an edge.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -79,13 +81,31 @@ impl Outcome {
 pub struct Edge {
     pub(super) key: EdgeKey,
     pub(super) totals: Totals,
+    series: Arc<Series>,
+    labels: Labels,
+    tcp: Option<Arc<Tcp>>,
+    codes: [Slot; CODES],
+    overflow: OnceLock<Arc<Requests>>,
+}
+
+/// Kinds of outcome (status, gRPC status, flags) an edge tells apart; any further one counts as overflow.
+const CODES: usize = 16;
+
+/// An outcome's kind and its series. A slot is claimed once, by setting `code`, and never given up. Between that and the
+/// setting of `series` another thread asks the table of all series, and is given the same.
+#[derive(Default)]
+struct Slot {
+    code: AtomicU64,
+    series: OnceLock<Arc<Requests>>,
 }
 
 /// What happened on an edge since it was first seen. Every number only grows.
 pub(super) struct Totals {
     pub(super) requests: AtomicU64,
     pub(super) errors: AtomicU64,
+    /// From source to destination, whichever end this proxy is.
     pub(super) bytes_sent: AtomicU64,
+    /// From destination to source.
     pub(super) bytes_received: AtomicU64,
     pub(super) connections_opened: AtomicU64,
     pub(super) connections_closed: AtomicU64,
@@ -108,8 +128,15 @@ impl Totals {
 }
 
 impl Edge {
-    pub(super) fn new(key: EdgeKey) -> Self {
-        Self { key, totals: Totals::new() }
+    pub(super) fn new(key: EdgeKey, own: &SpiffeId, series: Arc<Series>) -> Self {
+        let labels = labels::of_edge(&key, own);
+        let tcp = (key.protocol == Protocol::Tcp).then(|| {
+            let mut labels = labels.clone();
+            labels.push(("response_flags", "-".to_string()));
+            series.tcp(labels)
+        });
+        let codes = std::array::from_fn(|_| Slot::default());
+        Self { key, totals: Totals::new(), series, labels, tcp, codes, overflow: OnceLock::new() }
     }
 
     /// What tells this edge from others. The one that stands in for too many has the destination `other`.
@@ -127,25 +154,65 @@ impl Edge {
         if let Some(bucket) = totals.latency.get(buckets::index(outcome.latency)) {
             bucket.fetch_add(1, Relaxed);
         }
-        let (sent, received) = match self.key.reporter {
-            Reporter::Source => (outcome.request_bytes, outcome.response_bytes),
-            Reporter::Destination => (outcome.response_bytes, outcome.request_bytes),
-        };
-        totals.bytes_sent.fetch_add(sent, Relaxed);
-        totals.bytes_received.fetch_add(received, Relaxed);
+        totals.bytes_sent.fetch_add(outcome.request_bytes, Relaxed);
+        totals.bytes_received.fetch_add(outcome.response_bytes, Relaxed);
+        self.record(outcome);
+    }
+
+    fn record(&self, outcome: &Outcome) {
+        let code = Code::new(outcome.status, outcome.grpc_status, outcome.flags);
+        for slot in &self.codes {
+            let taken = slot.code.load(Acquire);
+            if taken == code.0 {
+                match slot.series.get() {
+                    Some(series) => series.record(outcome),
+                    None => self.resolve(code, outcome.flags).record(outcome),
+                }
+                return;
+            }
+            if taken != 0 {
+                continue;
+            }
+            // The first of its kind on this edge: the one time that labels are made and looked up.
+            match slot.code.compare_exchange(0, code.0, Acquire, Acquire) {
+                Ok(_) => slot.series.get_or_init(|| self.resolve(code, outcome.flags)).record(outcome),
+                Err(other) if other == code.0 => self.resolve(code, outcome.flags).record(outcome),
+                Err(_) => continue,
+            }
+            return;
+        }
+        self.overflow.get_or_init(|| self.series.overflow(labels::reporter(self.key.reporter))).record(outcome);
+    }
+
+    fn resolve(&self, code: Code, flags: Flags) -> Arc<Requests> {
+        let mut labels = self.labels.clone();
+        labels.extend(code.labels(flags));
+        self.series.requests(labels)
     }
 
     /// Counts bytes outside any request: of an opaque connection, or of a tunnel after its upgrade.
     ///
     /// `sent` went from this proxy's side of the edge to the other.
     pub fn bytes(&self, sent: u64, received: u64) {
-        self.totals.bytes_sent.fetch_add(sent, Relaxed);
-        self.totals.bytes_received.fetch_add(received, Relaxed);
+        let (to_destination, to_source) = match self.key.reporter {
+            Reporter::Source => (sent, received),
+            Reporter::Destination => (received, sent),
+        };
+        self.totals.bytes_sent.fetch_add(to_destination, Relaxed);
+        self.totals.bytes_received.fetch_add(to_source, Relaxed);
+        if let Some(tcp) = &self.tcp {
+            // Istio names them as the destination sees them.
+            tcp.received.increment(to_destination);
+            tcp.sent.increment(to_source);
+        }
     }
 
     /// Counts a connection as open until the guard is dropped. For opaque TCP; HTTP counts requests.
     pub fn connection(self: &Arc<Self>) -> ConnectionGuard {
         self.totals.connections_opened.fetch_add(1, Relaxed);
+        if let Some(tcp) = &self.tcp {
+            tcp.opened.increment(1);
+        }
         ConnectionGuard { edge: Arc::clone(self) }
     }
 
@@ -170,5 +237,8 @@ pub struct ConnectionGuard {
 impl Drop for ConnectionGuard {
     fn drop(&mut self) {
         self.edge.totals.connections_closed.fetch_add(1, Relaxed);
+        if let Some(tcp) = &self.edge.tcp {
+            tcp.closed.increment(1);
+        }
     }
 }

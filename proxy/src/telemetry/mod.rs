@@ -11,19 +11,29 @@ mod access_log;
 mod counters;
 mod edge;
 mod flags;
+mod labels;
+mod local_graph;
+mod process;
+mod series;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use sheetbend_certs::SpiffeId;
+use sheetbend_control_plane_client::graph::{Arrival, Graph, MergedGraph};
 use sheetbend_control_plane_client::model::ServiceName;
-use sheetbend_control_plane_client::proto::v1::EdgeDelta;
+use sheetbend_control_plane_client::proto::v1::{EdgeDelta, EdgeReport};
 
 pub use access_log::{AccessEntry, AccessLog, AccessLogFormat, AccessLogOutput, AccessLogSettings};
 pub use counters::{Counter, Gauge};
 pub use edge::{ConnectionGuard, Edge, EdgeKey, Outcome, Peer, Protocol, Reporter};
-pub use flags::Flags;
+pub use flags::{Flags, Words};
+use local_graph::Cursors;
+use series::Series;
 
 /// Edges a proxy keeps; traffic on any further one counts on an edge named `other`.
 pub const MAX_EDGES: usize = 512;
@@ -47,7 +57,17 @@ pub struct Telemetry {
     counters: Vec<metrics::Counter>,
     gauges: Vec<metrics::Gauge>,
     prometheus: PrometheusHandle,
+    series: Arc<Series>,
     access_log: AccessLog,
+    started: Instant,
+    graph: Mutex<OwnGraph>,
+    reported: Mutex<Cursors>,
+}
+
+/// The graph of this proxy alone.
+struct OwnGraph {
+    merged: MergedGraph,
+    read: Cursors,
 }
 
 impl Telemetry {
@@ -57,15 +77,27 @@ impl Telemetry {
         let counters: Vec<_> = Counter::ALL.iter().map(|c| c.register(&recorder)).collect();
         let gauges = Gauge::ALL.iter().map(|g| g.register(&recorder)).collect();
         let dropped = counters[Counter::AccessLogDropped as usize].clone();
-        Arc::new(Self {
+        let overflowed = counters[Counter::SeriesOverflowed as usize].clone();
+        let prometheus = recorder.handle();
+        let series = Arc::new(Series::new(recorder, Counter::ALL.len() + Gauge::ALL.len(), overflowed));
+        let trust_domain = settings.identity.trust_domain();
+        let scope = settings.service.to_string();
+        let merged = MergedGraph::new(trust_domain.as_str(), &scope, Arrival::Live);
+        let telemetry = Self {
             identity: settings.identity,
             service: settings.service,
             edges: Mutex::default(),
             counters,
             gauges,
-            prometheus: recorder.handle(),
+            prometheus,
+            series,
             access_log: AccessLog::new(settings.access_log, dropped),
-        })
+            started: Instant::now(),
+            graph: Mutex::new(OwnGraph { merged, read: Cursors::default() }),
+            reported: Mutex::default(),
+        };
+        telemetry.gauge_set(Gauge::StartTime, process::unix_time_now());
+        Arc::new(telemetry)
     }
 
     /// The edge with this key, made if it is new. Asked for once a connection or endpoint, not once a request.
@@ -80,7 +112,12 @@ impl Telemetry {
             self.count(Counter::EdgesOverflowed);
             EdgeKey { peer: Peer::Unknown, destination: "other".into(), ..key }
         };
-        Arc::clone(edges.entry(key.clone()).or_insert_with(|| Arc::new(Edge::new(key))))
+        let new = || Arc::new(Edge::new(key.clone(), &self.identity, Arc::clone(&self.series)));
+        Arc::clone(edges.entry(key.clone()).or_insert_with(new))
+    }
+
+    fn all_edges(&self) -> Vec<Arc<Edge>> {
+        self.edges.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
     }
 
     /// The access log.
@@ -114,14 +151,38 @@ impl Telemetry {
         }
     }
 
-    /// What happened on every edge since this was asked last, for the report to the control plane.
+    /// What happened on every edge since this was asked last, for the report to the control plane every 5 s.
     pub fn take_deltas(&self) -> Vec<EdgeDelta> {
-        Vec::new()
+        self.reported.lock().unwrap_or_else(PoisonError::into_inner).advance(&self.all_edges())
     }
 
-    /// All metrics, in Prometheus' text format.
+    /// This proxy's own graph.
+    pub fn graph(&self) -> Graph {
+        let now = self.started.elapsed();
+        let mut own = self.graph.lock().unwrap_or_else(PoisonError::into_inner);
+        let deltas = own.read.advance(&self.all_edges());
+        own.merged.apply(now, self.identity.as_str(), &EdgeReport { deltas, instance: String::new() });
+        own.merged.snapshot(now)
+    }
+
+    /// Files what was counted under the time at which it happened. The admin server calls this every 5 s, so that the
+    /// last minute is the last minute even when nobody looks at the graph.
+    pub fn tick(&self) {
+        let now = self.started.elapsed();
+        let mut own = self.graph.lock().unwrap_or_else(PoisonError::into_inner);
+        let deltas = own.read.advance(&self.all_edges());
+        own.merged.apply(now, self.identity.as_str(), &EdgeReport { deltas, instance: String::new() });
+    }
+
+    /// All metrics, in Prometheus' text format, always in the same order.
     pub fn render_metrics(&self) -> String {
-        self.prometheus.render()
+        self.gauge_set(Gauge::SeriesInUse, self.series.used() as f64);
+        self.gauge_set(Gauge::EdgesInUse, self.edges.lock().unwrap_or_else(PoisonError::into_inner).len() as f64);
+        for (gauge, value) in process::measure() {
+            self.gauge_set(gauge, value);
+        }
+        let histograms = self.series.render();
+        in_order(&self.prometheus.render()) + &histograms
     }
 
     /// The workload's own identity.
@@ -133,4 +194,19 @@ impl Telemetry {
     pub fn service(&self) -> &ServiceName {
         &self.service
     }
+}
+
+/// The exporter's families and lines come in no order; a reader, and a test, like one.
+fn in_order(text: &str) -> String {
+    let mut families: Vec<String> = text
+        .split("\n\n")
+        .filter(|family| !family.trim().is_empty())
+        .map(|family| {
+            let (comments, mut lines): (Vec<&str>, Vec<&str>) = family.lines().partition(|line| line.starts_with('#'));
+            lines.sort_unstable();
+            comments.into_iter().chain(lines).map(|line| format!("{line}\n")).collect()
+        })
+        .collect();
+    families.sort_unstable();
+    families.join("\n") + "\n"
 }
