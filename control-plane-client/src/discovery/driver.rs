@@ -140,13 +140,8 @@ impl Driver {
         }
     }
 
-    /// Whatever happened: ask for what is wanted now, publish what is known now, and answer who waits.
+    /// Whatever happened: publish what is known now, answer who waits, and ask for what is wanted now.
     fn settle(&mut self) {
-        if self.link.is_up() {
-            for request in self.state.plan() {
-                self.send(request);
-            }
-        }
         if self.state.assemble() {
             self.shared.publish(self.state.snapshot());
             let state = &self.state;
@@ -157,6 +152,11 @@ impl Driver {
                 }
                 None => true,
             });
+        }
+        if self.link.is_up() {
+            for request in self.state.plan() {
+                self.send(request);
+            }
         }
     }
 

@@ -225,6 +225,8 @@ impl State {
             let Some((generation, resolution)) = next else { continue };
             wanted.generation = generation;
             if wanted.answer.as_ref() != Some(&resolution) {
+                // Clusters that were held only for what is replaced now can be let go of.
+                self.replan |= leads_elsewhere(wanted.answer.as_ref(), &resolution);
                 wanted.answer = Some(resolution);
                 changed = true;
             }
@@ -404,6 +406,14 @@ fn refresh(built: &mut Built, stores: &Stores, wanted: &Wanted) -> Option<(u64, 
         .collect();
     let destination = Destination { clusters, ..Destination::clone(published) };
     Some((newest, Resolution::Mesh(built.destination(destination))))
+}
+
+fn leads_elsewhere(before: Option<&Resolution>, now: &Resolution) -> bool {
+    match (before, now) {
+        (Some(Resolution::Mesh(before)), Resolution::Mesh(now)) => !before.clusters.keys().eq(now.clusters.keys()),
+        (Some(Resolution::Mesh(_)), Resolution::NotMesh) => true,
+        (Some(Resolution::NotMesh) | None, _) => false,
+    }
 }
 
 fn summary(wrong: &[String]) -> String {
