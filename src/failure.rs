@@ -7,24 +7,29 @@ use std::process::ExitCode;
 #[derive(Debug)]
 pub(crate) struct Failure {
     message: String,
-    usage: bool,
+    status: u8,
 }
 
 impl Failure {
     /// The command was right and could not be carried out: exit status 1.
     pub(crate) fn new(message: impl fmt::Display) -> Self {
-        Self { message: message.to_string(), usage: false }
+        Self { message: message.to_string(), status: 1 }
     }
 
     /// The command itself was wrong: exit status 2.
     pub(crate) fn usage(message: impl fmt::Display) -> Self {
-        Self { message: message.to_string(), usage: true }
+        Self { message: message.to_string(), status: 2 }
+    }
+
+    /// A status of the caller's choice, where another convention rules: 126 and 127 of env(1).
+    pub(crate) fn with_status(status: u8, message: impl fmt::Display) -> Self {
+        Self { message: message.to_string(), status }
     }
 
     /// Prints the message to stderr and gives the exit status.
     pub(crate) fn report(&self) -> ExitCode {
         eprintln!("error: {}", self.message);
-        ExitCode::from(if self.usage { 2 } else { 1 })
+        ExitCode::from(self.status)
     }
 }
 

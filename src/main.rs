@@ -40,6 +40,9 @@ enum Verb {
     Token(token::Verb),
     /// Run a program beside its own sidecar
     Run(run::Args),
+    /// What `run` starts: becomes the program, which dies with it
+    #[command(name = "__program", hide = true)]
+    Program(run::ProgramArgs),
     /// Redirect a pod's traffic to its sidecar
     #[command(subcommand)]
     Intercept(intercept::Verb),
@@ -53,6 +56,7 @@ fn main() -> ExitCode {
         Verb::ControlPlane(args) => control_plane::run(args),
         Verb::Token(verb) => token::run(verb),
         Verb::Run(args) => run::run(args),
+        Verb::Program(args) => run::become_program(args),
         Verb::Intercept(verb) => intercept::run(verb),
         Verb::Graph(args) => graph::run(args),
     };
