@@ -33,22 +33,22 @@ pub(super) struct Received {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum PassOn {
     /// Nobody: it has been delivered.
-    ToNobody,
+    Nobody,
     /// The program alone.
-    ToProgram,
+    Program,
     /// The program and all that it started.
-    ToGroup,
+    Group,
 }
 
 impl Received {
     pub(super) fn pass_on(self, group: Group) -> PassOn {
         let keyboard = [Signal::INT, Signal::QUIT].contains(&self.signal);
         match (group, self.by_terminal) {
-            (Group::Shared, true) => PassOn::ToNobody,
-            (Group::Shared, false) => PassOn::ToProgram,
+            (Group::Shared, true) => PassOn::Nobody,
+            (Group::Shared, false) => PassOn::Program,
             // A terminal would have sent these to all of them.
-            (Group::Own, _) if keyboard => PassOn::ToGroup,
-            (Group::Own, _) => PassOn::ToProgram,
+            (Group::Own, _) if keyboard => PassOn::Group,
+            (Group::Own, _) => PassOn::Program,
         }
     }
 
@@ -108,22 +108,22 @@ mod tests {
 
     #[test]
     fn the_terminal_s_ctrl_c_is_not_passed_on_to_a_program_that_had_it() {
-        assert_eq!(received(Signal::INT, true).pass_on(Group::Shared), PassOn::ToNobody);
-        assert_eq!(received(Signal::HUP, true).pass_on(Group::Shared), PassOn::ToNobody);
+        assert_eq!(received(Signal::INT, true).pass_on(Group::Shared), PassOn::Nobody);
+        assert_eq!(received(Signal::HUP, true).pass_on(Group::Shared), PassOn::Nobody);
     }
 
     #[test]
     fn what_was_sent_to_us_alone_is_passed_on() {
         for signal in [Signal::INT, Signal::TERM, Signal::HUP, Signal::USR1] {
-            assert_eq!(received(signal, false).pass_on(Group::Shared), PassOn::ToProgram, "{signal:?}");
+            assert_eq!(received(signal, false).pass_on(Group::Shared), PassOn::Program, "{signal:?}");
         }
     }
 
     #[test]
     fn a_group_of_its_own_gets_the_keyboard_s_signals_as_a_whole_and_others_at_its_head() {
         for by_terminal in [true, false] {
-            assert_eq!(received(Signal::INT, by_terminal).pass_on(Group::Own), PassOn::ToGroup);
-            assert_eq!(received(Signal::TERM, by_terminal).pass_on(Group::Own), PassOn::ToProgram);
+            assert_eq!(received(Signal::INT, by_terminal).pass_on(Group::Own), PassOn::Group);
+            assert_eq!(received(Signal::TERM, by_terminal).pass_on(Group::Own), PassOn::Program);
         }
     }
 

@@ -57,9 +57,9 @@ pub(super) async fn supervise(plan: Plan) -> Result<ExitCode, Failure> {
                     sidecar.withdraw().await;
                 }
                 match received.pass_on(child.group) {
-                    PassOn::ToNobody => {}
-                    PassOn::ToProgram => child.signal(received.signal),
-                    PassOn::ToGroup => child.signal_group(received.signal),
+                    PassOn::Nobody => {}
+                    PassOn::Program => child.signal(received.signal),
+                    PassOn::Group => child.signal_group(received.signal),
                 }
             }
             Some((port, listeners)) = opening.next(), if !stopping => {
