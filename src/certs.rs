@@ -134,6 +134,9 @@ fn issue(args: &Issue, now: SystemTime) -> Result<String, Failure> {
     let out = args.out.clone().or(args.service.clone().map(PathBuf::from)).unwrap_or_default();
     let (cert, key, bundle) = (out.join("cert.pem"), out.join("key.pem"), out.join("bundle.pem"));
     let fresh = if args.csr.is_none() { Some(KeyAndCsr::generate().map_err(Failure::new)?) } else { None };
+    if out.exists() && !out.is_dir() {
+        return Err(Failure::new(format!("{} is no directory; give another --out", out.display())));
+    }
     // Before anything is signed: an old key must not meet a new certificate, nor the other way round.
     for path in [Some(&cert), fresh.is_some().then_some(&key)].into_iter().flatten() {
         if path.exists() {

@@ -97,6 +97,7 @@ impl Ca {
             return Err(exists());
         }
         files::make_private_dir(dir).map_err(|e| CaError::write(dir, e))?;
+        paths.check_private()?;
         let _lock = paths.lock_exclusive()?;
         if paths.manifest().exists() {
             return Err(exists()); // Somebody was faster.
@@ -122,13 +123,27 @@ impl Ca {
     fn load(paths: Paths, now: SystemTime) -> Result<Self, CaError> {
         let loaded = Mutex::new(Arc::new(Loaded::read(&paths)?));
         let ca = Self { paths, loaded };
-        let state = ca.state()?;
-        // A crash between the manifest and the bundle leaves an old bundle; one that cannot be mended is no obstacle.
-        if std::fs::read_to_string(ca.paths.bundle()).ok().as_deref() != Some(state.bundle.to_pem().as_str()) {
-            let _ = files::replace(&ca.paths.bundle(), state.bundle.to_pem().as_bytes(), Access::Everybody);
-        }
-        state.check_root(now)?;
+        ca.mend_bundle()?;
+        ca.state()?.check_root(now)?;
         Ok(ca)
+    }
+
+    /// A crash between the manifest and the bundle leaves an old bundle. One that cannot be mended is no obstacle: it is
+    /// a copy for people and for other programs.
+    fn mend_bundle(&self) -> Result<(), CaError> {
+        let file = self.paths.bundle();
+        let is_right =
+            |state: &Loaded| std::fs::read(&file).is_ok_and(|found| found == state.bundle.to_pem().as_bytes());
+        if is_right(&*self.state()?) {
+            return Ok(());
+        }
+        // Looked at again under the lock: perhaps somebody rotates just now.
+        let Ok(_lock) = self.paths.lock_exclusive() else { return Ok(()) };
+        let state = self.state()?;
+        if !is_right(&state) {
+            let _ = files::replace(&file, state.bundle.to_pem().as_bytes(), Access::Everybody);
+        }
+        Ok(())
     }
 
     /// The directory.
@@ -156,7 +171,8 @@ impl Ca {
         Ok(self.state()?.retiring())
     }
 
-    /// Signs a certificate, once it is on record: what cannot be recorded is not signed.
+    /// Signs a certificate, once it is on record: what cannot be recorded is not signed. Waits for the disk, so not to be
+    /// called where a request waits for the same thread.
     pub fn issue(&self, request: &IssueRequest, now: SystemTime) -> Result<Issued, CaError> {
         if make::issuer_is_due(&*self.state()?, now)
             && let Err(error) = self.renew_issuer(now)
@@ -222,10 +238,10 @@ impl Ca {
             return Err(CaError::NothingToDrop { dir: self.dir().to_owned() });
         }
         let mut manifest = old.manifest.clone();
-        let names = std::mem::take(&mut manifest.retiring);
+        manifest.retiring.clear();
         self.paths.commit(&manifest)?;
         // From here on nobody believes them. Their keys are of no use but to be stolen.
-        self.paths.delete_stale_keys(&manifest, &names);
+        self.paths.delete_stale_keys(&manifest);
         Ok(dropped)
     }
 

@@ -13,6 +13,9 @@ use crate::pem;
 /// A request with an RSA-4096 key and many names is below 4 KiB.
 const MAX_CSR: usize = 16 * 1024;
 
+/// sha1WithRSAEncryption and ecdsa-with-SHA1.
+const SHA1: [&str; 2] = ["1.2.840.113549.1.1.5", "1.2.840.10045.4.1"];
+
 /// A request whose own signature holds. Of what it says, the public key alone is kept: whatever names it asks for are
 /// never looked at, since the CA writes the name that the asker has proven.
 #[derive(Clone, Debug)]
@@ -63,6 +66,12 @@ impl Csr {
         }
         let key = SubjectPublicKeyInfo::from_der(spki.raw)
             .map_err(|_| CsrError::Key("a key of an unsupported kind; take ECDSA P-256".to_owned()))?;
+        let algorithm = request.signature_algorithm.algorithm.to_id_string();
+        if SHA1.contains(&algorithm.as_str()) {
+            return Err(CsrError::Key(
+                "it is signed with SHA-1, which proves nothing any more; take SHA-256".to_owned(),
+            ));
+        }
         request.verify_signature().map_err(|_| CsrError::Signature)?;
         let key_sha256 = Sha256::of(&key.subject_public_key_info());
         Ok(Self { key, key_sha256 })

@@ -151,9 +151,10 @@ fn ip(bytes: &[u8]) -> Option<IpAddr> {
     v4.or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from)).ok()
 }
 
-/// What a stranger wrote, made fit for one log line: control characters escaped, 300 characters at most.
+/// What a stranger wrote, made fit for one log line: 300 characters at most, and all that is not plain ASCII escaped, so
+/// that nothing in it can break the line, colour it, or turn it round.
 pub(crate) fn printable(text: &str) -> String {
-    text.chars().take(300).flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
+    text.chars().take(300).flat_map(char::escape_default).collect::<String>().replace("\\'", "'").replace("\\\"", "\"")
 }
 
 pub(crate) fn hex(bytes: &[u8]) -> String {

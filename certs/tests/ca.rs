@@ -113,6 +113,25 @@ fn a_ca_is_never_overwritten() {
 }
 
 #[test]
+fn a_directory_that_others_can_write_to_gets_no_ca() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
+    let refused = Ca::init(dir.path(), &TrustDomain::default(), SystemTime::now()).unwrap_err().to_string();
+    assert!(refused.contains("others can write to") && refused.contains("chmod go-w"), "{refused}");
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn keys_of_others_in_the_directory_stay() {
+    let ca = TestCa::new();
+    let theirs = ca.ca.dir().join("token.key");
+    std::fs::write(&theirs, "theirs").unwrap();
+    ca.ca.rotate(SystemTime::now()).unwrap();
+    ca.ca.drop_old().unwrap();
+    assert_eq!(std::fs::read_to_string(&theirs).unwrap(), "theirs");
+}
+
+#[test]
 fn the_names_that_a_csr_asks_for_are_ignored() {
     let (ca, now) = (TestCa::new(), SystemTime::now());
     let key = rcgen::KeyPair::generate().unwrap();

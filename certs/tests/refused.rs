@@ -158,6 +158,19 @@ fn a_chain_beyond_measure_is_not_read() {
 }
 
 #[test]
+fn what_a_stranger_calls_its_root_cannot_break_a_log_line() {
+    let key = rcgen::KeyPair::generate().unwrap();
+    let mut params = leaf_params(&[WEB]);
+    let name = format!("it's \n\u{202e}\u{1b}[31m\0 {}", "x".repeat(5000));
+    params.distinguished_name.push(rcgen::DnType::CommonName, name);
+    let chain = [CertificateDer::from(params.self_signed(&key).unwrap())];
+    let bundle = TestCa::new().ca.bundle().unwrap();
+    let said = verify_peer(Some(&chain), &bundle, SystemTime::now()).unwrap_err().to_string();
+    assert!(said.contains("`CN=it's \\n\\u{202e}\\u{1b}[31m"), "{said}");
+    assert!(said.len() < 1000 && said.chars().all(|c| c.is_ascii_graphic() || c == ' '), "{said}");
+}
+
+#[test]
 fn a_bundle_holds_roots_and_says_what_is_no_root() {
     let ca = TestCa::new();
     let leaf = ca.identity("web");

@@ -228,17 +228,28 @@ impl Paths {
         files::replace(&path, bundle.as_bytes(), Access::Everybody).map_err(|e| CaError::write(&path, e))
     }
 
-    /// Deletes the keys of roots that are dropped, and of issuing CAs that sign no more. One that stays harms nobody.
-    pub(crate) fn delete_stale_keys(&self, now: &Manifest, dropped: &[String]) {
+    /// Deletes the keys of CAs that the manifest does not name any more. One that stays harms nobody.
+    pub(crate) fn delete_stale_keys(&self, now: &Manifest) {
         let entries = fs::read_dir(&self.0).into_iter().flatten().flatten();
         for path in entries.map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|e| e == "key")) {
+            // Others may keep keys of their own here: only what is named like ours is.
             let stem = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
+            let old_root = stem.starts_with("root-") && stem != now.root && !now.retiring.contains(&stem);
             let old_issuer = stem.starts_with("issuing-") && stem != now.issuer;
-            if (old_issuer || dropped.contains(&stem))
-                && let Err(e) = fs::remove_file(&path)
+            if (old_root || old_issuer)
+                && let Err(error) = fs::remove_file(&path)
             {
-                tracing::warn!(path = %path.display(), error = %e, "a key that nobody needs any more stays");
+                tracing::warn!(path = %path.display(), %error, "a key that nobody needs any more stays");
             }
+        }
+    }
+
+    /// A directory that others can write to is no place for a CA: they could put theirs in its place.
+    pub(crate) fn check_private(&self) -> Result<(), CaError> {
+        let meta = fs::metadata(&self.0).map_err(|e| CaError::read(&self.0, e))?;
+        match meta.mode() & 0o022 {
+            0 => Ok(()),
+            _ => Err(CaError::Open { dir: self.0.clone() }),
         }
     }
 }
@@ -255,6 +266,12 @@ pub enum CaError {
     /// No CA there.
     #[error("{} has no CA (no ca.json in it); make one with `sheetbend certs init --dir {}`", dir.display(), dir.display())]
     Missing {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// `init` where everybody may write.
+    #[error("others can write to {}, so it is no place for a CA; `chmod go-w {}`, or name a new directory", dir.display(), dir.display())]
+    Open {
         /// The directory.
         dir: PathBuf,
     },
