@@ -1,6 +1,8 @@
 //! A control plane that says exactly what a test tells it to say.
 #![allow(dead_code, unreachable_pub)]
 
+pub mod authority;
+
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -70,6 +72,13 @@ impl AggregatedDiscoveryService for Service {
     }
 }
 
+/// The fake's discovery service alone; its streams come out of the other end of `accepted`.
+pub fn discovery_service(
+    accepted: mpsc::Sender<Conn>,
+) -> AggregatedDiscoveryServiceServer<impl AggregatedDiscoveryService> {
+    AggregatedDiscoveryServiceServer::new(Service(accepted))
+}
+
 impl Fake {
     pub async fn start() -> Self {
         Self::on("127.0.0.1:0".parse().unwrap()).await
@@ -86,8 +95,7 @@ impl Fake {
         let listener = socket.listen(16).unwrap();
         let address = listener.local_addr().unwrap();
         let (accepted, streams) = mpsc::channel(16);
-        let service = AggregatedDiscoveryServiceServer::new(Service(accepted));
-        let server = tonic::transport::Server::builder().add_service(service);
+        let server = tonic::transport::Server::builder().add_service(discovery_service(accepted));
         let server = tokio::spawn(async move {
             server.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap();
         });
