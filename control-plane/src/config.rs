@@ -55,7 +55,7 @@ impl Config {
     }
 
     /// Every bad value at once, each with its mending.
-    pub(crate) fn problems(&self) -> Vec<String> {
+    pub fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
         if !self.dir.is_dir() {
             problems.push(format!(

@@ -8,15 +8,28 @@
 //! - [`token`]: join tokens.
 
 #![deny(missing_docs)]
-#![allow(dead_code)]
 
+
+mod admin;
+mod ads;
+mod ca_service;
 mod config;
+mod keep;
+mod ledger;
+mod listen;
 mod local;
+mod own;
 mod persist;
+mod registry;
+mod report;
+mod resources;
 mod server;
+mod state;
 pub mod token;
+mod trust;
+mod world;
 
 pub use config::{Config, DEFAULT_ADMIN_PORT, DEFAULT_PORT, StartError};
-pub use local::{Joined, LocalMesh, LocalMeshError};
+pub use local::{Holding, Joined, LocalMesh, LocalMeshError};
 pub use persist::StateError;
-pub use server::ControlPlane;
+pub use server::{ControlPlane, create_token};

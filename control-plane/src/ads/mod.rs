@@ -1,0 +1,331 @@
+//! Discovery: the aggregated stream, state of the world and incremental, in three dialects.
+//!
+//! - `session.rs`: PURE, what one stream subscribed to and was told. `view.rs`: the mesh in one dialect's words.
+//! - `envoy.rs`, `grpc.rs`: what those two want to hear differently. Our own words are in the client's crate.
+//!
+//! A stream is one task: it waits for a request or for a new world, and says what differs.
+
+mod envoy;
+mod grpc;
+mod session;
+mod view;
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use envoy_types::pb::envoy::config::core::v3::Node;
+use envoy_types::pb::envoy::service::discovery::v3::aggregated_discovery_service_server::AggregatedDiscoveryService;
+use envoy_types::pb::envoy::service::discovery::v3::{
+    DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, DiscoveryResponse,
+};
+use sheetbend_certs::{VerifiedPeer, format_time};
+use sheetbend_control_plane_client::registration::Registration;
+use sheetbend_control_plane_client::xds::Kind;
+use tokio::sync::mpsc;
+use tokio::time::{MissedTickBehavior, interval, sleep_until};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{Stream, StreamExt};
+use tonic::{Request, Response, Status, Streaming};
+
+use self::session::Excess;
+pub(crate) use self::session::{Session, Told};
+pub(crate) use self::view::digest;
+use self::view::{Dialect, View};
+use crate::listen::{Peer, Who};
+use crate::registry::{Instance, StreamId};
+use crate::state::{Shared, StreamState, Worlds, stopped};
+
+/// Responses under way on one stream; the next change waits, and melts into those after it.
+const UNDER_WAY: usize = 8;
+/// A stream's registration changes at most so often: each means work for everybody.
+const REGISTRATION_PAUSE: Duration = Duration::from_millis(20);
+/// How often a stream looks whether its peer's certificate still holds.
+const LOOK: Duration = Duration::from_secs(5);
+const MAX_NODE_ID: usize = 256;
+
+/// The discovery service.
+#[derive(Clone)]
+pub(crate) struct Discovery {
+    pub(crate) shared: Arc<Shared>,
+}
+
+type Responses<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl AggregatedDiscoveryService for Discovery {
+    type StreamAggregatedResourcesStream = Responses<DiscoveryResponse>;
+    type DeltaAggregatedResourcesStream = Responses<DeltaDiscoveryResponse>;
+
+    async fn stream_aggregated_resources(
+        &self,
+        request: Request<Streaming<DiscoveryRequest>>,
+    ) -> Result<Response<Self::StreamAggregatedResourcesStream>, Status> {
+        self.open::<DiscoveryRequest>(request)
+    }
+
+    async fn delta_aggregated_resources(
+        &self,
+        request: Request<Streaming<DeltaDiscoveryRequest>>,
+    ) -> Result<Response<Self::DeltaAggregatedResourcesStream>, Status> {
+        self.open::<DeltaDiscoveryRequest>(request)
+    }
+}
+
+impl Discovery {
+    fn open<W: Wire>(&self, request: Request<Streaming<W>>) -> Result<Response<Responses<W::Answer>>, Status> {
+        let (peer, leaf) = workload(&request)?;
+        let id = self.shared.open_stream(&leaf.id)?;
+        let (answers, receiver) = mpsc::channel(UNDER_WAY);
+        let task = StreamTask::<W> {
+            shared: self.shared.clone(),
+            peer,
+            leaf,
+            id,
+            requests: request.into_inner(),
+            answers,
+            session: Session::default(),
+            node: None,
+            next_registration: Instant::now(),
+        };
+        tokio::spawn(task.run());
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+}
+
+/// The peer of a request, if it is a workload whose certificate holds.
+pub(crate) fn workload<T>(request: &Request<T>) -> Result<(Peer, VerifiedPeer), Status> {
+    let peer = request.extensions().get::<Peer>().ok_or_else(|| Status::internal("a request without a peer"))?;
+    match &peer.who {
+        Who::Workload(leaf) => Ok((peer.clone(), leaf.clone())),
+        Who::Expired { id, since } => Err(Status::unauthenticated(format!(
+            "the certificate of {id} expired at {}: it is good for renewal, and for nothing else",
+            format_time(*since)
+        ))),
+        Who::Stranger => Err(Status::unauthenticated("this needs a certificate of this mesh")),
+    }
+}
+
+/// The two kinds of streams, as far as they differ.
+trait Wire: Send + 'static {
+    type Answer: Send + 'static;
+    fn node(&self) -> Option<&Node>;
+    fn type_url(&self) -> &str;
+    fn error(&self) -> Option<&str>;
+    fn take_in(self, kind: Kind, session: &mut Session, view: &View<'_>) -> Result<Vec<Self::Answer>, Excess>;
+    fn changes(session: &mut Session, view: &View<'_>) -> Vec<Self::Answer>;
+}
+
+impl Wire for DeltaDiscoveryRequest {
+    type Answer = DeltaDiscoveryResponse;
+    fn node(&self) -> Option<&Node> {
+        self.node.as_ref()
+    }
+    fn type_url(&self) -> &str {
+        &self.type_url
+    }
+    fn error(&self) -> Option<&str> {
+        self.error_detail.as_ref().map(|e| e.message.as_str())
+    }
+    fn take_in(self, kind: Kind, session: &mut Session, view: &View<'_>) -> Result<Vec<Self::Answer>, Excess> {
+        session.on_delta(kind, self, view)
+    }
+    fn changes(session: &mut Session, view: &View<'_>) -> Vec<Self::Answer> {
+        session.changes_delta(view)
+    }
+}
+
+impl Wire for DiscoveryRequest {
+    type Answer = DiscoveryResponse;
+    fn node(&self) -> Option<&Node> {
+        self.node.as_ref()
+    }
+    fn type_url(&self) -> &str {
+        &self.type_url
+    }
+    fn error(&self) -> Option<&str> {
+        self.error_detail.as_ref().map(|e| e.message.as_str())
+    }
+    fn take_in(self, kind: Kind, session: &mut Session, view: &View<'_>) -> Result<Vec<Self::Answer>, Excess> {
+        Ok(session.on_world(kind, self, view)?.into_iter().collect())
+    }
+    fn changes(session: &mut Session, view: &View<'_>) -> Vec<Self::Answer> {
+        session.changes_world(view)
+    }
+}
+
+/// Who is at the other end, once it has said so.
+struct Named {
+    instance: Instance,
+    dialect: Dialect,
+    /// Whether loopback addresses mean the same to it as to us.
+    near: bool,
+}
+
+struct StreamTask<W: Wire> {
+    shared: Arc<Shared>,
+    peer: Peer,
+    leaf: VerifiedPeer,
+    id: StreamId,
+    requests: Streaming<W>,
+    answers: mpsc::Sender<Result<W::Answer, Status>>,
+    session: Session,
+    node: Option<Named>,
+    next_registration: Instant,
+}
+
+impl<W: Wire> StreamTask<W> {
+    async fn run(mut self) {
+        let ended = self.serve().await;
+        self.shared.close_stream(self.id);
+        match ended {
+            // It said goodbye. Whoever also withdrew everything is not waited for when roots change.
+            Ok(()) => {
+                if let Some(node) = &self.node {
+                    self.shared.goodbye(&node.instance, self.id);
+                }
+            }
+            Err(status) => {
+                tracing::debug!(peer = %self.leaf.id, code = ?status.code(), reason = status.message(), "a stream ended");
+                // Nobody listens any more if the peer is gone.
+                let _ = self.answers.try_send(Err(status));
+            }
+        }
+    }
+
+    async fn serve(&mut self) -> Result<(), Status> {
+        let mut worlds = self.shared.worlds();
+        let mut stopping = self.shared.stopping();
+        let mut look = interval(LOOK);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            // In no order. Losing a branch is safe: a request stays in its stream, a change in its channel.
+            tokio::select! {
+                request = self.requests.next() => match request {
+                    Some(request) => {
+                        let now = worlds.borrow().clone();
+                        self.on_request(request?, &now).await?;
+                    }
+                    None => return Ok(()),
+                },
+                Ok(()) = worlds.changed() => {
+                    let now = worlds.borrow_and_update().clone();
+                    self.check_leaf(&now)?;
+                    let changes = self.view(&now).map(|(session, view)| W::changes(session, &view));
+                    self.answer(changes.unwrap_or_default()).await?;
+                }
+                _ = look.tick() => {
+                    let now = worlds.borrow().clone();
+                    self.check_leaf(&now)?;
+                }
+                () = stopped(&mut stopping) => return Err(Status::unavailable("the control plane is stopping")),
+            }
+        }
+    }
+
+    async fn on_request(&mut self, request: W, now: &Worlds) -> Result<(), Status> {
+        if let Some(node) = request.node() {
+            let registration = Registration::of_node(node).map_err(|e| Status::invalid_argument(e.to_string()))?;
+            self.name(node)?;
+            if let Some(registration) = registration {
+                self.register(registration).await?;
+            }
+        }
+        if self.node.is_none() {
+            return Err(Status::invalid_argument("the first request of a stream names no node"));
+        }
+        // Kinds that we have no word for are never answered, as xDS wants it.
+        let Some(kind) = Kind::of_type_url(request.type_url()) else { return Ok(()) };
+        if let Some(error) = request.error() {
+            let error: String = error.chars().take(500).collect();
+            tracing::warn!(peer = %self.leaf.id, ?kind, %error, "a proxy refused what it was told");
+        }
+        let answers = match self.view(now) {
+            Some((session, view)) => request.take_in(kind, session, &view),
+            None => Ok(Vec::new()),
+        };
+        let answers = answers.map_err(|excess| Status::resource_exhausted(excess.to_string()))?;
+        self.note(kind);
+        self.answer(answers).await
+    }
+
+    /// A node may say who it is more than once, but never become another one.
+    fn name(&mut self, node: &Node) -> Result<(), Status> {
+        if node.id.len() > MAX_NODE_ID {
+            return Err(Status::invalid_argument(format!(
+                "a node id of {} bytes; {MAX_NODE_ID} are the most",
+                node.id.len()
+            )));
+        }
+        match &self.node {
+            Some(named) if *named.instance.node != *node.id => {
+                Err(Status::invalid_argument("a stream's node cannot change its id"))
+            }
+            Some(_) => Ok(()),
+            None => {
+                let instance = Instance { identity: self.leaf.id.clone(), node: node.id.as_str().into() };
+                let dialect = Dialect::of(node);
+                let near = self.peer.address.ip().is_loopback();
+                let state = StreamState::new(instance.clone(), dialect.name(), self.peer.address);
+                self.shared.name_stream(self.id, state);
+                self.node = Some(Named { instance, dialect, near });
+                Ok(())
+            }
+        }
+    }
+
+    async fn register(&mut self, registration: Registration) -> Result<(), Status> {
+        let Some(node) = &self.node else { return Ok(()) };
+        let peer = self.peer.address.ip();
+        self.shared.may_register(registration.address, peer).map_err(Status::permission_denied)?;
+        if self.shared.knows(&node.instance, &registration, self.id) {
+            return Ok(());
+        }
+        sleep_until(self.next_registration.into()).await;
+        self.next_registration = Instant::now() + REGISTRATION_PAUSE;
+        let registered = self.shared.register(node.instance.clone(), registration, self.id, self.peer.last.clone());
+        registered.map_err(|error| Status::resource_exhausted(error.to_string()))
+    }
+
+    fn view<'a>(&'a mut self, now: &'a Worlds) -> Option<(&'a mut Session, View<'a>)> {
+        let node = self.node.as_ref()?;
+        let view = View {
+            dialect: &node.dialect,
+            namespace: self.leaf.id.workload().map_or("default", |(namespace, _)| namespace),
+            world: if node.near { &now.near } else { &now.far },
+            trust: &now.trust,
+            number: now.number,
+        };
+        Some((&mut self.session, view))
+    }
+
+    /// Keeps the admin's picture, and who holds which roots.
+    fn note(&self, kind: Kind) {
+        let Some(node) = &self.node else { return };
+        self.shared.note_stream(self.id, kind, &self.session);
+        if kind == Kind::Secret {
+            self.shared.note_roots(&node.instance, &self.leaf, self.session.holds_roots.as_deref());
+        }
+    }
+
+    /// A stream must not outlive what it rests on.
+    fn check_leaf(&self, now: &Worlds) -> Result<(), Status> {
+        if SystemTime::now() > self.leaf.not_after {
+            return Err(Status::unauthenticated(
+                "the certificate of this connection has expired; connect with its successor",
+            ));
+        }
+        match now.trust.bundle.contains(self.leaf.root) {
+            true => Ok(()),
+            false => Err(Status::unauthenticated("the root of this connection's certificate is no longer trusted")),
+        }
+    }
+
+    async fn answer(&mut self, answers: Vec<W::Answer>) -> Result<(), Status> {
+        for answer in answers {
+            // A reader that does not read holds up its own stream alone.
+            self.answers.send(Ok(answer)).await.map_err(|_| Status::cancelled("the peer is gone"))?;
+        }
+        Ok(())
+    }
+}

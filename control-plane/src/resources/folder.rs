@@ -1,0 +1,260 @@
+//! The folder of resources as it stands. A bad file is refused, and what it last said well stays.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+use std::{fs, io};
+
+use super::parse::{MAX_FILE, Refusal, parse};
+use super::{Resource, Settings};
+
+/// More files than this are not read.
+const MAX_FILES: usize = 2_000;
+/// Folders in folders in folders: deeper is a loop.
+const MAX_DEPTH: usize = 8;
+
+/// What is known of one file.
+#[derive(Debug, Default)]
+pub(crate) struct FileState {
+    seen: Option<Stamp>,
+    /// The last good content, with the line of each resource.
+    good: Vec<(u64, Resource)>,
+    refusal: Option<Refusal>,
+}
+
+impl FileState {
+    /// The resources that count.
+    pub(crate) fn resources(&self) -> impl Iterator<Item = &Resource> {
+        self.good.iter().map(|(_, resource)| resource)
+    }
+
+    /// Why the file as it is now does not count.
+    pub(crate) fn refusal(&self) -> Option<&Refusal> {
+        self.refusal.as_ref()
+    }
+}
+
+/// Enough to see that a file is another one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Stamp {
+    modified: Option<SystemTime>,
+    size: u64,
+    inode: u64,
+}
+
+/// A folder of resources.
+#[derive(Debug)]
+pub(crate) struct Folder {
+    path: PathBuf,
+    trust_domain: String,
+    files: BTreeMap<PathBuf, FileState>,
+}
+
+impl Folder {
+    pub(crate) fn new(path: PathBuf, trust_domain: &str) -> Self {
+        Self { path, trust_domain: trust_domain.to_string(), files: BTreeMap::new() }
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(crate) fn files(&self) -> &BTreeMap<PathBuf, FileState> {
+        &self.files
+    }
+
+    pub(crate) fn resources(&self) -> impl Iterator<Item = &Resource> {
+        self.files.values().flat_map(FileState::resources)
+    }
+
+    /// Reads whatever changed. Gives whether the resources that count are others now, and the new refusals.
+    pub(crate) fn reload(&mut self) -> io::Result<(bool, Vec<Refusal>)> {
+        let mut found = BTreeMap::new();
+        collect(&self.path, MAX_DEPTH, &mut found)?;
+        let before = self.files.len();
+        self.files.retain(|path, _| found.contains_key(path));
+        let mut changed = self.files.len() != before;
+        let mut refusals = Vec::new();
+        // A duplicate is one only as long as its twin is there: look at refused files again whenever something moved.
+        let moved = changed
+            || found.iter().any(|(path, stamp)| self.files.get(path).is_none_or(|f| f.seen.as_ref() != Some(stamp)));
+        for (path, stamp) in found {
+            let state = self.files.entry(path.clone()).or_default();
+            let known = state.seen.as_ref() == Some(&stamp);
+            if known && !(moved && state.refusal.is_some()) {
+                continue;
+            }
+            state.seen = Some(stamp);
+            let outcome = read(&path).and_then(|text| parse(&path, &text)).and_then(|new| self.check(&path, new));
+            let Some(state) = self.files.get_mut(&path) else { continue };
+            match outcome {
+                Ok(good) => {
+                    changed |= state.good != good;
+                    (state.good, state.refusal) = (good, None);
+                }
+                Err(refusal) => {
+                    if state.refusal.as_ref() != Some(&refusal) {
+                        refusals.push(refusal.clone());
+                    }
+                    state.refusal = Some(refusal);
+                }
+            }
+        }
+        Ok((changed, refusals))
+    }
+
+    /// What one file alone cannot know.
+    fn check(&self, path: &Path, new: Vec<(u64, Resource)>) -> Result<Vec<(u64, Resource)>, Refusal> {
+        let refuse = |line, reason, hint: &str| Refusal {
+            file: path.into(),
+            line,
+            column: 1,
+            reason,
+            hint: Some(hint.to_string()),
+        };
+        let others = self.files.iter().filter(|(other, _)| *other != path);
+        let mut taken: BTreeMap<String, (PathBuf, u64)> = others
+            .flat_map(|(path, state)| state.good.iter().map(move |(line, r)| (r.key(), (path.clone(), *line))))
+            .collect();
+        for (line, resource) in &new {
+            if let Resource::Settings(Settings { trust_domain: Some(domain), .. }) = resource
+                && **domain != *self.trust_domain
+            {
+                let reason = format!("trustDomain {domain} is not the CA's, which is {}", self.trust_domain);
+                return Err(refuse(
+                    *line,
+                    reason,
+                    "the CA's cannot be changed: make a new CA for another trust domain",
+                ));
+            }
+            let (key, place) = (resource.key(), (path.to_path_buf(), *line));
+            if let Some((file, first)) = taken.insert(key.clone(), place) {
+                let reason = format!("{key} is already in {}:{first}", file.display());
+                return Err(refuse(*line, reason, "take one of the two out"));
+            }
+        }
+        Ok(new)
+    }
+}
+
+fn read(path: &Path) -> Result<String, Refusal> {
+    let refuse = |reason: String| Refusal { file: path.into(), line: 1, column: 1, reason, hint: None };
+    match fs::metadata(path) {
+        Ok(meta) if meta.len() > MAX_FILE => return Err(refuse(format!("larger than {MAX_FILE} bytes"))),
+        _ => {}
+    }
+    let bytes = fs::read(path).map_err(|error| refuse(format!("cannot be read: {error}")))?;
+    String::from_utf8(bytes).map_err(|error| {
+        let good = &error.as_bytes()[..error.utf8_error().valid_up_to()];
+        let line = good.split(|b| *b == b'\n').count() as u64;
+        Refusal { line, ..refuse("not UTF-8".to_string()) }
+    })
+}
+
+/// Every YAML or JSON file below `dir`. Hidden ones are left out: editors and ConfigMap mounts keep copies there.
+fn collect(dir: &Path, depth: usize, found: &mut BTreeMap<PathBuf, Stamp>) -> io::Result<()> {
+    use std::os::unix::fs::MetadataExt;
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        // A file may be gone between the listing and here.
+        let Ok(meta) = fs::metadata(&path) else { continue };
+        if name.starts_with('.') {
+            continue;
+        }
+        if meta.is_dir() && depth > 0 {
+            collect(&path, depth - 1, found)?;
+        } else if meta.is_file() && found.len() < MAX_FILES && is_resource_file(&path) {
+            found.insert(path, Stamp { modified: meta.modified().ok(), size: meta.len(), inode: meta.ino() });
+        }
+    }
+    Ok(())
+}
+
+fn is_resource_file(path: &Path) -> bool {
+    matches!(path.extension().and_then(|e| e.to_str()), Some("yaml" | "yml" | "json"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SERVICE: &str =
+        "apiVersion: v1\nkind: Service\nmetadata: {name: web}\nspec:\n  ports:\n  - {port: 80, targetPort: 8000}\n";
+
+    fn folder() -> (tempfile::TempDir, Folder) {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = Folder::new(dir.path().into(), "cluster.local");
+        (dir, folder)
+    }
+
+    fn refused(text: &str) -> String {
+        let (dir, mut folder) = folder();
+        fs::write(dir.path().join("a.yaml"), text).unwrap();
+        let (_, refusals) = folder.reload().unwrap();
+        assert_eq!(refusals.len(), 1, "must be refused: {text}");
+        let text = refusals[0].to_string();
+        text.split("a.yaml").nth(1).unwrap().to_string()
+    }
+
+    #[test]
+    fn a_bad_file_is_refused_with_its_place_while_its_last_good_state_stays() {
+        let (dir, mut folder) = folder();
+        let file = dir.path().join("web.yaml");
+        fs::write(&file, SERVICE).unwrap();
+        assert_eq!(folder.reload().unwrap(), (true, Vec::new()));
+        fs::write(
+            &file,
+            format!(
+                "{SERVICE}---\napiVersion: v1\nkind: Service\nmetadata: {{name: two}}\nspec: {{ports: [{{port: 0}}]}}\n"
+            ),
+        )
+        .unwrap();
+        let (changed, refusals) = folder.reload().unwrap();
+        assert!(!changed);
+        assert_eq!((refusals[0].line, refusals[0].column), (11, 23), "{}", refusals[0]);
+        assert!(refusals[0].to_string().contains("port 0 cannot be reached"));
+        assert_eq!(folder.resources().count(), 1, "the last good state stays");
+        assert_eq!(folder.reload().unwrap(), (false, Vec::new()), "told once");
+        fs::remove_file(&file).unwrap();
+        assert_eq!(folder.reload().unwrap(), (true, Vec::new()));
+        assert_eq!(folder.resources().count(), 0);
+    }
+
+    #[test]
+    fn a_typo_is_refused_with_what_was_probably_meant() {
+        let settings = "apiVersion: sheetbend.io/v1alpha1\nkind: MeshSettings\nmetadata: {name: mesh}\nspec:\n";
+        let text = refused(&format!("{settings}  meshRange: [10.0.0.0/8]\n"));
+        assert!(text.starts_with(":5:3: unknown field `meshRange`; did you mean `meshRanges`?"), "{text}");
+        let text = refused(&format!("{settings}  meshRanges: [10.0.0.0/8, 10.0.0.0/99]\n"));
+        assert!(text.starts_with(":5:28: `10.0.0.0/99` is not a range"), "{text}");
+        let text = refused(&format!("{settings}  trustDomain: other.example\n"));
+        assert!(text.contains("is not the CA's, which is cluster.local"), "{text}");
+        let text = refused("apiVersion: v1\nkind: Sevice\nmetadata: {name: web}\n");
+        assert!(text.starts_with(":2:7: `Sevice` is not a kind that is read here; did you mean `Service`?"), "{text}");
+        let text = refused("apiVersion: v1\nkind: [\n");
+        assert!(text.starts_with(':'), "{text}");
+    }
+
+    #[test]
+    fn a_field_that_is_not_obeyed_is_refused_rather_than_ignored() {
+        let route = "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: web}\nspec:\n  parentRefs: [{kind: Service, name: web}]\n  rules:\n";
+        let text = refused(&format!("{route}  - filters: []\n"));
+        assert!(text.starts_with(":7:5: unknown field `filters`; the Gateway API has this field"), "{text}");
+        let text = refused(&format!("{route}  - matches:\n    - path: {{type: RegularExpression, value: /a}}\n"));
+        assert!(text.starts_with(":8:20: path type `RegularExpression`"), "{text}");
+    }
+
+    #[test]
+    fn the_same_resource_in_two_files_is_refused_until_one_is_gone() {
+        let (dir, mut folder) = folder();
+        fs::write(dir.path().join("a.yaml"), SERVICE).unwrap();
+        fs::write(dir.path().join("b.yaml"), SERVICE).unwrap();
+        let (_, refusals) = folder.reload().unwrap();
+        assert!(refusals[0].to_string().contains("Service default/web is already in"), "{}", refusals[0]);
+        fs::remove_file(dir.path().join("a.yaml")).unwrap();
+        folder.reload().unwrap();
+        assert_eq!(folder.files().values().filter(|f| f.refusal().is_some()).count(), 0);
+        assert_eq!(folder.resources().count(), 1);
+    }
+}

@@ -1,0 +1,204 @@
+//! The kinds of resources as they are written, for serde alone. What they mean is in `meaning.rs`.
+//!
+//! Kubernetes' own kinds may say more than we read; the Gateway API's and our own may not: a filter that is not obeyed,
+//! or a setting with a typo, must not look as if it worked.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+use serde_saphyr::Spanned;
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Header {
+    pub(super) api_version: Option<Spanned<String>>,
+    pub(super) kind: Option<Spanned<String>>,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct Meta {
+    pub(super) name: Spanned<String>,
+    pub(super) namespace: Option<Spanned<String>>,
+    #[serde(default)]
+    pub(super) labels: BTreeMap<String, String>,
+    #[serde(default)]
+    pub(super) annotations: BTreeMap<String, Spanned<String>>,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct Service {
+    pub(super) metadata: Meta,
+    pub(super) spec: ServiceSpec,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct ServiceSpec {
+    #[serde(rename = "clusterIP")]
+    pub(super) cluster_ip: Option<Spanned<String>>,
+    #[serde(rename = "clusterIPs", default)]
+    pub(super) cluster_ips: Vec<Spanned<String>>,
+    #[serde(default)]
+    pub(super) ports: Vec<Port>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Port {
+    pub(super) name: Option<String>,
+    pub(super) port: Option<Spanned<u16>>,
+    pub(super) target_port: Option<IntOrName>,
+    pub(super) protocol: Option<String>,
+    pub(super) app_protocol: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+pub(super) enum IntOrName {
+    Int(u16),
+    // A named port is a container's, which no file of ours has; endpoints carry the number.
+    Name(#[allow(dead_code)] String),
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct EndpointSlice {
+    pub(super) metadata: Meta,
+    #[serde(default)]
+    pub(super) endpoints: Vec<SliceEndpoint>,
+    #[serde(default)]
+    pub(super) ports: Vec<Port>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct SliceEndpoint {
+    #[serde(default)]
+    pub(super) addresses: Vec<Spanned<String>>,
+    #[serde(default)]
+    pub(super) conditions: Conditions,
+    pub(super) target_ref: Option<TargetRef>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+pub(super) struct Conditions {
+    pub(super) ready: Option<bool>,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct TargetRef {
+    pub(super) name: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct Route<R> {
+    pub(super) metadata: Meta,
+    pub(super) spec: RouteSpec<R>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct RouteSpec<R> {
+    pub(super) parent_refs: Spanned<Vec<Reference>>,
+    // A mesh route has no use for them: the destination is chosen before (GEP-1426).
+    #[serde(default)]
+    #[allow(dead_code)]
+    pub(super) hostnames: Vec<String>,
+    #[serde(default = "Vec::new")]
+    pub(super) rules: Vec<R>,
+}
+
+/// A parentRef or a backendRef.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct Reference {
+    pub(super) group: Option<Spanned<String>>,
+    pub(super) kind: Option<Spanned<String>>,
+    pub(super) name: Spanned<String>,
+    pub(super) namespace: Option<Spanned<String>>,
+    pub(super) port: Option<Spanned<u16>>,
+    pub(super) weight: Option<Spanned<u32>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct HttpRule {
+    #[allow(dead_code)]
+    pub(super) name: Option<String>,
+    #[serde(default)]
+    pub(super) matches: Vec<HttpMatch>,
+    #[serde(default)]
+    pub(super) backend_refs: Vec<Reference>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct HttpMatch {
+    pub(super) path: Option<Path>,
+    pub(super) method: Option<Spanned<String>>,
+    #[serde(default)]
+    pub(super) headers: Vec<HeaderMatch>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Path {
+    pub(super) r#type: Option<Spanned<String>>,
+    pub(super) value: Option<Spanned<String>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct HeaderMatch {
+    pub(super) r#type: Option<Spanned<String>>,
+    pub(super) name: Spanned<String>,
+    pub(super) value: Spanned<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct GrpcRule {
+    #[allow(dead_code)]
+    pub(super) name: Option<String>,
+    #[serde(default)]
+    pub(super) matches: Vec<GrpcMatch>,
+    #[serde(default)]
+    pub(super) backend_refs: Vec<Reference>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct GrpcMatch {
+    pub(super) method: Option<GrpcMethod>,
+    #[serde(default)]
+    pub(super) headers: Vec<HeaderMatch>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct GrpcMethod {
+    pub(super) r#type: Option<Spanned<String>>,
+    pub(super) service: Option<Spanned<String>>,
+    pub(super) method: Option<Spanned<String>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct MeshSettings {
+    #[allow(dead_code)]
+    pub(super) api_version: String,
+    #[allow(dead_code)]
+    pub(super) kind: String,
+    pub(super) metadata: Meta,
+    pub(super) spec: MeshSettingsSpec,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct MeshSettingsSpec {
+    pub(super) trust_domain: Option<Spanned<String>>,
+    #[serde(default)]
+    pub(super) mesh_ranges: Vec<Spanned<String>>,
+    #[serde(default)]
+    pub(super) allowed_addresses: Vec<Spanned<String>>,
+    pub(super) outbound_policy: Option<Spanned<String>>,
+}

@@ -1,0 +1,137 @@
+//! What an operator writes: a folder of YAML files, checked whole, file by file.
+//!
+//! - `kinds.rs`: the files' shape. `parse.rs`: one file to resources, or the place and reason of its refusal.
+//! - `folder.rs`: the folder as it stands; the last good state of a file stays while the file is bad.
+//!
+//! A resource that got through is already checked: the types below hold nothing that would have to be doubted again.
+
+mod folder;
+mod kinds;
+mod parse;
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use sheetbend_control_plane_client::model::{AppProtocol, Match, ServiceName, Transport};
+
+pub(crate) use folder::Folder;
+
+/// One resource, checked.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Resource {
+    Service(Service),
+    Slice(Slice),
+    Route(Route),
+    Settings(Settings),
+}
+
+/// A Kubernetes Service.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Service {
+    pub(crate) name: ServiceName,
+    pub(crate) cluster_ips: Vec<IpAddr>,
+    pub(crate) ports: Vec<ServicePort>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct ServicePort {
+    pub(crate) name: Arc<str>,
+    pub(crate) port: u16,
+    pub(crate) target: u16,
+    pub(crate) protocol: AppProtocol,
+}
+
+/// A Kubernetes EndpointSlice.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Slice {
+    pub(crate) object: ServiceName,
+    pub(crate) service: ServiceName,
+    pub(crate) transport: Transport,
+    pub(crate) ports: Vec<SlicePort>,
+    pub(crate) endpoints: Vec<SliceEndpoint>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct SlicePort {
+    pub(crate) name: Arc<str>,
+    pub(crate) port: u16,
+    pub(crate) protocol: AppProtocol,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct SliceEndpoint {
+    pub(crate) address: IpAddr,
+    pub(crate) workload: Arc<str>,
+}
+
+impl Slice {
+    /// Every address of one of its ports.
+    pub(crate) fn addresses<'a>(
+        &'a self,
+        port: &'a SlicePort,
+    ) -> impl Iterator<Item = (SocketAddr, &'a SliceEndpoint)> + 'a {
+        self.endpoints.iter().map(|e| (SocketAddr::new(e.address, port.port), e))
+    }
+}
+
+/// An HTTPRoute or a GRPCRoute.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Route {
+    /// `HTTPRoute` or `GRPCRoute`.
+    pub(crate) kind: &'static str,
+    pub(crate) name: ServiceName,
+    pub(crate) parents: Vec<Parent>,
+    pub(crate) rules: Vec<RouteRule>,
+}
+
+/// A Service, or one port of it.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Parent {
+    pub(crate) service: ServiceName,
+    pub(crate) port: Option<u16>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct RouteRule {
+    /// None means every request.
+    pub(crate) matches: Vec<Match>,
+    pub(crate) backends: Vec<RouteBackend>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct RouteBackend {
+    pub(crate) service: ServiceName,
+    pub(crate) port: u16,
+    pub(crate) weight: u32,
+}
+
+/// A MeshSettings.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Settings {
+    pub(crate) object: ServiceName,
+    pub(crate) trust_domain: Option<Arc<str>>,
+    pub(crate) mesh_ranges: Vec<IpNet>,
+    pub(crate) allowed_addresses: Vec<IpNet>,
+    pub(crate) outbound_policy: Option<OutboundPolicy>,
+}
+
+/// What happens to traffic that is no mesh destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub(crate) enum OutboundPolicy {
+    Allow,
+    Deny,
+}
+
+impl Resource {
+    /// `HTTPRoute default/web`: two files must not both say it.
+    pub(crate) fn key(&self) -> String {
+        let (kind, name) = match self {
+            Self::Service(service) => ("Service", &service.name),
+            Self::Slice(slice) => ("EndpointSlice", &slice.object),
+            Self::Route(route) => (route.kind, &route.name),
+            Self::Settings(settings) => ("MeshSettings", &settings.object),
+        };
+        format!("{kind} {}/{}", name.namespace, name.service)
+    }
+}
