@@ -81,7 +81,7 @@ fn config(args: Args) -> Result<Config, Failure> {
             false => format!("{text}/{}", if text.contains(':') { 128 } else { 32 }),
         };
         let hint = "write one like 192.0.2.7 or 10.0.0.0/8";
-        config.allowed_addresses.extend(read("--allow-address", &range, hint, &mut problems));
+        config.allowed_addresses.extend(read::<ipnet::IpNet>("--allow-address", &range, hint, &mut problems));
     }
     config.resources = args.resources;
     config.names = args.names;

@@ -57,7 +57,9 @@ fn ttl(text: &str) -> Result<Duration, String> {
     };
     let number: u64 = text.strip_suffix(unit).and_then(|n| n.parse().ok()).ok_or_else(wrong)?;
     match number.checked_mul(seconds).map(Duration::from_secs) {
-        Some(ttl) if ttl.is_zero() => Err(format!("--ttl {text}: a token that is good for no time is good for nothing")),
+        Some(ttl) if ttl.is_zero() => {
+            Err(format!("--ttl {text}: a token that is good for no time is good for nothing"))
+        }
         Some(ttl) if ttl <= token::MAX_TTL => Ok(ttl),
         _ => Err(format!("--ttl {text}: 24h is the longest")),
     }

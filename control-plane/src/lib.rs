@@ -9,7 +9,6 @@
 
 #![deny(missing_docs)]
 
-
 mod admin;
 mod ads;
 mod ca_service;
