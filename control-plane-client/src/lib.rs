@@ -7,11 +7,13 @@
 //! - [`discovery`]: what a target stands for, asked on demand and kept up to date.
 //! - [`channel`], [`backoff`]: how the control plane is reached, and how long to wait when it is not.
 //! - [`registration`]: what a proxy says of itself.
+//! - [`admin_http`]: the server behind admin ports, and the client that asks one.
 //! - [`graph`]: the edges of the service graph, merged and shown.
 //! - [`report`]: what edges this proxy saw, told every 5 s.
 //! - [`local`]: how processes of one user find their own control plane.
 //! - [`proto`]: the generated messages and gRPC stubs of our own services.
 
+pub mod admin_http;
 pub mod backoff;
 pub mod channel;
 pub mod discovery;

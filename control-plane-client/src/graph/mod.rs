@@ -19,7 +19,7 @@ mod window;
 use serde::{Deserialize, Serialize};
 
 pub use merge::{Arrival, MAX_EDGES, MergedGraph};
-pub use page::{CONTENT_SECURITY_POLICY, Format, UnknownFormat, body};
+pub use page::{Format, UnknownFormat, body, content_security_policy};
 pub use render::{dot, json, mermaid, table};
 pub use window::Totals;
 

@@ -1,15 +1,34 @@
 //! A graph over HTTP: which form was asked for, and the page that draws it.
 
 use std::str::FromStr;
+use std::sync::LazyLock;
+
+use base64::Engine;
 
 use super::{Graph, dot, json, mermaid, table};
 
 /// The page: one file, no library, nothing loaded from anywhere. It asks its own address for JSON every second.
 const PAGE: &str = include_str!("page.html");
 
-/// What the page may do: run its own script and style, ask its own server. Nothing else, not even be framed.
-pub const CONTENT_SECURITY_POLICY: &str = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; \
-     connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+/// The header that says what the page may do: run its own script and style, known by their digests, and ask its own
+/// server. Nothing else, not even be framed.
+pub fn content_security_policy() -> &'static str {
+    static POLICY: LazyLock<String> = LazyLock::new(|| {
+        let digest = |tag: &str| {
+            let open = format!("<{tag}>");
+            let inside = PAGE.split_once(&open).and_then(|(_, rest)| rest.split_once(&format!("</{tag}>")));
+            let sha256 = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, inside.unwrap_or_default().0.as_bytes());
+            format!("'sha256-{}'", base64::engine::general_purpose::STANDARD.encode(sha256))
+        };
+        format!(
+            "default-src 'none'; script-src {}; style-src {}; connect-src 'self'; base-uri 'none'; form-action 'none'; \
+             frame-ancestors 'none'",
+            digest("script"),
+            digest("style")
+        )
+    });
+    &POLICY
+}
 
 /// A form in which a graph is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -3,11 +3,20 @@
 //! On loopback: `/ready /live /metrics /config_dump /clusters /certs /logging /server_info /graph`. A second listener
 //! that others can reach (15120) has `/ready /live /metrics` alone. Nothing here is on the way of a request.
 
-use std::sync::Arc;
+#[cfg(test)]
+mod tests;
 
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::{Method, StatusCode};
+use sheetbend_control_plane_client::admin_http::{self, Answer, Asked};
 use tokio::net::TcpListener;
 
 use crate::telemetry::Telemetry;
+
+/// How often counts are filed under the time at which they happened: a slot of the graph's last minute.
+const TICK: Duration = Duration::from_secs(5);
 
 /// Gives one document of the admin port.
 pub type Document = Box<dyn Fn() -> serde_json::Value + Send + Sync>;
@@ -48,9 +57,62 @@ pub enum Scope {
 pub struct Admin;
 
 impl Admin {
-    /// Serves until the future is dropped.
+    /// Serves until the future is dropped. The listener with [`Scope::Everything`] keeps the graph's time too.
     pub async fn serve(listener: TcpListener, state: Arc<AdminState>, scope: Scope) {
-        let _ = (listener, state, scope);
-        std::future::pending::<()>().await
+        let telemetry = Arc::clone(&state.telemetry);
+        let served =
+            admin_http::serve(listener, scope == Scope::Everything, move |asked| answer(&state, scope, &asked));
+        let ticks = async {
+            let mut every = tokio::time::interval(TICK);
+            while scope == Scope::Everything {
+                every.tick().await;
+                telemetry.tick();
+            }
+        };
+        tokio::join!(served, ticks);
+    }
+}
+
+const EVERYTHING: &str = "/ready /live /metrics /config_dump /clusters /certs /logging /server_info /graph[?format=json|dot|mermaid|table|html]";
+
+fn answer(state: &AdminState, scope: Scope, asked: &Asked) -> Answer {
+    let get = asked.method == Method::GET;
+    match (asked.path.as_str(), scope) {
+        ("/logging", Scope::Everything) => logging(state, asked),
+        _ if !get => Answer::text(StatusCode::METHOD_NOT_ALLOWED, "Only /logging takes a POST.\n"),
+        ("/live", _) => Answer::text(StatusCode::OK, "live\n"),
+        ("/ready", _) => match (state.ready)() {
+            Ok(()) => Answer::text(StatusCode::OK, "ready\n"),
+            Err(why) => Answer::text(StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {why}\n")),
+        },
+        ("/metrics" | "/stats/prometheus", _) => Answer {
+            content_type: "text/plain; version=0.0.4; charset=utf-8",
+            ..Answer::text(StatusCode::OK, state.telemetry.render_metrics())
+        },
+        (_, Scope::Health) => Answer::not_found("/ready /live /metrics"),
+        ("/config_dump", _) => Answer::json(&(state.config_dump)()),
+        ("/clusters", _) => Answer::json(&(state.clusters)()),
+        ("/certs", _) => Answer::json(&(state.certs)()),
+        ("/server_info", _) => Answer::json(&(state.server_info)()),
+        ("/graph", _) => Answer::graph(asked, &state.telemetry.graph()),
+        ("/", _) => Answer::text(StatusCode::OK, format!("{EVERYTHING}\n")),
+        _ => Answer::not_found(EVERYTHING),
+    }
+}
+
+/// GET says the filter in use; POST takes a new one as its body or as `?level=`.
+fn logging(state: &AdminState, asked: &Asked) -> Answer {
+    if asked.method == Method::GET {
+        return Answer::text(StatusCode::OK, format!("{}\n", (state.log_filter)()));
+    }
+    let body = String::from_utf8_lossy(&asked.body);
+    let filter = asked.parameter("level").unwrap_or(body.trim());
+    if filter.is_empty() {
+        let usage = "Say which: a level (error, warn, info, debug, trace), or a filter as RUST_LOG takes it.\n";
+        return Answer::text(StatusCode::BAD_REQUEST, usage);
+    }
+    match (state.set_log_filter)(filter) {
+        Ok(()) => Answer::text(StatusCode::OK, format!("{}\n", (state.log_filter)())),
+        Err(why) => Answer::text(StatusCode::BAD_REQUEST, format!("{why}\n")),
     }
 }
