@@ -62,9 +62,12 @@ impl Admin {
         let telemetry = Arc::clone(&state.telemetry);
         let served =
             admin_http::serve(listener, scope == Scope::Everything, move |asked| answer(&state, scope, &asked));
+        if scope == Scope::Health {
+            return served.await;
+        }
         let ticks = async {
             let mut every = tokio::time::interval(TICK);
-            while scope == Scope::Everything {
+            loop {
                 every.tick().await;
                 telemetry.tick();
             }
