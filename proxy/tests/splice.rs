@@ -209,3 +209,108 @@ fn an_idle_splice_owns_no_buffer() {
     let size = size_of_future(|client, server| splice(client, server, |_| {}));
     assert!(size <= 512, "{size} bytes a connection");
 }
+
+/// Both ends of a TLS connection, the accepting one first.
+async fn secured() -> (tokio_rustls::TlsStream<TcpStream>, tokio_rustls::TlsStream<TcpStream>) {
+    let rcgen::CertifiedKey { cert, signing_key } = rcgen::generate_simple_self_signed(["web".into()]).unwrap();
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let key = rustls::pki_types::PrivateKeyDer::try_from(signing_key.serialize_der()).unwrap();
+    let server = rustls::ServerConfig::builder_with_provider(provider.clone())
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![cert.der().clone()], key)
+        .unwrap();
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(cert.der().clone()).unwrap();
+    let client = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let (dialed, accepted) = connected().await;
+    let accept = tokio_rustls::TlsAcceptor::from(Arc::new(server));
+    let connect = tokio_rustls::TlsConnector::from(Arc::new(client));
+    let (accepted, dialed) = tokio::join!(accept.accept(accepted), connect.connect("web".try_into().unwrap(), dialed));
+    (accepted.unwrap().into(), dialed.unwrap().into())
+}
+
+/// Plain bytes to the first proxy, TLS to the second, plain bytes to the server: as two of our proxies carry them.
+async fn through_tls() -> (TcpStream, TcpStream, JoinHandle<SpliceOutcome>, JoinHandle<SpliceOutcome>) {
+    let (client, mut near) = connected().await;
+    let (mut accepted, mut dialed) = secured().await;
+    let (mut far, server) = connected().await;
+    let first = tokio::spawn(async move { splice(&mut near, &mut dialed, |_| {}).await });
+    let second = tokio::spawn(async move { splice(&mut accepted, &mut far, |_| {}).await });
+    (client, server, first, second)
+}
+
+#[tokio::test]
+async fn a_half_close_crosses_tls_in_both_directions() {
+    for client_first in [true, false] {
+        let (mut client, mut server, first, second) = through_tls().await;
+        let (one, other) = if client_first { (&mut client, &mut server) } else { (&mut server, &mut client) };
+        one.write_all(b"question").await.unwrap();
+        one.shutdown().await.unwrap();
+        assert_eq!(read_all(other).await, b"question");
+        other.write_all(b"answer").await.unwrap();
+        other.shutdown().await.unwrap();
+        assert_eq!(read_all(one).await, b"answer");
+        for outcome in [soon(first).await.unwrap(), soon(second).await.unwrap()] {
+            assert!(matches!(outcome.ended_by, EndedBy::Client) == client_first, "{outcome:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_reset_crosses_tls_and_is_never_an_orderly_end() {
+    let (mut client, server, first, second) = through_tls().await;
+    server.set_zero_linger().unwrap();
+    drop(server);
+    let error = soon(client.read(&mut [0; 8])).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    for outcome in [soon(first).await.unwrap(), soon(second).await.unwrap()] {
+        assert!(matches!(outcome.ended_by, EndedBy::ServerBroke(_)), "{outcome:?}");
+    }
+}
+
+#[tokio::test]
+async fn tls_that_is_cut_off_without_a_close_notify_is_a_reset_too() {
+    let (mut accepted, dialed) = secured().await;
+    let (mut client, mut near) = connected().await;
+    let splicing = tokio::spawn(async move {
+        let mut dialed = dialed;
+        splice(&mut near, &mut dialed, |_| {}).await
+    });
+    accepted.write_all(b"all but the").await.unwrap();
+    accepted.flush().await.unwrap();
+    soon(client.read_exact(&mut [0; 11])).await.unwrap();
+    accepted.get_mut().0.shutdown().await.unwrap(); // FIN, as anybody on the way can send it.
+    let error = soon(client.read(&mut [0; 8])).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    assert!(matches!(soon(splicing).await.unwrap().ended_by, EndedBy::ServerBroke(_)));
+}
+
+#[tokio::test]
+async fn a_hundred_mebibytes_cross_tls_unharmed_and_nothing_lingers_unflushed() {
+    let (mut client, mut server, first, second) = through_tls().await;
+    const TOTAL: usize = 100 << 20;
+    let send = tokio::spawn(async move {
+        let chunk = vec![7; 65_521];
+        let mut left = TOTAL;
+        while left > 0 {
+            client.write_all(&chunk[..left.min(chunk.len())]).await.unwrap();
+            left -= left.min(chunk.len());
+        }
+        client // Open, so that only a flush brings the last bytes out.
+    });
+    let mut buffer = vec![0; 256 * 1024];
+    let mut left = TOTAL;
+    while left > 0 {
+        left -= timeout(Duration::from_secs(60), server.read(&mut buffer)).await.unwrap().unwrap();
+    }
+    drop(soon(send).await.unwrap());
+    drop(server);
+    assert_eq!(soon(first).await.unwrap().client_to_server, TOTAL as u64);
+    assert_eq!(soon(second).await.unwrap().client_to_server, TOTAL as u64);
+}
