@@ -10,6 +10,7 @@ use tonic::transport::{Endpoint, Uri};
 use crate::channel::causes;
 use crate::proto::v1::JoinRequest;
 use crate::proto::v1::local_client::LocalClient;
+use crate::xds::shown;
 
 /// All of it: to connect, to ask, to be answered.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -59,8 +60,8 @@ pub async fn join(socket: &Path, service: &str, namespace: &str) -> Result<Joine
         let channel = channel.map_err(|error| unreachable(causes(&error)))?;
         let request = JoinRequest { service: service.to_string(), namespace: namespace.to_string() };
         let answer = LocalClient::new(channel).join(request).await.map_err(|status| match status.code() {
-            tonic::Code::Unavailable | tonic::Code::Unknown => unreachable(status.message().to_string()),
-            _ => JoinError::Refused { path: socket.to_path_buf(), reason: status.message().to_string() },
+            tonic::Code::Unavailable | tonic::Code::Unknown => unreachable(shown(status.message(), 500)),
+            _ => JoinError::Refused { path: socket.to_path_buf(), reason: shown(status.message(), 500) },
         })?;
         let answer = answer.into_inner();
         Ok(Joined { token: answer.token, control_plane: answer.control_plane })

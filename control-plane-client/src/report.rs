@@ -14,6 +14,7 @@ use crate::backoff;
 use crate::channel::Connector;
 use crate::proto::v1::report_client::ReportClient;
 use crate::proto::v1::{BucketCount, EdgeDelta, EdgeReport};
+use crate::xds::shown;
 
 /// How often edges are told.
 pub const EVERY: Duration = Duration::from_secs(5);
@@ -62,7 +63,7 @@ async fn stream(connector: &Connector, slot: Arc<Slot>) -> String {
     };
     match ReportClient::new(channel).edges(reports(slot)).await {
         Ok(_) => "the control plane ended the stream".to_string(),
-        Err(status) => format!("{}: {:.300}", status.code(), status.message()),
+        Err(status) => format!("{}: {}", status.code(), shown(status.message(), 300)),
     }
 }
 

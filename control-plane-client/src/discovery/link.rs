@@ -11,6 +11,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
 use crate::channel::Connector;
+use crate::xds::shown;
 
 /// One answer: 10,000 endpoints are 1.5 MiB.
 const MAX_ANSWER: usize = 16 << 20;
@@ -109,5 +110,5 @@ impl Link {
 }
 
 fn said(status: tonic::Status) -> String {
-    format!("{}: {:.300}", status.code(), status.message())
+    format!("{}: {}", status.code(), shown(status.message(), 300))
 }

@@ -8,6 +8,8 @@
 
 mod driver;
 mod link;
+#[cfg(test)]
+mod simulation;
 mod snapshot;
 mod state;
 mod store;

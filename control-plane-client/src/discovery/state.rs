@@ -11,12 +11,12 @@ use std::time::{Duration, Instant};
 use envoy_types::pb::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 use envoy_types::pb::google::rpc;
 
-use super::MAX_TARGETS;
 use super::snapshot::{Entry, Snapshot, Used};
 use super::store::{Content, Stores};
+use super::{MAX_TARGETS, PATIENCE};
 use crate::model::{Cluster, ClusterName, Destination, Resolution, Rule, ServicePort, Target};
 use crate::xds::decode::{Decoded, Listener};
-use crate::xds::{Kind, MESH, ROOT_CA};
+use crate::xds::{Kind, MESH, ROOT_CA, shown};
 
 /// A destination that nobody asked for this long is forgotten.
 const IDLE: Duration = Duration::from_secs(10 * 60);
@@ -76,7 +76,7 @@ impl State {
             wanted.used.mark();
             return Ok(());
         }
-        if self.targets.len() >= MAX_TARGETS && !self.make_room() {
+        if self.targets.len() >= MAX_TARGETS && !self.make_room(now) {
             return Err(Full);
         }
         let wanted = Wanted {
@@ -167,7 +167,7 @@ impl State {
                 told_mesh = kind == Kind::Listener && response.resources.iter().any(|resource| resource.name == MESH);
                 self.take_in(kind, response, install, &mut wrong);
             }
-            None => wrong.push(format!("`{:.80}` was not asked for", response.type_url)),
+            None => wrong.push(format!("`{}` was not asked for", shown(&response.type_url, 80))),
         }
         let refused = (!wrong.is_empty()).then(|| summary(&wrong));
         reply.error_detail = refused.as_ref().map(|reason| rpc::Status {
@@ -192,7 +192,7 @@ impl State {
                 _ => Ok(()),
             });
             if let Err(reason) = outcome {
-                wrong.push(format!("{:.120}: {reason}", resource.name));
+                wrong.push(format!("{}: {reason}", shown(&resource.name, 120)));
             }
         }
         let not_found = response.resource_errors.iter().filter(|error| {
@@ -265,9 +265,14 @@ impl State {
         Snapshot { entries: known.collect(), mesh: self.stores.mesh() }
     }
 
-    /// "Not in the mesh" gives way to a newcomer: an app that talks to thousands of strangers must not lose the mesh.
-    fn make_room(&mut self) -> bool {
-        let outside = |wanted: &Wanted| wanted.answer == Some(Resolution::NotMesh);
+    /// "Not in the mesh" gives way to a newcomer, and so does what nobody waits for any more: an app that talks to
+    /// thousands of strangers must not lose the mesh.
+    fn make_room(&mut self, now: Instant) -> bool {
+        let outside = |wanted: &Wanted| match wanted.answer {
+            Some(Resolution::Mesh(_)) => false,
+            Some(Resolution::NotMesh) => true,
+            None => now.saturating_duration_since(wanted.last_used) > PATIENCE,
+        };
         let mut ages: Vec<Instant> = self.targets.values().filter(|w| outside(w)).map(|w| w.last_used).collect();
         if ages.is_empty() {
             return false;

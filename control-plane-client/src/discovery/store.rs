@@ -9,8 +9,8 @@ use crate::model::{Endpoint, Mesh, ServicePort};
 use crate::xds::decode::{self, Decoded, Listener, Routes};
 use crate::xds::{DecodeError, Kind, MESH};
 
-/// Endpoints held at once, over all clusters: about 40 MiB.
-const MAX_ENDPOINTS: usize = 200_000;
+/// What is held at once, as it came over the wire: more than 200,000 endpoints of 150 bytes.
+const MAX_BYTES: usize = 32 << 20;
 
 /// All kinds.
 #[derive(Default)]
@@ -19,7 +19,8 @@ pub(super) struct Stores {
     stores: [Store; 5],
     /// Counts changes, so that "newer" has a meaning.
     clock: u64,
-    endpoints: usize,
+    /// What all that is held measured on the wire.
+    bytes: usize,
     /// Another mesh was told since somebody looked.
     pub(super) mesh_changed: bool,
 }
@@ -36,6 +37,7 @@ struct Held {
     version: String,
     content: Content,
     generation: u64,
+    bytes: usize,
 }
 
 /// What was said of a name.
@@ -112,18 +114,19 @@ impl Stores {
         };
         let payload = resource.resource.as_ref().ok_or(DecodeError::Missing("resource"))?;
         let decoded = decode::resource(kind, &name, payload)?;
-        let before = self.held(kind, &name).map_or(0, Held::endpoints);
-        let endpoints = self.endpoints - before + count(&decoded);
-        if endpoints > MAX_ENDPOINTS {
-            return Err(DecodeError::TooMany { what: "endpoints in all", count: endpoints, most: MAX_ENDPOINTS });
+        let before = self.held(kind, &name).map_or(0, |held| held.bytes);
+        let all = self.bytes - before + payload.value.len();
+        if all > MAX_BYTES {
+            return Err(DecodeError::TooMany { what: "bytes in all", count: all, most: MAX_BYTES });
         }
-        self.endpoints = endpoints;
+        self.bytes = all;
         self.clock += 1;
         self.mesh_changed |= matches!(decoded, Decoded::Mesh(_));
         let held = Held {
             version: resource.version.clone(),
             content: Content::Value(decoded.clone()),
             generation: self.clock,
+            bytes: payload.value.len(),
         };
         self.stores[kind as usize].held.insert(name, held);
         Ok(Some(decoded))
@@ -135,19 +138,19 @@ impl Stores {
             return;
         }
         let Some(name) = self.stores[kind as usize].subscribed.get(name).cloned() else { return };
-        self.endpoints -= self.held(kind, &name).map_or(0, Held::endpoints);
+        self.bytes -= self.held(kind, &name).map_or(0, |held| held.bytes);
         self.clock += 1;
-        let held = Held { version: String::new(), content: Content::Absent, generation: self.clock };
+        let held = Held { version: String::new(), content: Content::Absent, generation: self.clock, bytes: 0 };
         self.stores[kind as usize].held.insert(name, held);
     }
 
     /// Forgets what is not in `names`.
     pub(super) fn keep_only(&mut self, kind: Kind, names: &BTreeSet<Arc<str>>) {
-        let endpoints = &mut self.endpoints;
+        let bytes = &mut self.bytes;
         self.stores[kind as usize].held.retain(|name, held| {
             let stays = names.contains(name);
             if !stays {
-                *endpoints -= held.endpoints();
+                *bytes -= held.bytes;
             }
             stays
         });
@@ -159,21 +162,5 @@ impl Store {
     pub(super) fn versions(&self) -> HashMap<String, String> {
         let held = self.held.iter().filter(|(_, held)| matches!(held.content, Content::Value(_)));
         held.map(|(name, held)| (name.to_string(), held.version.clone())).collect()
-    }
-}
-
-impl Held {
-    fn endpoints(&self) -> usize {
-        match &self.content {
-            Content::Value(decoded) => count(decoded),
-            Content::Absent => 0,
-        }
-    }
-}
-
-fn count(decoded: &Decoded) -> usize {
-    match decoded {
-        Decoded::Endpoints(endpoints) => endpoints.len(),
-        _ => 0,
     }
 }

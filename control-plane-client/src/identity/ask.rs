@@ -10,6 +10,7 @@ use tonic::{Request, Status};
 use crate::channel::{ConnectError, Connector};
 use crate::proto::ca::IstioCertificateRequest;
 use crate::proto::ca::istio_certificate_service_client::IstioCertificateServiceClient;
+use crate::xds::shown;
 
 /// From connecting to the answer.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -89,7 +90,7 @@ fn read(parts: &[String], key: &KeyAndCsr) -> Result<(Identity, TrustBundle), St
 
 fn said(status: Status) -> AskError {
     use tonic::Code::*;
-    let text = format!("{:.500}", status.message());
+    let text = shown(status.message(), 500);
     match status.code() {
         Unauthenticated | PermissionDenied | InvalidArgument | FailedPrecondition | Unimplemented | OutOfRange => {
             AskError::Refused(text)

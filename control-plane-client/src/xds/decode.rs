@@ -22,7 +22,7 @@ use serde::de::DeserializeOwned;
 
 use super::encode::{DEFAULT_ROUTE, EndpointWords, ListenerWords, ServiceWords, Wire};
 use super::metadata::from_struct;
-use super::{DecodeError, Kind, ROOT_CA, WORDS};
+use super::{DecodeError, Kind, ROOT_CA, WORDS, shown};
 use crate::model::{AppProtocol, Backend, ClusterName, Endpoint, Match, Mesh, PathMatch, Rule, ServicePort, Transport};
 
 /// Endpoints of one cluster. At 150 bytes each this is 1.5 MiB on the wire.
@@ -213,7 +213,7 @@ pub fn endpoints(message: &eds::ClusterLoadAssignment) -> Result<Vec<Endpoint>, 
 pub fn root_ca(message: &tls::Secret) -> Result<String, DecodeError> {
     use core::data_source::Specifier;
     if message.name != ROOT_CA {
-        return Err(DecodeError::invalid("name", format!("`{}` was not asked for", shown(&message.name))));
+        return Err(DecodeError::invalid("name", format!("`{}` was not asked for", shown(&message.name, 80))));
     }
     let Some(tls::secret::Type::ValidationContext(context)) = &message.r#type else {
         return Err(DecodeError::Missing("validation_context"));
@@ -230,7 +230,7 @@ pub fn root_ca(message: &tls::Secret) -> Result<String, DecodeError> {
 
 fn unpack<M: Message + Name + Default>(payload: &Any, wanted: &'static str) -> Result<M, DecodeError> {
     if payload.type_url != wanted {
-        return Err(DecodeError::WrongType { found: shown(&payload.type_url), wanted });
+        return Err(DecodeError::WrongType { found: shown(&payload.type_url, 80), wanted });
     }
     M::decode(&payload.value[..]).map_err(|error| DecodeError::Malformed(error.to_string()))
 }
@@ -243,7 +243,7 @@ fn is<M: Name>(payload: &Any) -> bool {
 fn same_name(outside: &str, inside: &str) -> Result<(), DecodeError> {
     match outside == inside {
         true => Ok(()),
-        false => Err(DecodeError::invalid("name", format!("`{}` inside", shown(inside)))),
+        false => Err(DecodeError::invalid("name", format!("`{}` inside", shown(inside, 80)))),
     }
 }
 
@@ -448,9 +448,4 @@ fn text(field: &'static str, found: &str) -> Result<Arc<str>, DecodeError> {
 
 fn at_most(what: &'static str, count: usize, most: usize) -> Result<(), DecodeError> {
     if count > most { Err(DecodeError::TooMany { what, count, most }) } else { Ok(()) }
-}
-
-/// A stranger's text, short enough for a log line.
-fn shown(text: &str) -> String {
-    text.chars().take(80).collect()
 }

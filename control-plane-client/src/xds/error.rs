@@ -38,8 +38,13 @@ pub enum DecodeError {
 }
 
 impl DecodeError {
-    /// [`DecodeError::Invalid`] from any reason.
+    /// [`DecodeError::Invalid`] from any reason, which is cut to a line's length.
     pub fn invalid(field: &'static str, reason: impl ToString) -> Self {
-        Self::Invalid { field, reason: reason.to_string() }
+        Self::Invalid { field, reason: shown(&reason.to_string(), 200) }
     }
+}
+
+/// A stranger's text, short and in one line, fit for a log and for an answer.
+pub(crate) fn shown(text: &str, most: usize) -> String {
+    text.chars().take(most).map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }

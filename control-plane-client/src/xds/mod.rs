@@ -23,6 +23,7 @@ pub mod metadata;
 mod round_trip;
 
 pub use error::DecodeError;
+pub(crate) use error::shown;
 
 /// Under which name our own words stand in any metadata.
 pub const WORDS: &str = "sheetbend.io";
