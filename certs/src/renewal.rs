@@ -1,6 +1,6 @@
 //! When to renew, and how loudly to complain while it fails. Values in, decisions out: no clock, no chance of its own.
 
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 /// When to ask for the next certificate: at two thirds of what was left of this one when it came, give or take a tenth,
 /// so that proxies which started together do not ask together.
@@ -41,25 +41,11 @@ impl Alarm {
             _ => Self::Quiet,
         }
     }
-
-    /// How long to wait before it is said again; `None` when there is nothing to say. For a day's certificate that is
-    /// 48 min, 12 min, 3 min, 1 min: the worse, the more often.
-    pub fn repeat(self, came: SystemTime, not_after: SystemTime) -> Option<Duration> {
-        let life = not_after.duration_since(came).unwrap_or_default();
-        let share = match self {
-            Self::Quiet => return None,
-            Self::Notice => 30,
-            Self::Warning => 120,
-            Self::Critical => 480,
-            Self::Expired => 1440,
-        };
-        Some((life / share).max(Duration::from_secs(1)))
-    }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::UNIX_EPOCH;
+    use std::time::{Duration, UNIX_EPOCH};
 
     use proptest::prelude::*;
 
@@ -78,7 +64,7 @@ mod tests {
     }
 
     #[test]
-    fn the_less_is_left_the_louder_and_the_more_often() {
+    fn the_less_is_left_the_worse_it_is() {
         let end = UNIX_EPOCH + 24 * HOUR;
         let at = |hours: f64| Alarm::at(UNIX_EPOCH, end, UNIX_EPOCH + HOUR.mul_f64(hours));
         assert_eq!(at(17.6), Alarm::Quiet, "the latest renewal is due here");
@@ -86,9 +72,7 @@ mod tests {
         assert_eq!(at(21.0), Alarm::Warning);
         assert_eq!(at(23.0), Alarm::Critical);
         assert_eq!(at(24.0), Alarm::Expired);
-        assert_eq!(Alarm::Quiet.repeat(UNIX_EPOCH, end), None);
-        let waits = [Alarm::Notice, Alarm::Warning, Alarm::Critical, Alarm::Expired].map(|a| a.repeat(UNIX_EPOCH, end));
-        assert!(waits.windows(2).all(|pair| pair[0] > pair[1]), "{waits:?}");
+        assert!(Alarm::Notice < Alarm::Warning && Alarm::Warning < Alarm::Critical);
     }
 
     proptest! {
@@ -104,7 +88,7 @@ mod tests {
         fn no_clock_however_wrong_makes_it_panic(came in 0u64..1 << 40, end in 0u64..1 << 40, now in 0u64..1 << 40) {
             let [came, end, now] = [came, end, now].map(|s| UNIX_EPOCH + Duration::from_secs(s));
             renew_at(came, end, 0.5);
-            Alarm::at(came, end, now).repeat(came, end);
+            Alarm::at(came, end, now);
         }
     }
 }

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use sheetbend_certs::{
-    DEFAULT_TTL, Identity, IdentityStore, KeyAndCsr, Material, RENEWAL_GRACE, Sha256, TrustBundle, format_span,
+    Alarm, DEFAULT_TTL, Identity, IdentityStore, KeyAndCsr, Material, RENEWAL_GRACE, Sha256, TrustBundle, format_span,
     format_time,
 };
 use tokio::sync::watch;
@@ -337,12 +337,11 @@ impl Task {
         };
         let now = SystemTime::now();
         let left = identity.not_after.duration_since(now).ok();
-        let life = identity.not_after.duration_since(identity.not_before).unwrap_or_default();
         let time = match left {
             Some(left) => format!("it holds for {} more", format_span(left)),
             None => format!("it expired at {}", format_time(identity.not_after)),
         };
-        match schedule::loudness(failures, left, life) {
+        match schedule::loudness(failures, Alarm::at(identity.not_before, identity.not_after, now)) {
             Loudness::Quiet => {}
             Loudness::Warn => tracing::warn!(%error, failures, "the certificate is not renewed yet; {time}"),
             Loudness::Error => tracing::error!(%error, failures, "THE CERTIFICATE IS NOT RENEWED; {time}"),

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use sheetbend_certs::BACKDATE;
+use sheetbend_certs::{Alarm, BACKDATE, renew_at};
 
 /// A renewal is not tried again sooner than this after one that worked.
 const SOONEST: Duration = Duration::from_secs(1);
@@ -15,10 +15,7 @@ const AFTER_ROTATION: Duration = Duration::from_secs(5);
 pub(super) fn until_renewal(not_before: SystemTime, not_after: SystemTime, now: SystemTime, chance: f64) -> Duration {
     // The first moment is dated back, for the sake of clocks that are behind.
     let issued = (not_before + BACKDATE).min(now.max(not_before));
-    let life = not_after.duration_since(issued).unwrap_or_default();
-    let share = 2.0 / 3.0 * (0.9 + 0.2 * chance.clamp(0.0, 1.0));
-    let due = issued + life.mul_f64(share);
-    due.duration_since(now).unwrap_or_default().max(SOONEST)
+    renew_at(issued, not_after, chance).duration_since(now).unwrap_or_default().max(SOONEST)
 }
 
 /// How long to wait before renewing because the bundle changed.
@@ -33,16 +30,17 @@ pub(super) enum Loudness {
     Quiet,
     /// There is time.
     Warn,
-    /// Less than a sixth of its life is left, or none.
+    /// There is little time left, or none.
     Error,
 }
 
-/// Attempts come every few seconds and a life is a day: the 1st, 2nd, 4th, 8th failure is said, and near the end every 8th.
-pub(super) fn loudness(failures: u32, left: Option<Duration>, life: Duration) -> Loudness {
-    let urgent = left.is_none_or(|left| left < life / 6);
-    match urgent {
-        true if failures.is_power_of_two() || failures.is_multiple_of(8) => Loudness::Error,
-        false if failures.is_power_of_two() => Loudness::Warn,
+/// Attempts come every few seconds and a life is a day: the 1st, 2nd, 4th, 8th failure is said, later every 64th, and
+/// near the end every 8th.
+pub(super) fn loudness(failures: u32, alarm: Alarm) -> Loudness {
+    match alarm {
+        Alarm::Quiet | Alarm::Notice if failures.is_power_of_two() => Loudness::Warn,
+        Alarm::Warning if failures.is_power_of_two() || failures.is_multiple_of(64) => Loudness::Error,
+        Alarm::Critical | Alarm::Expired if failures.is_power_of_two() || failures.is_multiple_of(8) => Loudness::Error,
         _ => Loudness::Quiet,
     }
 }
@@ -79,9 +77,10 @@ mod tests {
 
     #[test]
     fn the_less_time_is_left_the_louder_it_is_said() {
-        assert_eq!(loudness(1, Some(DAY / 3), DAY), Loudness::Warn);
-        assert_eq!(loudness(3, Some(DAY / 3), DAY), Loudness::Quiet);
-        assert_eq!(loudness(8, Some(DAY / 7), DAY), Loudness::Error);
-        assert_eq!(loudness(16, None, DAY), Loudness::Error);
+        assert_eq!(loudness(1, Alarm::Quiet), Loudness::Warn);
+        assert_eq!(loudness(3, Alarm::Notice), Loudness::Quiet);
+        assert_eq!(loudness(64, Alarm::Warning), Loudness::Error);
+        assert_eq!(loudness(72, Alarm::Warning), Loudness::Quiet);
+        assert_eq!(loudness(72, Alarm::Expired), Loudness::Error);
     }
 }
