@@ -38,6 +38,16 @@ impl Abort for TcpStream {
     }
 }
 
+impl<T: ?Sized + Abort> Abort for Box<T> {
+    fn abort(&mut self) {
+        (**self).abort();
+    }
+
+    fn is_gone(&self) -> bool {
+        (**self).is_gone()
+    }
+}
+
 impl<T: Abort> Abort for Rewind<T> {
     fn abort(&mut self) {
         self.get_mut().abort();

@@ -1,0 +1,370 @@
+//! Bodies on their way through: counted, copied for a second attempt while that is cheap, and reported at their end.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+use http::HeaderMap;
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+use tokio::time::Sleep;
+
+use super::exchange::Exchange;
+use super::headers::grpc_status;
+use crate::traffic::retry::BODY_COPY;
+use crate::upstream::Checkout;
+
+/// Why a body ended early.
+#[derive(Debug)]
+pub enum BodyError {
+    /// The other side's connection or stream broke. hyper finds the HTTP/2 error code in the source chain, so a reset is
+    /// passed on with its meaning.
+    Hyper(hyper::Error),
+    /// The deadline that the caller set has passed.
+    Deadline,
+    /// The attempt that reads this body is no longer the current one.
+    Superseded,
+}
+
+impl fmt::Display for BodyError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Hyper(error) => error.fmt(f),
+            Self::Deadline => f.write_str("the deadline set by grpc-timeout has passed"),
+            Self::Superseded => f.write_str("another attempt is under way"),
+        }
+    }
+}
+
+impl std::error::Error for BodyError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Self::Hyper(error) => Some(error),
+            Self::Deadline | Self::Superseded => None,
+        }
+    }
+}
+
+/// A request's body on its way out.
+#[derive(Default)]
+pub enum RequestBody {
+    /// Nothing.
+    #[default]
+    Empty,
+    /// As it comes; there is one attempt.
+    Streamed(Incoming, Arc<AtomicU64>),
+    /// As it comes, while what came is kept for another attempt.
+    Kept(Attempt),
+}
+
+impl Body for RequestBody {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        match &mut *self {
+            Self::Empty => Poll::Ready(None),
+            Self::Streamed(body, count) => {
+                let frame = ready!(poll_useful_frame(body, cx));
+                if let Some(Ok(frame)) = &frame {
+                    count_data(frame, count);
+                }
+                Poll::Ready(frame.map(|frame| frame.map_err(BodyError::Hyper)))
+            }
+            Self::Kept(attempt) => attempt.poll_frame(cx),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Empty => true,
+            Self::Streamed(body, _) => body.is_end_stream(),
+            Self::Kept(attempt) => attempt.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Empty => SizeHint::with_exact(0),
+            Self::Streamed(body, _) => body.size_hint(),
+            Self::Kept(attempt) => attempt.size_hint(),
+        }
+    }
+}
+
+fn count_data(frame: &Frame<Bytes>, count: &AtomicU64) {
+    if let Some(data) = frame.data_ref() {
+        count.fetch_add(data.len() as u64, Relaxed);
+    }
+}
+
+/// The next frame that says something. Empty DATA frames that end nothing stay here: HTTP/2 libraries count them towards
+/// a flood, and on a shared connection the flood would be everybody's.
+fn poll_useful_frame(body: &mut Incoming, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+    loop {
+        let frame = ready!(Pin::new(&mut *body).poll_frame(cx));
+        let says_nothing = matches!(&frame, Some(Ok(frame)) if frame.data_ref().is_some_and(Bytes::is_empty));
+        if !says_nothing {
+            return Poll::Ready(frame);
+        }
+    }
+}
+
+/// A body of which the beginning is kept, so that it can be sent again.
+pub struct Keeper {
+    shared: Arc<Mutex<Kept>>,
+}
+
+struct Kept {
+    body: Incoming,
+    /// What came so far; `None` once it was more than is kept.
+    frames: Option<VecDeque<Piece>>,
+    bytes: usize,
+    count: Arc<AtomicU64>,
+    ended: bool,
+    /// Which attempt may read on.
+    attempt: u32,
+}
+
+#[derive(Clone)]
+enum Piece {
+    Data(Bytes),
+    Trailers(HeaderMap),
+}
+
+impl Keeper {
+    /// Keeps up to 64 KiB of `body`.
+    pub fn new(body: Incoming, count: Arc<AtomicU64>) -> Self {
+        let kept = Kept { body, frames: Some(VecDeque::new()), bytes: 0, count, ended: false, attempt: 0 };
+        Self { shared: Arc::new(Mutex::new(kept)) }
+    }
+
+    /// The body from its beginning, for one more attempt; `None` when the beginning is no longer there. An earlier attempt
+    /// that still reads gets an error.
+    pub fn attempt(&self) -> Option<RequestBody> {
+        let mut kept = lock(&self.shared);
+        kept.frames.as_ref()?;
+        kept.attempt += 1;
+        Some(RequestBody::Kept(Attempt { shared: Arc::clone(&self.shared), at: 0, number: kept.attempt }))
+    }
+
+    /// Whether [`Keeper::attempt`] would give a body.
+    pub fn is_whole(&self) -> bool {
+        lock(&self.shared).frames.is_some()
+    }
+}
+
+/// Never contended: one attempt reads at a time, on one worker.
+fn lock(shared: &Mutex<Kept>) -> std::sync::MutexGuard<'_, Kept> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// One attempt's view of a kept body.
+pub struct Attempt {
+    shared: Arc<Mutex<Kept>>,
+    at: usize,
+    number: u32,
+}
+
+impl Attempt {
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let mut kept = lock(&self.shared);
+        if kept.attempt != self.number {
+            return Poll::Ready(Some(Err(BodyError::Superseded)));
+        }
+        if let Some(piece) = kept.frames.as_ref().and_then(|frames| frames.get(self.at)) {
+            self.at += 1;
+            return Poll::Ready(Some(Ok(match piece.clone() {
+                Piece::Data(data) => Frame::data(data),
+                Piece::Trailers(trailers) => Frame::trailers(trailers),
+            })));
+        }
+        if kept.ended {
+            return Poll::Ready(None);
+        }
+        let frame = match ready!(poll_useful_frame(&mut kept.body, cx)) {
+            None => {
+                kept.ended = true;
+                return Poll::Ready(None);
+            }
+            Some(Err(error)) => return Poll::Ready(Some(Err(BodyError::Hyper(error)))),
+            Some(Ok(frame)) => frame,
+        };
+        count_data(&frame, &kept.count);
+        kept.keep(&frame);
+        self.at += 1;
+        Poll::Ready(Some(Ok(frame)))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        let kept = lock(&self.shared);
+        let nothing_kept = kept.frames.as_ref().is_none_or(|frames| self.at >= frames.len());
+        nothing_kept && (kept.ended || kept.body.is_end_stream())
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let kept = lock(&self.shared);
+        let waiting: u64 = kept.frames.iter().flatten().skip(self.at).map(Piece::len).sum();
+        let rest = kept.body.size_hint();
+        let mut hint = SizeHint::new();
+        hint.set_lower(rest.lower() + waiting);
+        if let Some(upper) = rest.upper() {
+            hint.set_upper(upper + waiting);
+        }
+        hint
+    }
+}
+
+impl Piece {
+    fn len(&self) -> u64 {
+        match self {
+            Self::Data(data) => data.len() as u64,
+            Self::Trailers(_) => 0,
+        }
+    }
+}
+
+impl Kept {
+    fn keep(&mut self, frame: &Frame<Bytes>) {
+        let Some(frames) = &mut self.frames else { return };
+        let piece = match (frame.data_ref(), frame.trailers_ref()) {
+            (Some(data), _) => Piece::Data(data.clone()),
+            (_, Some(trailers)) => Piece::Trailers(trailers.clone()),
+            _ => return,
+        };
+        self.bytes += piece.len() as usize;
+        // Many tiny frames cost more than their bytes: their number is bounded too.
+        if self.bytes > BODY_COPY || frames.len() >= 1024 {
+            self.frames = None;
+        } else {
+            frames.push_back(piece);
+        }
+    }
+}
+
+/// A response's body on its way back.
+pub struct ResponseBody {
+    kind: Kind,
+    /// Reports when it is dropped, so whatever ends this body ends the exchange.
+    exchange: Option<Exchange>,
+    /// What the connection goes back to its pool with.
+    checkout: Option<Checkout>,
+    deadline: Option<Pin<Box<Sleep>>>,
+}
+
+enum Kind {
+    Empty,
+    Text(Option<Bytes>),
+    Incoming(Incoming),
+}
+
+impl ResponseBody {
+    /// No body.
+    pub fn empty() -> Self {
+        Self { kind: Kind::Empty, exchange: None, checkout: None, deadline: None }
+    }
+
+    /// A short text of this proxy's own.
+    pub fn text(text: String) -> Self {
+        Self { kind: Kind::Text(Some(text.into())), exchange: None, checkout: None, deadline: None }
+    }
+
+    /// An endpoint's body.
+    pub fn of_endpoint(body: Incoming, checkout: Checkout, deadline: Option<Pin<Box<Sleep>>>) -> Self {
+        Self { kind: Kind::Incoming(body), exchange: None, checkout: Some(checkout), deadline }
+    }
+
+    /// Lets `exchange` end with this body.
+    pub fn reporting(mut self, exchange: Exchange) -> Self {
+        self.exchange = Some(exchange);
+        self
+    }
+
+    fn finish(&mut self) {
+        if let Some(exchange) = &mut self.exchange {
+            exchange.complete();
+        }
+        self.exchange = None;
+        if let Some(checkout) = self.checkout.take() {
+            checkout.give_back();
+        }
+    }
+
+    fn fail(&mut self, error: &BodyError) {
+        if let Some(mut exchange) = self.exchange.take() {
+            exchange.body_failed(error);
+        }
+        self.checkout = None;
+    }
+}
+
+impl Body for ResponseBody {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let this = &mut *self;
+        if this.deadline.as_mut().is_some_and(|deadline| deadline.as_mut().poll(cx).is_ready()) {
+            this.fail(&BodyError::Deadline);
+            this.kind = Kind::Empty;
+            this.deadline = None;
+            return Poll::Ready(Some(Err(BodyError::Deadline)));
+        }
+        let frame = match &mut this.kind {
+            Kind::Empty => None,
+            Kind::Text(text) => text.take().map(|text| Ok(Frame::data(text))),
+            Kind::Incoming(body) => ready!(poll_useful_frame(body, cx)),
+        };
+        match frame {
+            None => {
+                this.finish();
+                Poll::Ready(None)
+            }
+            Some(Ok(frame)) => {
+                if let Some(exchange) = &mut this.exchange {
+                    if let Some(data) = frame.data_ref() {
+                        exchange.response_bytes += data.len() as u64;
+                    }
+                    if let Some(status) = frame.trailers_ref().and_then(grpc_status) {
+                        exchange.grpc_status = Some(status);
+                    }
+                }
+                Poll::Ready(Some(Ok(frame)))
+            }
+            Some(Err(error)) => {
+                let error = BodyError::Hyper(error);
+                this.fail(&error);
+                Poll::Ready(Some(Err(error)))
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.kind {
+            Kind::Empty => true,
+            Kind::Text(text) => text.is_none(),
+            Kind::Incoming(body) => body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.kind {
+            Kind::Empty => SizeHint::with_exact(0),
+            Kind::Text(text) => SizeHint::with_exact(text.as_ref().map_or(0, |text| text.len() as u64)),
+            Kind::Incoming(body) => body.size_hint(),
+        }
+    }
+}
+
+impl Drop for ResponseBody {
+    /// hyper drops a body that is known to have ended without asking it for its last frame.
+    fn drop(&mut self) {
+        if self.is_end_stream() {
+            self.finish();
+        }
+    }
+}

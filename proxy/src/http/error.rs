@@ -1,0 +1,250 @@
+//! Everything that can end a request before its destination has answered, and the one table that makes a response of it.
+//!
+//! Statuses and error words are those that RFC 9209 §2.3 recommends, the flags Envoy's.
+
+use std::fmt;
+use std::net::SocketAddr;
+
+use http::{HeaderValue, Response, StatusCode};
+use sheetbend_control_plane_client::model::Target;
+
+use super::body::ResponseBody;
+use super::headers::{PROXY_STATUS, UNSENT, is_grpc};
+use crate::telemetry::{Counter, Flags};
+use crate::upstream::{DialError, Place};
+
+/// What is wrong with the request itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// Not HTTP as the RFCs want it.
+    Malformed(&'static str),
+    /// Could be read as two different messages (RFC 9112 §11.2).
+    Smuggling(&'static str),
+}
+
+/// Whether another attempt could pay twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Processed {
+    /// Provably not: connect failure, unsent, REFUSED_STREAM, above a GOAWAY's last stream, or the peer says so.
+    No(Counter),
+    /// Nobody knows.
+    Maybe,
+}
+
+/// Why there is no answer from the destination.
+#[derive(Debug)]
+pub enum Error {
+    /// The caller's fault.
+    Refused(Refusal),
+    /// No control plane has said where the target is.
+    NoAnswer(Target),
+    /// Not a mesh destination, and nothing else may be called.
+    NotAllowed(Target),
+    /// The destination has no endpoint.
+    NoEndpoint(String),
+    /// Too many requests wait for a connection.
+    Overflow(Place),
+    /// The endpoint could not be reached.
+    Connect {
+        /// Which.
+        endpoint: Place,
+        /// Why.
+        source: DialError,
+    },
+    /// The connection broke, or the stream was reset, before there was an answer.
+    Broken {
+        /// Which.
+        endpoint: Place,
+        /// What broke.
+        source: hyper::Error,
+        /// What is known of the request's fate.
+        processed: Processed,
+    },
+    /// The deadline that the caller set has passed.
+    Deadline,
+    /// The caller is not on the list of those who may call.
+    Denied,
+    /// The request would come back to this proxy.
+    Loop(SocketAddr),
+    /// This proxy has no valid certificate of its own.
+    NoIdentity,
+}
+
+impl Error {
+    /// Whether the request may have been processed.
+    pub fn processed(&self) -> Processed {
+        match self {
+            Self::Connect { .. } => Processed::No(Counter::RetriedConnect),
+            Self::Broken { processed, .. } => *processed,
+            Self::Refused(_)
+            | Self::NoAnswer(_)
+            | Self::NotAllowed(_)
+            | Self::NoEndpoint(_)
+            | Self::Overflow(_)
+            | Self::Deadline
+            | Self::Denied
+            | Self::Loop(_)
+            | Self::NoIdentity => Processed::Maybe,
+        }
+    }
+
+    /// Status, RFC 9209's error word, and response flags.
+    pub fn verdict(&self) -> (StatusCode, &'static str, Flags) {
+        match self {
+            Self::Refused(_) => (StatusCode::BAD_REQUEST, "http_request_error", Flags::DOWNSTREAM_PROTOCOL_ERROR),
+            Self::NoAnswer(_) => (StatusCode::SERVICE_UNAVAILABLE, "destination_unavailable", Flags::NO_DISCOVERY),
+            Self::NotAllowed(_) => (StatusCode::BAD_GATEWAY, "destination_ip_prohibited", Flags::NO_ROUTE),
+            Self::NoEndpoint(_) => {
+                (StatusCode::SERVICE_UNAVAILABLE, "destination_unavailable", Flags::NO_HEALTHY_UPSTREAM)
+            }
+            Self::Overflow(_) => {
+                (StatusCode::SERVICE_UNAVAILABLE, "connection_limit_reached", Flags::UPSTREAM_OVERFLOW)
+            }
+            Self::Connect { source, .. } => source.verdict(),
+            Self::Broken { source, .. } if h2_reason(source).is_some() => {
+                (StatusCode::BAD_GATEWAY, "connection_terminated", Flags::UPSTREAM_RESET)
+            }
+            Self::Broken { source, .. } if source.is_parse() => {
+                (StatusCode::BAD_GATEWAY, "http_protocol_error", Flags::UPSTREAM_PROTOCOL_ERROR)
+            }
+            Self::Broken { .. } => {
+                (StatusCode::BAD_GATEWAY, "connection_terminated", Flags::UPSTREAM_CONNECTION_CLOSED)
+            }
+            Self::Deadline => (StatusCode::GATEWAY_TIMEOUT, "http_response_timeout", Flags::UPSTREAM_TIMEOUT),
+            Self::Denied => (StatusCode::FORBIDDEN, "http_request_denied", Flags::DENIED),
+            Self::Loop(_) => (StatusCode::LOOP_DETECTED, "proxy_loop_detected", Flags::LOOP),
+            Self::NoIdentity => (StatusCode::SERVICE_UNAVAILABLE, "tls_certificate_error", Flags::NO_IDENTITY),
+        }
+    }
+
+    /// The counter that says how often this proxy answered for this reason; none where another counter has said it.
+    pub fn counter(&self) -> Option<Counter> {
+        match self {
+            Self::Refused(Refusal::Malformed(_)) => Some(Counter::MalformedRequest),
+            Self::Refused(Refusal::Smuggling(_)) => Some(Counter::Smuggling),
+            Self::NoAnswer(_) => Some(Counter::RejectedNoDiscovery),
+            Self::NotAllowed(_) => Some(Counter::RefusedPolicy),
+            Self::NoEndpoint(_) => Some(Counter::RejectedNoEndpoint),
+            Self::Overflow(_) => Some(Counter::RejectedPending),
+            Self::Denied => Some(Counter::RefusedNotAllowed),
+            Self::Loop(_) => Some(Counter::RefusedLoop),
+            Self::NoIdentity => Some(Counter::RefusedNoIdentity),
+            Self::Connect { .. } | Self::Broken { .. } | Self::Deadline => None,
+        }
+    }
+
+    /// The response that tells the caller. `unsent` is told to a mesh peer only.
+    pub fn respond(&self, request_headers: &http::HeaderMap, to_peer: bool) -> Response<ResponseBody> {
+        let (status, word, _) = self.verdict();
+        let mut response = if is_grpc(request_headers) {
+            self.grpc_response()
+        } else {
+            let mut response = Response::new(ResponseBody::text(format!("sheetbend: {self}\n")));
+            *response.status_mut() = status;
+            response
+                .headers_mut()
+                .insert(http::header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+            response
+        };
+        let headers = response.headers_mut();
+        // The details hold no more than what the body says, quoted as an sf-string (RFC 8941 §3.3.3).
+        let quoted: String =
+            self.to_string().chars().filter(|c| matches!(c, ' '..='~') && !"\"\\".contains(*c)).collect();
+        if let Ok(value) = HeaderValue::try_from(format!("sheetbend; error={word}; details=\"{quoted}\"")) {
+            headers.insert(PROXY_STATUS, value);
+        }
+        if to_peer && matches!(self.processed(), Processed::No(_)) {
+            headers.insert(UNSENT, HeaderValue::from_static("?1"));
+        }
+        response
+    }
+
+    /// A trailers-only answer with the gRPC status that gRPC's own mapping of HTTP statuses gives.
+    fn grpc_response(&self) -> Response<ResponseBody> {
+        let code = match self {
+            Self::Refused(_) => "13",
+            Self::Denied => "7",
+            Self::Deadline => "4",
+            _ => "14",
+        };
+        let mut response = Response::new(ResponseBody::empty());
+        let headers = response.headers_mut();
+        headers.insert(http::header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+        headers.insert("grpc-status", HeaderValue::from_static(code));
+        // Percent-encoding of grpc-message leaves printable ASCII but `%` as it is.
+        let message: String =
+            self.to_string().chars().map(|c| if matches!(c, ' '..='~') && c != '%' { c } else { '?' }).collect();
+        if let Ok(value) = HeaderValue::try_from(message) {
+            headers.insert("grpc-message", value);
+        }
+        response
+    }
+}
+
+/// The HTTP/2 error code behind a failure, when the peer reset the stream or said goodbye.
+pub fn h2_reason(error: &(dyn std::error::Error + 'static)) -> Option<h2::Reason> {
+    h2_error(error).and_then(h2::Error::reason)
+}
+
+/// The h2 error behind a failure.
+pub fn h2_error<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a h2::Error> {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if let Some(h2) = error.downcast_ref::<h2::Error>() {
+            return Some(h2);
+        }
+        cause = error.source();
+    }
+    None
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Refused(Refusal::Malformed(what)) => write!(f, "the request is malformed: {what}"),
+            Self::Refused(Refusal::Smuggling(what)) => {
+                write!(f, "the request has {what}; it could be read as two different messages")
+            }
+            Self::NoAnswer(target) => write!(f, "the control plane has not said where {target} is"),
+            Self::NotAllowed(target) => {
+                write!(f, "{target} is not in the mesh, and outboundPolicy Deny allows nothing else")
+            }
+            Self::NoEndpoint(cluster) => write!(f, "{cluster} has no endpoint"),
+            Self::Overflow(endpoint) => write!(f, "too many requests wait for a connection to {endpoint}"),
+            Self::Connect { endpoint, source } => write!(f, "cannot connect to {endpoint}: {source}"),
+            Self::Broken { endpoint, source, .. } => {
+                write!(f, "the connection to {endpoint} broke before an answer: {}", Causes(source))
+            }
+            Self::Deadline => f.write_str("the deadline set by grpc-timeout has passed"),
+            Self::Denied => f.write_str("the caller is not allowed"),
+            Self::Loop(own) => write!(f, "{own} is this proxy itself"),
+            Self::NoIdentity => f.write_str("this proxy has no valid certificate"),
+        }
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            // hyper reads the HTTP/2 error code from this chain, so that a reset is passed on with its meaning.
+            Self::Broken { source, .. } => Some(source),
+            Self::Connect { source, .. } => Some(source),
+            _ => None,
+        }
+    }
+}
+
+/// An error with its causes: `a: b: c`.
+pub struct Causes<'a>(pub &'a (dyn std::error::Error + 'static));
+
+impl fmt::Display for Causes<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)?;
+        let mut cause = self.0.source();
+        while let Some(error) = cause {
+            write!(f, ": {error}")?;
+            cause = error.source();
+        }
+        Ok(())
+    }
+}

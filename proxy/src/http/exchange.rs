@@ -1,0 +1,207 @@
+//! One request and its answer, as it will be counted and logged. Counted once, when it is dropped, whatever ended it.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Instant, SystemTime};
+
+use http::{HeaderValue, Method, Uri, Version, request};
+use sheetbend_certs::SpiffeId;
+
+use super::body::BodyError;
+use super::error::{Causes, Error, h2_reason};
+use super::headers::X_REQUEST_ID;
+use crate::telemetry::{AccessEntry, Edge, Flags, Outcome, Reporter, Telemetry};
+use crate::traffic::retry::Budget;
+use crate::upstream::EndpointState;
+
+/// What is counted when it ends.
+pub struct Exchange {
+    telemetry: Arc<Telemetry>,
+    edge: Option<Arc<Edge>>,
+    started: Instant,
+    /// When the endpoint's head came.
+    answered: Option<Instant>,
+    facts: Facts,
+    /// Status of the response.
+    pub status: u16,
+    /// From trailers, or from the head of an answer without a body.
+    pub grpc_status: Option<u16>,
+    /// Why the response is what it is.
+    pub flags: Flags,
+    /// Bytes of the request's body; shared with whoever sends it. `None` when there is none.
+    pub request_bytes: Option<Arc<AtomicU64>>,
+    /// Bytes of the response's body so far.
+    pub response_bytes: u64,
+    /// Attempts made.
+    pub attempts: u32,
+    detail: String,
+    endpoint: Option<Arc<EndpointState>>,
+    budget: Option<Arc<Budget>>,
+    ended: bool,
+}
+
+/// What the access log shows of a request. Cheap to keep: names and targets are shared, not copied.
+struct Facts {
+    reporter: Reporter,
+    method: Method,
+    uri: Uri,
+    version: Version,
+    request_id: Option<HeaderValue>,
+    downstream: SocketAddr,
+    source: Option<SpiffeId>,
+}
+
+impl Exchange {
+    /// Begins with a request as it came, its `x-request-id` made.
+    pub fn begin(
+        telemetry: &Arc<Telemetry>,
+        reporter: Reporter,
+        head: &request::Parts,
+        downstream: SocketAddr,
+        source: Option<SpiffeId>,
+    ) -> Self {
+        Self {
+            telemetry: Arc::clone(telemetry),
+            edge: None,
+            started: Instant::now(),
+            answered: None,
+            facts: Facts {
+                reporter,
+                method: head.method.clone(),
+                uri: head.uri.clone(),
+                version: head.version,
+                request_id: head.headers.get(X_REQUEST_ID).cloned(),
+                downstream,
+                source,
+            },
+            status: 0,
+            grpc_status: None,
+            flags: Flags::NONE,
+            request_bytes: None,
+            response_bytes: 0,
+            attempts: 0,
+            detail: String::new(),
+            endpoint: None,
+            budget: None,
+            ended: false,
+        }
+    }
+
+    /// The edge that this exchange counts on.
+    pub fn on(&mut self, edge: Arc<Edge>) {
+        self.edge = Some(edge);
+    }
+
+    /// Counts in a destination's retry budget until the end.
+    pub fn within(&mut self, budget: &Arc<Budget>, now: std::time::Duration) {
+        budget.begin(now);
+        self.budget = Some(Arc::clone(budget));
+    }
+
+    /// An attempt begins.
+    pub fn attempt(&mut self, endpoint: &Arc<EndpointState>) {
+        self.attempts += 1;
+        self.endpoint = Some(Arc::clone(endpoint));
+    }
+
+    /// The head of the answer is here.
+    pub fn answered(&mut self, status: u16, grpc_status: Option<u16>) {
+        self.status = status;
+        self.grpc_status = grpc_status;
+        self.answered = Some(Instant::now());
+    }
+
+    /// This proxy answers in the destination's place.
+    pub fn failed(&mut self, error: &Error) {
+        let (status, _, flags) = error.verdict();
+        self.status = status.as_u16();
+        self.flags |= flags;
+        self.detail = error.to_string();
+        if let Some(counter) = error.counter() {
+            self.telemetry.count(counter);
+        }
+    }
+
+    /// The whole response went to the caller.
+    pub fn complete(&mut self) {
+        self.ended = true;
+    }
+
+    /// The response broke off.
+    pub fn body_failed(&mut self, error: &BodyError) {
+        self.ended = true;
+        self.flags |= match error {
+            BodyError::Deadline => Flags::UPSTREAM_TIMEOUT,
+            BodyError::Superseded => Flags::NONE,
+            BodyError::Hyper(error) if h2_reason(error).is_some() => Flags::UPSTREAM_RESET,
+            BodyError::Hyper(_) => Flags::UPSTREAM_CONNECTION_CLOSED,
+        };
+        self.detail = format!("the response broke off: {}", Causes(error));
+    }
+}
+
+impl Drop for Exchange {
+    fn drop(&mut self) {
+        if !self.ended {
+            // Nobody said how it ended: the caller went away, and this future or body was dropped.
+            self.flags |= Flags::DOWNSTREAM_CLOSED;
+        }
+        if let Some(budget) = &self.budget {
+            budget.end();
+        }
+        let now = Instant::now();
+        let outcome = Outcome {
+            status: self.status,
+            grpc_status: self.grpc_status,
+            latency: now - self.started,
+            request_bytes: self.request_bytes.as_ref().map_or(0, |count| count.load(Relaxed)),
+            response_bytes: self.response_bytes,
+            flags: self.flags,
+        };
+        if let Some(edge) = &self.edge {
+            edge.request(&outcome);
+        }
+        let failed = outcome.is_error();
+        if self.telemetry.access_log().wants(failed) {
+            self.log(&outcome, now);
+        }
+    }
+}
+
+impl Exchange {
+    /// Off the usual way: a failure, or a log that wants everything.
+    #[cold]
+    fn log(&self, outcome: &Outcome, now: Instant) {
+        let facts = &self.facts;
+        let endpoint = self.endpoint.as_deref();
+        let identity = endpoint.and_then(EndpointState::identity).map(ToString::to_string).unwrap_or_default();
+        let source = match facts.reporter {
+            Reporter::Source => Some(self.telemetry.identity()),
+            Reporter::Destination => facts.source.as_ref(),
+        };
+        self.telemetry.access_log().write(&AccessEntry {
+            start: SystemTime::now() - outcome.latency,
+            reporter: facts.reporter,
+            method: facts.method.as_str(),
+            path: facts.uri.path(),
+            authority: facts.uri.authority().map_or("", |authority| authority.as_str()),
+            protocol: if facts.version >= Version::HTTP_2 { "HTTP/2" } else { "HTTP/1.1" },
+            status: outcome.status,
+            grpc_status: outcome.grpc_status,
+            flags: outcome.flags,
+            detail: &self.detail,
+            duration: now - self.started,
+            upstream_duration: self.answered.map(|at| at - self.started),
+            request_bytes: outcome.request_bytes,
+            response_bytes: outcome.response_bytes,
+            upstream: endpoint.and_then(EndpointState::socket_address),
+            downstream: Some(facts.downstream),
+            destination: self.edge.as_deref().map_or("", |edge| &edge.key().destination),
+            source_identity: &source.map(ToString::to_string).unwrap_or_default(),
+            destination_identity: &identity,
+            request_id: facts.request_id.as_ref().and_then(|id| id.to_str().ok()).unwrap_or(""),
+            attempts: self.attempts,
+        });
+    }
+}

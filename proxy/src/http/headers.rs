@@ -1,0 +1,234 @@
+//! What a proxy does to headers: hop-by-hop ones end here (RFC 9110 §7.6.1), ours never leave the mesh, everything else
+//! passes.
+
+use http::header::{
+    CONNECTION, CONTENT_LENGTH, HOST, HeaderMap, HeaderName, HeaderValue, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
+};
+use http::uri::{Authority, PathAndQuery, Scheme, Uri};
+use http::{Method, Version, request};
+
+use super::error::Refusal;
+
+/// The HTTP version of the request as the app sent it, when it was not HTTP/2: the far side gives its app the same.
+pub const SENT_VERSION: HeaderName = HeaderName::from_static("sheetbend-version");
+/// On a response: the request never reached the app. Believed only from a mesh peer.
+pub const UNSENT: HeaderName = HeaderName::from_static("sheetbend-unsent");
+/// RFC 9209.
+pub const PROXY_STATUS: HeaderName = HeaderName::from_static("proxy-status");
+/// Made when it is missing; otherwise passed as it came.
+pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
+const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
+const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
+
+/// Every header by which our proxies speak to each other.
+const OURS: [HeaderName; 2] = [SENT_VERSION, UNSENT];
+
+/// Removes what only mesh peers may say.
+pub fn strip_ours(headers: &mut HeaderMap) {
+    for name in &OURS {
+        headers.remove(name);
+    }
+}
+
+/// Removes hop-by-hop headers and whatever `Connection` names. `te: trailers` is put back: gRPC servers ask for it.
+pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
+    let wants_trailers = headers.get(TE).is_some_and(|te| lists(te, "trailers"));
+    // The usual request has none of these; one look each is cheaper than collecting names.
+    if headers.contains_key(CONNECTION) {
+        // Allocates only where Connection names more than what goes anyway.
+        let named: Vec<HeaderName> = headers
+            .get_all(CONNECTION)
+            .iter()
+            .filter_map(|value| value.to_str().ok())
+            .flat_map(|value| value.split(','))
+            .filter_map(|token| HeaderName::from_bytes(token.trim().as_bytes()).ok())
+            .filter(|name| !is_hop_by_hop(name) && may_be_nominated(name))
+            .collect();
+        for name in named {
+            headers.remove(name);
+        }
+        headers.remove(CONNECTION);
+    }
+    for name in [KEEP_ALIVE, PROXY_CONNECTION, TE, TRANSFER_ENCODING, UPGRADE, HTTP2_SETTINGS] {
+        headers.remove(name);
+    }
+    if wants_trailers {
+        headers.insert(TE, HeaderValue::from_static("trailers"));
+    }
+}
+
+/// Headers that frame or route a message are never hop-by-hop, whatever `Connection` claims: removing them at one hop
+/// makes two hops disagree about the message.
+fn may_be_nominated(name: &HeaderName) -> bool {
+    *name != CONTENT_LENGTH && *name != HOST && *name != TRAILER && *name != X_REQUEST_ID
+}
+
+fn is_hop_by_hop(name: &HeaderName) -> bool {
+    [CONNECTION, KEEP_ALIVE, PROXY_CONNECTION, TE, TRANSFER_ENCODING, UPGRADE].contains(name)
+}
+
+/// Whether a comma-separated header value has `token`, in any case.
+pub fn lists(value: &HeaderValue, token: &str) -> bool {
+    value.to_str().is_ok_and(|text| text.split(',').any(|part| part.trim().eq_ignore_ascii_case(token)))
+}
+
+/// What RFC 9112 §6.3 and §3.2 want refused before anybody forwards the message.
+///
+/// A request with both `Transfer-Encoding` and `Content-Length` could mean two different things to two servers.
+pub fn check_framing(head: &request::Parts) -> Result<(), Refusal> {
+    if head.version >= Version::HTTP_2 {
+        return Ok(());
+    }
+    let headers = &head.headers;
+    if headers.contains_key(TRANSFER_ENCODING) {
+        if headers.contains_key(CONTENT_LENGTH) {
+            return Err(Refusal::Smuggling("both Transfer-Encoding and Content-Length"));
+        }
+        let mut codings = headers.get_all(TRANSFER_ENCODING).iter();
+        let only_chunked = codings.next().is_some_and(|v| v.as_bytes().eq_ignore_ascii_case(b"chunked"));
+        if !only_chunked || codings.next().is_some() {
+            return Err(Refusal::Smuggling("a transfer coding other than a single `chunked`"));
+        }
+    }
+    let mut hosts = headers.get_all(HOST).iter();
+    match (hosts.next(), hosts.next()) {
+        (_, Some(_)) => Err(Refusal::Malformed("more than one Host header")),
+        (None, None) if head.version == Version::HTTP_11 && head.uri.authority().is_none() => {
+            Err(Refusal::Malformed("no Host header"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Whether the client asks to leave HTTP behind on this connection.
+pub fn asks_upgrade(head: &request::Parts) -> bool {
+    head.version == Version::HTTP_11
+        && head.headers.contains_key(UPGRADE)
+        && head.headers.get_all(CONNECTION).iter().any(|value| lists(value, "upgrade"))
+        // h2c by upgrade is optional for servers (and gone from RFC 9113): the request is served as it stands.
+        && !head.headers.get_all(UPGRADE).iter().any(|value| lists(value, "h2c"))
+}
+
+/// Whether the client waits for `100 Continue` before it sends the body.
+pub fn expects_continue(head: &request::Parts) -> bool {
+    head.headers.get(http::header::EXPECT).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"))
+}
+
+/// The authority a request names: its target's, or its Host.
+pub fn authority(head: &request::Parts) -> Option<Authority> {
+    match head.uri.authority() {
+        Some(authority) => Some(authority.clone()),
+        None => head.headers.get(HOST).and_then(|host| Authority::try_from(host.as_bytes()).ok()),
+    }
+}
+
+/// Gives a request the form that HTTP/2 wants: scheme and authority in the target, no Host.
+pub fn to_h2(head: &mut request::Parts, authority: Authority) -> Result<(), Refusal> {
+    let mut parts = http::uri::Parts::default();
+    parts.scheme = Some(Scheme::HTTP);
+    parts.authority = Some(authority);
+    parts.path_and_query = Some(path_and_query(head));
+    head.uri = Uri::from_parts(parts).map_err(|_| Refusal::Malformed("the request target is not valid"))?;
+    head.headers.remove(HOST);
+    head.version = Version::HTTP_2;
+    Ok(())
+}
+
+/// Gives a request the form that HTTP/1.1 wants: origin-form and a Host (RFC 9112 §3.2.1).
+pub fn to_h1(head: &mut request::Parts, authority: &Authority) -> Result<(), Refusal> {
+    let host =
+        HeaderValue::try_from(authority.as_str()).map_err(|_| Refusal::Malformed("the authority is not valid"))?;
+    // Absolute-form wins over a Host that says something else (RFC 9112 §3.2.2).
+    head.headers.insert(HOST, host);
+    let target = path_and_query(head);
+    head.uri = Uri::from(target);
+    head.version = Version::HTTP_11;
+    Ok(())
+}
+
+fn path_and_query(head: &request::Parts) -> PathAndQuery {
+    match head.uri.path_and_query() {
+        Some(target) if !target.as_str().is_empty() => target.clone(),
+        // `OPTIONS http://host` without a path asks about the server itself (RFC 9112 §3.2.4).
+        _ if head.method == Method::OPTIONS => PathAndQuery::from_static("*"),
+        _ => PathAndQuery::from_static("/"),
+    }
+}
+
+/// Methods that may be sent again without a second effect (RFC 9110 §9.2.2), or that say so themselves.
+pub fn is_idempotent(head: &request::Parts) -> bool {
+    matches!(head.method, Method::GET | Method::HEAD | Method::OPTIONS | Method::TRACE | Method::PUT | Method::DELETE)
+        || head.headers.contains_key("idempotency-key")
+}
+
+/// Whether the request is a gRPC call (gRPC over HTTP/2, "Requests").
+pub fn is_grpc(headers: &HeaderMap) -> bool {
+    headers.get(http::header::CONTENT_TYPE).is_some_and(|value| {
+        let value = value.as_bytes();
+        value.starts_with(b"application/grpc") && !value.starts_with(b"application/grpc-web")
+    })
+}
+
+/// `grpc-status` of a trailer section or of the head of an answer without a body.
+pub fn grpc_status(headers: &HeaderMap) -> Option<u16> {
+    headers.get("grpc-status")?.to_str().ok()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn head(text: &[(&str, &str)]) -> request::Parts {
+        let mut request = http::Request::builder().method("GET").uri("/a?b=c").version(Version::HTTP_11);
+        for (name, value) in text {
+            request = request.header(*name, *value);
+        }
+        request.body(()).expect("a request").into_parts().0
+    }
+
+    #[test]
+    fn hop_by_hop_headers_end_here_and_te_trailers_is_put_back() {
+        let mut head = head(&[
+            ("connection", "keep-alive, X-Private, close"),
+            ("x-private", "1"),
+            ("keep-alive", "timeout=5"),
+            ("te", "gzip, trailers"),
+            ("traceparent", "00-aa-bb-01"),
+        ]);
+        strip_hop_by_hop(&mut head.headers);
+        assert_eq!(head.headers.len(), 2);
+        assert_eq!(head.headers["te"], "trailers");
+        assert_eq!(head.headers["traceparent"], "00-aa-bb-01");
+    }
+
+    #[test]
+    fn connection_cannot_take_away_what_frames_the_message() {
+        let mut head = head(&[("connection", "content-length, host"), ("content-length", "3"), ("host", "web")]);
+        strip_hop_by_hop(&mut head.headers);
+        assert_eq!(head.headers["content-length"], "3");
+        assert_eq!(head.headers["host"], "web");
+    }
+
+    #[test]
+    fn ambiguous_framing_is_refused() {
+        let both = head(&[("host", "web"), ("transfer-encoding", "chunked"), ("content-length", "3")]);
+        assert!(matches!(check_framing(&both), Err(Refusal::Smuggling(_))));
+        let strange = head(&[("host", "web"), ("transfer-encoding", "gzip, chunked")]);
+        assert!(matches!(check_framing(&strange), Err(Refusal::Smuggling(_))));
+        let twice = head(&[("host", "web"), ("host", "other")]);
+        assert!(matches!(check_framing(&twice), Err(Refusal::Malformed(_))));
+        assert!(check_framing(&head(&[("host", "web"), ("transfer-encoding", "chunked")])).is_ok());
+    }
+
+    #[test]
+    fn a_request_keeps_its_target_through_both_forms() {
+        let mut head = head(&[("host", "web:80")]);
+        let authority = authority(&head).expect("an authority");
+        to_h2(&mut head, authority.clone()).expect("a valid form");
+        assert_eq!(head.uri, "http://web:80/a?b=c");
+        to_h1(&mut head, &authority).expect("a valid form");
+        assert_eq!(head.uri, "/a?b=c");
+        assert_eq!(head.headers["host"], "web:80");
+    }
+}

@@ -1,0 +1,6 @@
+//! HTTP as hyper speaks it, and what a proxy adds: bodies that report, headers that end here, errors that explain.
+
+pub mod body;
+pub mod error;
+pub mod exchange;
+pub mod headers;

@@ -1,0 +1,145 @@
+//! PURE: which endpoint gets the next request. Two random choices, the cheaper one wins; the cost is a peak EWMA of
+//! latency times what is in flight (Finagle's "Peak EWMA", Mitzenmacher's "power of two choices").
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
+
+/// What an endpoint is taken to need before anything is known of it.
+pub const FIRST_GUESS: Duration = Duration::from_millis(30);
+/// After this long without a sample, a sample's weight has fallen to 1/e.
+pub const DECAY: Duration = Duration::from_secs(10);
+/// The latency that a failure counts for: fast errors must not look like a fast endpoint.
+pub const FAILURE_COST: Duration = Duration::from_secs(1);
+
+/// Load of one endpoint. Workers write it without a lock: a lost update costs one sample's worth of accuracy.
+#[derive(Debug)]
+pub struct Load {
+    /// f64 bits: nanoseconds.
+    latency: AtomicU64,
+    /// Nanoseconds on the caller's clock when `latency` was last written.
+    stamp: AtomicU64,
+    in_flight: AtomicU32,
+}
+
+impl Default for Load {
+    fn default() -> Self {
+        Self {
+            latency: AtomicU64::new((FIRST_GUESS.as_nanos() as f64).to_bits()),
+            stamp: AtomicU64::new(0),
+            in_flight: AtomicU32::new(0),
+        }
+    }
+}
+
+impl Load {
+    /// Counts a request in. Undone by [`Load::end`].
+    pub fn begin(&self) {
+        self.in_flight.fetch_add(1, Relaxed);
+    }
+
+    /// Counts a request out.
+    pub fn end(&self) {
+        self.in_flight.fetch_sub(1, Relaxed);
+    }
+
+    /// Requests under way.
+    pub fn in_flight(&self) -> u32 {
+        self.in_flight.load(Relaxed)
+    }
+
+    /// Takes a latency in. A slower one counts at once (that is the peak), a faster one by and by. `now` is the time since
+    /// any fixed moment.
+    pub fn sample(&self, latency: Duration, now: Duration) {
+        let sample = latency.as_nanos() as f64;
+        let old = f64::from_bits(self.latency.load(Relaxed));
+        let new = if sample > old {
+            sample
+        } else {
+            let kept = self.weight_of_the_past(now);
+            old * kept + sample * (1.0 - kept)
+        };
+        self.latency.store(new.to_bits(), Relaxed);
+        self.stamp.store(now.as_nanos() as u64, Relaxed);
+    }
+
+    /// What the next request is expected to cost, in nanoseconds times requests. An endpoint nobody has asked for long
+    /// gets cheaper, so that it is tried again.
+    pub fn cost(&self, now: Duration) -> f64 {
+        let latency = f64::from_bits(self.latency.load(Relaxed)) * self.weight_of_the_past(now);
+        latency.max(1.0) * f64::from(self.in_flight() + 1)
+    }
+
+    fn weight_of_the_past(&self, now: Duration) -> f64 {
+        let passed = (now.as_nanos() as u64).saturating_sub(self.stamp.load(Relaxed));
+        (-(passed as f64) / DECAY.as_nanos() as f64).exp()
+    }
+}
+
+/// Picks one of `len` by two random choices, or `None` of none. `excluded` is avoided when there is another.
+///
+/// `chance` is 64 random bits; each choice takes half of them.
+pub fn pick(len: usize, excluded: Option<usize>, chance: u64, cost: impl Fn(usize) -> f64) -> Option<usize> {
+    let excluded = excluded.filter(|at| *at < len && len > 1);
+    let choices = len.saturating_sub(usize::from(excluded.is_some()));
+    let nth = |at: usize| if excluded.is_some_and(|gone| at >= gone) { at + 1 } else { at };
+    match choices {
+        0 => None,
+        1 => Some(nth(0)),
+        _ => {
+            // Multiply-shift maps 32 random bits to 0..choices without a division (Lemire).
+            let scale = |bits: u64, below: usize| (((bits & 0xffff_ffff) * below as u64) >> 32) as usize;
+            let first = scale(chance, choices);
+            let other = scale(chance >> 32, choices - 1);
+            let second = if other >= first { other + 1 } else { other };
+            let (first, second) = (nth(first), nth(second));
+            Some(if cost(second) < cost(first) { second } else { first })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_slow_answer_counts_at_once_and_fades() {
+        let load = Load::default();
+        load.sample(Duration::from_millis(500), Duration::from_secs(1));
+        let slow = load.cost(Duration::from_secs(1));
+        assert_eq!(slow, 500e6);
+        assert!(load.cost(Duration::from_secs(31)) < slow / 10.0);
+    }
+
+    #[test]
+    fn what_is_in_flight_makes_an_endpoint_dearer() {
+        let load = Load::default();
+        let idle = load.cost(Duration::ZERO);
+        load.begin();
+        assert_eq!(load.cost(Duration::ZERO), 2.0 * idle);
+        load.end();
+        assert_eq!(load.cost(Duration::ZERO), idle);
+    }
+
+    proptest! {
+        #[test]
+        fn a_pick_is_in_range_and_avoids_what_is_excluded(
+            len in 0usize..50, excluded in proptest::option::of(0usize..60), chance in any::<u64>()
+        ) {
+            match pick(len, excluded, chance, |at| at as f64) {
+                None => prop_assert_eq!(len, 0),
+                Some(at) => {
+                    prop_assert!(at < len);
+                    prop_assert!(len == 1 || Some(at) != excluded);
+                }
+            }
+        }
+
+        #[test]
+        fn of_two_endpoints_the_cheaper_one_is_always_picked(chance in any::<u64>(), dear in 0usize..2) {
+            let at = pick(2, None, chance, |at| if at == dear { 2.0 } else { 1.0 });
+            prop_assert_eq!(at, Some(1 - dear));
+        }
+    }
+}

@@ -1,0 +1,4 @@
+//! PURE: state and `now` in, a decision out.
+
+pub mod balance;
+pub mod retry;

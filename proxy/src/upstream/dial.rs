@@ -1,0 +1,170 @@
+//! A connection to an endpoint: TCP, then mutual TLS where the endpoint is meshed.
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::{Duration, SystemTime};
+
+use http::StatusCode;
+use rustls::pki_types::ServerName;
+use sheetbend_certs::{IdentityStore, MeshAlpn, PeerError, SpiffeId, verify_peer};
+use sheetbend_control_plane_client::model::Transport;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+
+use super::{EndpointState, Place};
+use crate::listen::tune;
+use crate::tcp::Abort;
+use crate::telemetry::{Counter, Flags, Telemetry};
+
+/// For a TCP connection within the mesh.
+const CONNECT_MESH: Duration = Duration::from_secs(1);
+/// For the TLS handshake within the mesh.
+const HANDSHAKE: Duration = Duration::from_secs(2);
+/// For a TCP connection elsewhere, name look-up included.
+const CONNECT_ELSEWHERE: Duration = Duration::from_secs(10);
+
+/// A connection of any kind.
+pub trait Io: AsyncRead + AsyncWrite + Abort + Unpin + Send {}
+
+impl<T: AsyncRead + AsyncWrite + Abort + Unpin + Send> Io for T {}
+
+/// A connection whose kind does not matter any more. One box a connection.
+pub type BoxIo = Box<dyn Io>;
+
+/// Why an endpoint cannot be reached.
+#[derive(Debug, thiserror::Error)]
+pub enum DialError {
+    /// No connection.
+    #[error("{0}")]
+    Tcp(#[source] io::Error),
+    /// Nobody answered in time.
+    #[error("no answer within {} s", .0.as_secs())]
+    TcpTimeout(Duration),
+    /// The TLS handshake failed.
+    #[error("the TLS handshake failed: {0}")]
+    Handshake(#[source] io::Error),
+    /// The TLS handshake took too long.
+    #[error("the TLS handshake took longer than {} s", HANDSHAKE.as_secs())]
+    HandshakeTimeout,
+    /// The peer's certificate is not good.
+    #[error("the peer's certificate: {0}")]
+    Peer(#[source] PeerError),
+    /// The peer is somebody else.
+    #[error("the peer is {found}, expected was {expected}")]
+    Identity {
+        /// Whom the control plane named.
+        expected: SpiffeId,
+        /// Who answered.
+        found: SpiffeId,
+    },
+    /// This proxy cannot show who it is.
+    #[error("this proxy has no certificate")]
+    NoIdentity,
+    /// The HTTP connection could not be begun.
+    #[error("HTTP could not be begun: {0}")]
+    Http(#[source] hyper::Error),
+    /// Too many requests wait for a connection.
+    #[error("too many requests wait for a connection")]
+    Overflow,
+}
+
+impl DialError {
+    /// Status, RFC 9209's error word, and response flags.
+    pub fn verdict(&self) -> (StatusCode, &'static str, Flags) {
+        match self {
+            Self::Tcp(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                (StatusCode::BAD_GATEWAY, "connection_refused", Flags::UPSTREAM_CONNECT_FAILURE)
+            }
+            Self::Tcp(_) => (StatusCode::BAD_GATEWAY, "destination_ip_unroutable", Flags::UPSTREAM_CONNECT_FAILURE),
+            Self::TcpTimeout(_) | Self::HandshakeTimeout => {
+                (StatusCode::GATEWAY_TIMEOUT, "connection_timeout", Flags::UPSTREAM_CONNECT_FAILURE)
+            }
+            Self::Handshake(_) | Self::Http(_) => {
+                (StatusCode::BAD_GATEWAY, "tls_protocol_error", Flags::UPSTREAM_CONNECT_FAILURE)
+            }
+            Self::Peer(_) | Self::Identity { .. } => {
+                (StatusCode::BAD_GATEWAY, "tls_certificate_error", Flags::PEER_REFUSED)
+            }
+            Self::NoIdentity => (StatusCode::SERVICE_UNAVAILABLE, "tls_certificate_error", Flags::NO_IDENTITY),
+            Self::Overflow => (StatusCode::SERVICE_UNAVAILABLE, "connection_limit_reached", Flags::UPSTREAM_OVERFLOW),
+        }
+    }
+}
+
+/// Connects to an endpoint; between our proxies `alpn` says what will be spoken.
+pub async fn dial(
+    endpoint: &EndpointState,
+    alpn: MeshAlpn,
+    identity: &IdentityStore,
+    telemetry: &Telemetry,
+) -> Result<BoxIo, DialError> {
+    let (expected, ours) = match &endpoint.transport {
+        Transport::Sheetbend(id) => (id, true),
+        Transport::MutualTls(id) => (id, false),
+        Transport::Plain => {
+            telemetry.count(Counter::DialedExternal);
+            return Ok(Box::new(connect(&endpoint.place, CONNECT_ELSEWHERE).await?));
+        }
+    };
+    let material = identity.current().ok_or(DialError::NoIdentity)?;
+    if material.identity.not_after <= SystemTime::now() {
+        return Err(DialError::NoIdentity);
+    }
+    telemetry.count(Counter::DialedMesh);
+    let stream = connect(&endpoint.place, CONNECT_MESH).await?;
+    let config = if ours { material.mesh_client(alpn) } else { &material.foreign_client };
+    let handshake = TlsConnector::from(config.clone()).connect(server_name(endpoint), stream);
+    let stream = match timeout(HANDSHAKE, handshake).await {
+        Ok(Ok(stream)) => stream,
+        Ok(Err(error)) => return Err(DialError::Handshake(error)),
+        Err(_) => return Err(DialError::HandshakeTimeout),
+    };
+    let connection = stream.get_ref().1;
+    telemetry.count(match connection.handshake_kind() {
+        Some(rustls::HandshakeKind::Resumed) => Counter::HandshakesResumed,
+        _ => Counter::HandshakesFull,
+    });
+    // After every handshake: a resumed one has verified nobody.
+    let found =
+        verify_peer(connection.peer_certificates(), &material.bundle, SystemTime::now()).map_err(DialError::Peer)?;
+    match found == *expected {
+        true => Ok(Box::new(stream)),
+        false => Err(DialError::Identity { expected: expected.clone(), found }),
+    }
+}
+
+/// Connects to the app beside this proxy.
+pub async fn dial_app(app: SocketAddr, telemetry: &Telemetry) -> Result<BoxIo, DialError> {
+    telemetry.count(Counter::DialedApp);
+    Ok(Box::new(connect(&Place::Address(app), CONNECT_MESH).await?))
+}
+
+async fn connect(place: &Place, within: Duration) -> Result<TcpStream, DialError> {
+    let attempt = async {
+        match place {
+            Place::Address(address) => TcpStream::connect(address).await,
+            Place::Name(target) => TcpStream::connect((target.host(), target.port())).await,
+        }
+    };
+    let stream = match timeout(within, attempt).await {
+        Ok(stream) => stream.map_err(DialError::Tcp)?,
+        Err(_) => return Err(DialError::TcpTimeout(within)),
+    };
+    tune(&stream).map_err(DialError::Tcp)?;
+    Ok(stream)
+}
+
+/// `PORT.SERVICE.NAMESPACE.TRUST-DOMAIN`, so that both ends name the edge alike.
+fn server_name(endpoint: &EndpointState) -> ServerName<'static> {
+    let name = endpoint.service.as_ref().and_then(|(name, domain)| {
+        let text = format!("{}.{}.{}.{domain}", name.port, name.service.service, name.service.namespace);
+        ServerName::try_from(text).ok()
+    });
+    // A name that cannot travel as SNI: the address is none either, and goes unsent (RFC 6066 §3).
+    name.unwrap_or_else(|| match endpoint.socket_address() {
+        Some(address) => ServerName::from(address.ip()),
+        None => ServerName::from(std::net::IpAddr::from([127, 0, 0, 1])),
+    })
+}

@@ -1,0 +1,150 @@
+//! Endpoints and the connections to them.
+//!
+//! - [`EndpointState`]: one place that can answer, with what is learned about it. Shared by all workers, kept across
+//!   snapshots.
+//! - [`dial`]: TCP, and mutual TLS where the endpoint is meshed. A meshed endpoint is never dialed in plain.
+//! - [`Pool`]: the HTTP connections of one worker.
+
+mod dial;
+mod pool;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+
+use sheetbend_certs::SpiffeId;
+use sheetbend_control_plane_client::model::{ServicePort, Target, Transport};
+
+pub use dial::{BoxIo, DialError, Io, dial, dial_app};
+pub use pool::{Checkout, Pool, SendError, Sender, Wire};
+
+use crate::telemetry::{Edge, EdgeKey, Peer, Protocol, Reporter, Telemetry};
+use crate::traffic::balance::Load;
+
+/// Where an endpoint is.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Place {
+    /// An address, from the control plane or from the kernel.
+    Address(SocketAddr),
+    /// A name that is no part of the mesh: looked up for every connection.
+    Name(Target),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address(address) => address.fmt(f),
+            Self::Name(target) => target.fmt(f),
+        }
+    }
+}
+
+/// One place that can answer.
+pub struct EndpointState {
+    /// Where.
+    pub place: Place,
+    /// How it is spoken to.
+    pub transport: Transport,
+    /// What it is part of, and the trust domain of that: the SNI. `None` outside the mesh.
+    pub service: Option<(ServicePort, Arc<str>)>,
+    /// How loaded it is.
+    pub load: Load,
+    /// Never given to another: the key of its connections.
+    number: u64,
+    edges: [OnceLock<Arc<Edge>>; 4],
+}
+
+impl EndpointState {
+    /// An endpoint of which nothing is known yet.
+    pub fn new(place: Place, transport: Transport, service: Option<(ServicePort, Arc<str>)>) -> Self {
+        static NUMBERS: AtomicU64 = AtomicU64::new(0);
+        let number = NUMBERS.fetch_add(1, Relaxed);
+        Self { place, transport, service, load: Load::default(), number, edges: Default::default() }
+    }
+
+    /// Who must answer there; `None` outside the mesh.
+    pub fn identity(&self) -> Option<&SpiffeId> {
+        match &self.transport {
+            Transport::Sheetbend(id) | Transport::MutualTls(id) => Some(id),
+            Transport::Plain => None,
+        }
+    }
+
+    /// Its address, where it has one.
+    pub fn socket_address(&self) -> Option<SocketAddr> {
+        match &self.place {
+            Place::Address(address) => Some(*address),
+            Place::Name(_) => None,
+        }
+    }
+
+    /// Whether a peer of ours takes its traffic in.
+    pub fn is_ours(&self) -> bool {
+        matches!(self.transport, Transport::Sheetbend(_))
+    }
+
+    /// The edge on which traffic to it counts. Asked of the table once a protocol, then kept.
+    pub fn edge(&self, telemetry: &Telemetry, protocol: Protocol) -> &Arc<Edge> {
+        let slot = match protocol {
+            Protocol::Http => &self.edges[0],
+            Protocol::Http2 => &self.edges[1],
+            Protocol::Grpc => &self.edges[2],
+            Protocol::Tcp => &self.edges[3],
+        };
+        slot.get_or_init(|| {
+            let destination = match &self.service {
+                Some((name, _)) => name.to_string().into(),
+                None => "external".into(),
+            };
+            let peer = Peer::from(self.identity().cloned());
+            let mtls = self.identity().is_some();
+            telemetry.edge(EdgeKey { reporter: Reporter::Source, peer, destination, protocol, mtls })
+        })
+    }
+}
+
+/// All endpoints in use: what is learned of one survives every new answer of the control plane.
+#[derive(Default)]
+pub struct Endpoints {
+    known: Mutex<HashMap<Key, Weak<EndpointState>>>,
+}
+
+type Key = (Place, Transport2, Option<ServicePort>);
+
+/// [`Transport`] as a key.
+#[derive(Clone, PartialEq, Eq, Hash)]
+enum Transport2 {
+    Sheetbend(SpiffeId),
+    MutualTls(SpiffeId),
+    Plain,
+}
+
+impl Endpoints {
+    /// The endpoint there, made if it is new. Asked when a destination is indexed, not for every request.
+    pub fn at(
+        &self,
+        place: Place,
+        transport: Transport,
+        service: Option<(ServicePort, Arc<str>)>,
+    ) -> Arc<EndpointState> {
+        let kind = match &transport {
+            Transport::Sheetbend(id) => Transport2::Sheetbend(id.clone()),
+            Transport::MutualTls(id) => Transport2::MutualTls(id.clone()),
+            Transport::Plain => Transport2::Plain,
+        };
+        let key = (place.clone(), kind, service.as_ref().map(|(name, _)| name.clone()));
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(endpoint) = known.get(&key).and_then(Weak::upgrade) {
+            return endpoint;
+        }
+        // Those that nobody holds any more go when the table has doubled; each costs a key at most until then.
+        if known.len() >= 64 && known.len().is_power_of_two() {
+            known.retain(|_, endpoint| endpoint.strong_count() > 0);
+        }
+        let endpoint = Arc::new(EndpointState::new(place, transport, service));
+        known.insert(key, Arc::downgrade(&endpoint));
+        endpoint
+    }
+}
