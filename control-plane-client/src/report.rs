@@ -83,7 +83,8 @@ async fn feed(
             // The connection took the one before: it lives.
             *failures = 0;
         }
-        if slot.is_empty() && !pending.edges.is_empty() {
+        // Sent even when nothing happened: a silent instance is taken for one that is gone, and its connections for closed.
+        if slot.is_empty() {
             slot.put(EdgeReport { deltas: pending.take(), instance: instance.to_string() });
         }
     }

@@ -32,13 +32,13 @@ impl Edge {
 
     fn read(json: &Value) -> Self {
         let text = |key: &str| json[key].as_str().unwrap_or_default().to_string();
-        let number = |key: &str| json[key].as_u64().or_else(|| json["total"][key].as_u64()).unwrap_or_default();
+        let number = |key: &str| json["since_start"][key].as_u64().unwrap_or_default();
         Self {
             source: text("source"),
             destination: text("destination"),
             protocol: text("protocol"),
             mtls: json["mtls"] == true,
-            requests: number("requests"),
+            requests: if text("protocol") == "tcp" { number("connections") } else { number("requests") },
             errors: number("errors"),
             json: json.clone(),
         }
