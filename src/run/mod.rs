@@ -27,6 +27,7 @@ mod signals;
 mod supervise;
 
 pub(crate) use child::{ProgramArgs, become_program};
+pub(crate) use plan::default_state_dir;
 use plan::{AccessLog, Plan};
 
 const EXAMPLES: &str = "\

@@ -210,7 +210,7 @@ fn token(file: Option<&Path>) -> Result<String, String> {
 }
 
 /// `$XDG_STATE_HOME/sheetbend`, by default `~/.local/state/sheetbend`.
-fn default_state_dir() -> Option<PathBuf> {
+pub(crate) fn default_state_dir() -> Option<PathBuf> {
     // The XDG base directory specification: a relative path is to be ignored.
     let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let base = absolute("XDG_STATE_HOME").or_else(|| Some(absolute("HOME")?.join(".local/state")))?;

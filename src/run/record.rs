@@ -49,7 +49,6 @@ impl Record {
 }
 
 /// The sidecars that run now. Files of processes that are gone are passed over.
-#[allow(dead_code)]
 pub(crate) fn running(state: &Path) -> Vec<Record> {
     let mut records: Vec<Record> = files(&state.join("proxies")).into_iter().filter_map(|file| live(&file)).collect();
     records.sort_by(|a, b| (&a.service, a.pid).cmp(&(&b.service, b.pid)));

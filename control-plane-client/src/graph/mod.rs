@@ -14,6 +14,7 @@ pub mod buckets;
 mod merge;
 mod page;
 mod render;
+mod union;
 mod window;
 
 use serde::{Deserialize, Serialize};
