@@ -84,10 +84,18 @@ fn print(args: &Args) -> Result<ExitCode, Failure> {
 fn install(args: &Args) -> Result<ExitCode, Failure> {
     let plan = args.plan()?;
     tools::need_net_admin()?;
-    let Some(tool) = args.tool_asked_for().or_else(Tool::preferred) else { return Err(tools::no_tool()) };
-    tool.install(&plan)?;
-    // Rules of the other tool, from an earlier install, would be asked as well.
-    tool.other().remove_if_there()?;
+    let Some(first) = args.tool_asked_for().or_else(Tool::preferred) else { return Err(tools::no_tool()) };
+    let tool = match first.install(&plan) {
+        Ok(()) => first,
+        Err(failure) if args.tool_asked_for().is_some() || !first.other().is_there() => return Err(failure),
+        // An image may hold `nft` where the kernel knows iptables alone.
+        Err(failure) => match first.other().install(&plan) {
+            Ok(()) => first.other(),
+            Err(_) => return Err(failure),
+        },
+    };
+    // Rules of the other tool, from an earlier install, would be asked as well. One that fails has made none.
+    let _ = tool.other().remove_if_there();
     eprintln!(
         "traffic is caught with {tool}: the app's goes to port {}, what is sent to it to port {}; user {} is let through",
         plan.outbound_port, plan.inbound_port, plan.proxy_uid
@@ -100,12 +108,12 @@ fn remove() -> Result<ExitCode, Failure> {
     if Tool::preferred().is_none() {
         return Err(tools::no_tool());
     }
-    let nft = Tool::Nft.remove_if_there()?;
-    let iptables = Tool::Iptables.remove_if_there()?;
-    eprintln!(
-        "{}",
-        if nft || iptables { "traffic is no longer caught" } else { "there were no rules of Sheetbend here" }
-    );
+    let removed = match (Tool::Nft.remove_if_there(), Tool::Iptables.remove_if_there()) {
+        (Err(failure), Err(_)) => return Err(failure),
+        // A tool that does not work in this kernel has made nothing here.
+        (nft, iptables) => nft.unwrap_or(false) || iptables.unwrap_or(false),
+    };
+    eprintln!("{}", if removed { "traffic is no longer caught" } else { "there were no rules of Sheetbend here" });
     Ok(ExitCode::SUCCESS)
 }
 
@@ -153,7 +161,7 @@ impl Args {
             inbound_port: self.inbound_port,
             exclude_inbound_ports: distinct(&self.exclude_inbound_ports),
             exclude_outbound_ports: distinct(&self.exclude_outbound_ports),
-            exclude_outbound_ranges: IpNet::aggregate(&self.exclude_outbound_cidrs),
+            exclude_outbound_ranges: IpNet::aggregate(&self.exclude_outbound_cidrs.iter().map(IpNet::trunc).collect()),
         })
     }
 }

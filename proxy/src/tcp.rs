@@ -177,13 +177,12 @@ where
     })
     .await;
 
+    // A side that had said all it wanted, and only then reset what it was still being sent (a server's early refusal of an
+    // upload), has yet to be delivered in full: a reset could throw away what waits in the other's socket.
     match &ended_by {
-        EndedBy::Client | EndedBy::Server => {}
-        EndedBy::ClientBroke(_) => server.abort(),
-        // A server that had said all it wanted, closed, and only then reset what it was still being sent (an early
-        // refusal of an upload) has been delivered in full: a reset could throw that away.
-        EndedBy::ServerBroke(_) if down.is_orderly() => {}
-        EndedBy::ServerBroke(_) => client.abort(),
+        EndedBy::ClientBroke(_) if !up.is_orderly() => server.abort(),
+        EndedBy::ServerBroke(_) if !down.is_orderly() => client.abort(),
+        EndedBy::Client | EndedBy::Server | EndedBy::ClientBroke(_) | EndedBy::ServerBroke(_) => {}
     }
     SpliceOutcome { client_to_server: up.moved, server_to_client: down.moved, ended_by }
 }

@@ -115,13 +115,13 @@ async fn a_reset_by_the_server_is_a_reset_at_the_client() {
 }
 
 #[tokio::test]
-async fn a_reset_is_passed_on_after_the_half_close_of_whoever_sends_it() {
+async fn a_reset_by_a_side_that_nobody_reads_any_more_is_noticed_all_the_same() {
     let mut pair = Pair::new().await;
     pair.server.shutdown().await.unwrap();
     assert_eq!(read_all(&mut pair.client).await, b"");
     pair.server.set_zero_linger().unwrap();
     drop(std::mem::replace(&mut pair.server, connected().await.0));
-    // The client, who is silent, is told all the same.
+    // The client is silent and keeps its half open, and yet this does not last for ever.
     let outcome = pair.outcome().await;
     assert!(matches!(outcome.ended_by, EndedBy::ServerBroke(_)), "{outcome:?}");
 }

@@ -23,16 +23,19 @@ pub(crate) fn check(tool: Option<Tool>, plan: &Plan) -> Result<ExitCode, Failure
     }
     let tools = tool.map_or(vec![Tool::Nft, Tool::Iptables], |tool| vec![tool]);
     let mut found = None;
+    let mut failed = None;
     for tool in tools {
-        if let Some(differences) = tool.differences(plan)? {
-            found = Some((tool, differences));
-            break;
+        match tool.differences(plan) {
+            Ok(Some(differences)) => found = found.or(Some((tool, differences))),
+            Ok(None) => {}
+            // Perhaps the rules are the other's, in a kernel that knows that one alone.
+            Err(failure) => failed = failed.or(Some(failure)),
         }
     }
     let Some((tool, differences)) = found else {
-        return Err(Failure::new(
-            "no rules of Sheetbend in this network namespace; `sheetbend intercept install` makes them",
-        ));
+        return Err(failed.unwrap_or_else(|| {
+            Failure::new("no rules of Sheetbend in this network namespace; `sheetbend intercept install` makes them")
+        }));
     };
     if !differences.is_empty() {
         return Err(Failure::new(format!(

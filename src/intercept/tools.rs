@@ -49,7 +49,12 @@ enum Ran {
 impl Tool {
     /// The better of those that are installed.
     pub(crate) fn preferred() -> Option<Self> {
-        [Self::Nft, Self::Iptables].into_iter().find(|tool| !matches!(tool.run_version(), Ran::Missing))
+        [Self::Nft, Self::Iptables].into_iter().find(|tool| tool.is_there())
+    }
+
+    /// Whether its program is installed.
+    pub(crate) fn is_there(self) -> bool {
+        !matches!(self.run_version(), Ran::Missing)
     }
 
     pub(crate) fn other(self) -> Self {
@@ -118,7 +123,7 @@ impl Tool {
                     Ok(Some(compare("nftables", &plan.nft_comments(), &found.map(String::from).collect::<Vec<_>>())))
                 }
             },
-            Self::Iptables if matches!(self.run_version(), Ran::Missing) => Ok(None),
+            Self::Iptables if !self.is_there() => Ok(None),
             Self::Iptables => {
                 let mut differences = Vec::new();
                 let mut there = false;

@@ -164,6 +164,7 @@ fn the_proxy_loopback_own_ports_and_exclusions_pass() {
 
         let range = format!("{}/16,fd77::/16", peer.v4);
         succeeds(&intercept(&host, &["install", "--backend", backend, "--exclude-outbound-cidrs", &range]));
+        succeeds(&intercept(&host, &["check", "--exclude-outbound-cidrs", &range]));
         assert!(peer.addresses().into_iter().all(|ip| reaches(&host, away(ip, 0))), "the range is excluded");
         let known = SocketAddr::new(host.v4.into(), 8081);
         assert!(!reaches(&peer, known), "the new rules have taken the place of the old");
