@@ -11,11 +11,14 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use crate::listen::Door;
 use crate::own::Own;
+use crate::report::Reports;
 use crate::state::{Shared, Written, lock, stopped};
 use crate::trust::Trust;
 
 /// How often the CA's folder and the registrations are looked at. A silent proxy is gone within the TTL plus this.
 const LOOK: Duration = Duration::from_millis(250);
+/// How often the graph lets go of what nobody reports any more.
+const FORGET: Duration = Duration::from_secs(5);
 /// How often a folder is read although nobody said that it changed: some file systems say nothing.
 const READ_ANYWAY: Duration = Duration::from_secs(2);
 /// An editor writes in several steps; the last one counts.
@@ -96,6 +99,19 @@ pub(crate) async fn registrations(shared: Arc<Shared>) {
                 }
                 Err(_) => {}
             }
+        }
+    };
+    until_stopped(&shared, task).await;
+}
+
+/// Lets the graph forget.
+pub(crate) async fn graph(shared: Arc<Shared>, reports: Reports) {
+    let task = async {
+        let mut look = interval(FORGET);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            look.tick().await;
+            reports.forget();
         }
     };
     until_stopped(&shared, task).await;

@@ -29,6 +29,7 @@ mod trust;
 mod world;
 
 pub use config::{Config, DEFAULT_ADMIN_PORT, DEFAULT_PORT, StartError};
-pub use local::{Holding, Joined, LocalMesh, LocalMeshError};
+pub use local::{Holding, LocalMesh, LocalMeshError};
 pub use persist::StateError;
 pub use server::{ControlPlane, create_token};
+pub use sheetbend_control_plane_client::local::{JoinError, Joined};

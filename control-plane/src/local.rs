@@ -12,16 +12,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use hyper_util::rt::TokioIo;
 use sheetbend_certs::{Ca, CaError, TrustDomain};
-use sheetbend_control_plane_client::proto::v1::local_client::LocalClient;
+use sheetbend_control_plane_client::local::{self, JoinError, Joined};
 use sheetbend_control_plane_client::proto::v1::local_server::{Local, LocalServer};
 use sheetbend_control_plane_client::proto::v1::{JoinRequest, JoinResponse};
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::UnixListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep};
-use tonic::transport::{Endpoint, Server};
+use tonic::transport::Server;
 use tonic::{Request, Response, Status};
 
 use crate::persist;
@@ -53,15 +52,6 @@ pub struct Holding {
     pub admin: String,
 }
 
-/// What a service needs to join.
-#[derive(Clone, Debug)]
-pub struct Joined {
-    /// A join token for the service.
-    pub token: String,
-    /// `https://127.0.0.1:PORT`. It stays the same when another process takes over, whenever the port is free.
-    pub control_plane: String,
-}
-
 /// Why a local mesh cannot be joined.
 #[derive(Debug, thiserror::Error)]
 pub enum LocalMeshError {
@@ -76,17 +66,9 @@ pub enum LocalMeshError {
         /// What is wrong and how to mend it.
         reason: String,
     },
-    /// Nobody serves, although somebody holds the lock.
-    #[error("the control plane of this user's mesh does not answer on {}: {reason}", path.display())]
-    Unreachable {
-        /// The socket.
-        path: PathBuf,
-        /// The last failure.
-        reason: String,
-    },
-    /// The holder refused.
-    #[error("{0}")]
-    Refused(String),
+    /// The holder refused, or nobody serves although somebody holds the lock.
+    #[error(transparent)]
+    Join(#[from] JoinError),
 }
 
 impl LocalMesh {
@@ -114,16 +96,10 @@ impl LocalMesh {
     pub async fn join(&self, service: &str, namespace: &str) -> Result<Joined, LocalMeshError> {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            let request = JoinRequest { service: service.to_string(), namespace: namespace.to_string() };
-            let reason = match ask(&self.socket, request).await {
-                Ok(answer) => return Ok(Joined { token: answer.token, control_plane: answer.control_plane }),
-                Err(Asked::Refused(reason)) => return Err(LocalMeshError::Refused(reason)),
-                Err(Asked::Unreachable(reason)) => reason,
-            };
-            if Instant::now() >= deadline {
-                return Err(LocalMeshError::Unreachable { path: self.socket.clone(), reason });
+            match local::join(&self.socket, service, namespace).await {
+                Err(JoinError::Unreachable { .. }) if Instant::now() < deadline => sleep(LOOK).await,
+                answer => return Ok(answer?),
             }
-            sleep(LOOK).await;
         }
     }
 
@@ -351,39 +327,6 @@ impl Local for Joining {
     }
 }
 
-enum Asked {
-    Refused(String),
-    Unreachable(String),
-}
-
-async fn ask(socket: &Path, request: JoinRequest) -> Result<JoinResponse, Asked> {
-    let path = socket.to_path_buf();
-    let connect = tower::service_fn(move |_: http::Uri| {
-        let path = path.clone();
-        async move { UnixStream::connect(path).await.map(TokioIo::new) }
-    });
-    // The address is never looked at: the connector knows where to go.
-    let endpoint = Endpoint::from_static("http://local").timeout(Duration::from_secs(2));
-    let channel =
-        endpoint.connect_with_connector(connect).await.map_err(|error| Asked::Unreachable(deepest(&error)))?;
-    match LocalClient::new(channel).join(request).await {
-        Ok(answer) => Ok(answer.into_inner()),
-        Err(status) if status.code() == tonic::Code::InvalidArgument => {
-            Err(Asked::Refused(status.message().to_string()))
-        }
-        Err(status) => Err(Asked::Unreachable(status.message().to_string())),
-    }
-}
-
-/// The innermost reason: the outer ones say "transport error".
-fn deepest(error: &dyn std::error::Error) -> String {
-    let mut reason = error;
-    while let Some(source) = reason.source() {
-        reason = source;
-    }
-    reason.to_string()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -415,7 +358,7 @@ mod tests {
         let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!((mode(&state), mode(&socket_of(&state))), (0o700, 0o600));
         let refused = second.join("not a name", "default").await.unwrap_err();
-        assert!(matches!(&refused, LocalMeshError::Refused(reason) if reason.contains("not a name")), "{refused}");
+        assert!(refused.to_string().contains("not a name"), "{refused}");
         second.shutdown().await;
     }
 }

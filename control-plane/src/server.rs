@@ -87,7 +87,8 @@ impl ControlPlane {
             folder,
             allowed_addresses: config.allowed_addresses.clone(),
         }));
-        let reports = Reports::default();
+        let trust_domain = ca.trust_domain().map_err(ca_error)?;
+        let reports = Reports::new(trust_domain.as_str(), started);
         let url = url_of(listen);
         let announcement = Announcement::write(&config.dir, admin, &url)?;
 
@@ -96,11 +97,15 @@ impl ControlPlane {
         let (connections, incoming) = mpsc::channel(HANDED_OVER);
         tasks.spawn(listen::accept(listener, door.clone(), started, connections));
         tasks.spawn(serve(services(&shared, &ca, &tokens, &ledger, &reports), incoming, shared.clone()));
-        tasks.spawn(admin::serve(admin_listener, admin::Admin { shared: shared.clone(), reports, started }));
+        tasks.spawn(admin::serve(
+            admin_listener,
+            admin::Admin { shared: shared.clone(), reports: reports.clone(), started },
+        ));
         tasks.spawn(keep::building(shared.clone()));
         tasks.spawn(keep::certificates(shared.clone(), own, door));
         tasks.spawn(keep::registrations(shared.clone()));
         tasks.spawn(keep::resources(shared.clone()));
+        tasks.spawn(keep::graph(shared.clone(), reports));
         tracing::info!(%listen, %admin, ca = %config.dir.display(), "the control plane serves");
         Ok(Self { listen, admin, url, ca, tokens, shared, tasks, announcement, lock })
     }

@@ -271,3 +271,25 @@ async fn an_envoy_is_told_every_cluster_and_its_changes_state_of_the_world() {
     let answer = tokio::time::timeout(SOON, answers.next()).await.unwrap().unwrap().unwrap();
     assert_eq!((answer.type_url.as_str(), answer.resources.len()), (Kind::Cluster.type_url(), 0));
 }
+
+#[tokio::test]
+async fn who_calls_one_instance_by_its_address_is_led_to_that_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let ca = new_ca(dir.path());
+    let control_plane = ControlPlane::start(config(dir.path())).await.unwrap();
+    let web = workload(&control_plane, &ca, "web").await;
+    let _a = Delta::open(web.clone(), node("web-1", "sheetbend-proxy", Some(serves(8000, 41000)))).await.unwrap();
+    let _b = Delta::open(web, node("web-2", "sheetbend-proxy", Some(serves(8000, 41001)))).await.unwrap();
+    admin_until(&control_plane, "/config_dump", |d| d.contains("41000") && d.contains("41001")).await;
+    let channel = workload(&control_plane, &ca, "caller").await;
+    let mut caller = Delta::open(channel, node("caller-1", "sheetbend-proxy", None)).await.unwrap();
+    let one = "web.default:8000@127.0.0.1:41001";
+    caller.subscribe(Kind::Listener, &["127.0.0.1:41001"]).await;
+    let listener = caller.take().await.resources.remove(0).resource.unwrap();
+    let value = String::from_utf8_lossy(&listener.value).into_owned();
+    assert!(value.contains(one), "its routes are its own: {value}");
+    caller.subscribe(Kind::Routes, &[one]).await;
+    assert_eq!(caller.take().await.resources[0].name, one);
+    caller.subscribe(Kind::Endpoints, &[one]).await;
+    assert_eq!(endpoints(&caller.take().await.resources[0]), 1);
+}

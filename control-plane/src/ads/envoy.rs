@@ -1,4 +1,5 @@
-//! What an Envoy gets whose listeners are in its own bootstrap: routes, clusters, endpoints, and the trust bundle.
+//! What an Envoy gets whose listeners are in its own bootstrap: routes, clusters, endpoints, and the trust bundle. Also
+//! what we say beside the client crate's own encoding where one instance is meant and not its service.
 //!
 //! Its certificate and key are its own: a static secret named `default` in its bootstrap (`sheetbend certs issue` makes
 //! them). No private key ever comes from here.
@@ -7,11 +8,13 @@ use std::collections::BTreeSet;
 
 use envoy_types::pb::envoy::config::cluster::v3 as cds;
 use envoy_types::pb::envoy::config::core::v3 as core;
+use envoy_types::pb::envoy::config::listener::v3 as lds;
 use envoy_types::pb::envoy::config::route::v3 as rds;
+use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3 as hcm;
 use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::UpstreamTlsContext;
 use envoy_types::util::pack_any;
 use prost::Message;
-use sheetbend_control_plane_client::model::Destination;
+use sheetbend_control_plane_client::model::{Destination, Target};
 use sheetbend_control_plane_client::xds::{OWN_CERTIFICATE, encode};
 
 use crate::world::World;
@@ -32,6 +35,28 @@ pub(super) fn cluster(mut cluster: cds::Cluster) -> cds::Cluster {
         *config = pack_any(context);
     }
     cluster
+}
+
+/// The listener of a target. One instance that is called by its own address has routes apart from its service's.
+pub(super) fn listener(target: &Target, destination: &Destination) -> lds::Listener {
+    use hcm::http_connection_manager::RouteSpecifier;
+    let mut listener = encode::listener(target, destination);
+    if *destination.default_cluster == *destination.name.to_string() {
+        return listener;
+    }
+    let chains = listener.filter_chains.iter_mut().chain(&mut listener.default_filter_chain);
+    for filter in chains.flat_map(|chain| &mut chain.filters) {
+        let Some(lds::filter::ConfigType::TypedConfig(config)) = &mut filter.config_type else { continue };
+        if !config.type_url.ends_with(".HttpConnectionManager") {
+            continue;
+        }
+        let Ok(mut manager) = hcm::HttpConnectionManager::decode(&*config.value) else { continue };
+        if let Some(RouteSpecifier::Rds(rds)) = &mut manager.route_specifier {
+            rds.route_config_name = destination.default_cluster.to_string();
+        }
+        *config = pack_any(manager);
+    }
+    listener
 }
 
 /// One service port's routes, under the name they were asked for.

@@ -179,12 +179,11 @@ impl View<'_> {
             (_, Basis::Mesh(mesh), _) => pack_any(encode::mesh(mesh)),
             (Kind::Listener, Basis::Destination(d), Dialect::Grpc { .. }) => pack_any(grpc::listener(name, d)),
             (Kind::Listener, Basis::Destination(d), _) => match name.parse::<Target>() {
-                Ok(target) => pack_any(encode::listener(&target, d)),
+                Ok(target) => pack_any(envoy::listener(&target, d)),
                 Err(_) => Any::default(),
             },
-            (_, Basis::Destination(d), Dialect::Sheetbend) => pack_any(encode::route_configuration(d)),
             (_, Basis::Destination(d), Dialect::Grpc { .. }) => pack_any(grpc::routes(name, d)),
-            (_, Basis::Destination(d), Dialect::Envoy) => pack_any(envoy::routes(name, d)),
+            (_, Basis::Destination(d), Dialect::Sheetbend | Dialect::Envoy) => pack_any(envoy::routes(name, d)),
             (_, Basis::Everything(world), _) => pack_any(envoy::all_routes(world)),
             (Kind::Cluster, Basis::Cluster(entry), dialect) => {
                 let cluster = encode::cluster(&entry.cluster, &self.world.mesh.trust_domain, entry.protocol);
