@@ -46,7 +46,7 @@ pub async fn run(mut config: ReportConfig) {
             never = feed(&mut config.source, &config.instance, config.every, &mut pending, &slot, &mut failures) => match never {},
             () = rotations.next() => None,
         };
-        pending.put_back(slot.take());
+        pending.put_back(slot.close());
         let Some(reason) = ended else { continue };
         failures = failures.saturating_add(1);
         let wait = backoff::wait(failures, rand::random());
@@ -79,8 +79,7 @@ async fn feed(
     loop {
         tokio::time::sleep(every).await;
         pending.merge(source());
-        if slot.is_taken() {
-            // The connection took the one before: it lives.
+        if slot.took() {
             *failures = 0;
         }
         // Sent even when nothing happened: a silent instance is taken for one that is gone, and its connections for closed.
@@ -94,10 +93,11 @@ fn reports(slot: Arc<Slot>) -> impl Stream<Item = EdgeReport> {
     futures_util::stream::unfold(slot, |slot| async move {
         loop {
             // `notify_one` leaves a permit when nobody waits: nothing is missed between the two lines.
-            if let Some(report) = slot.hand_over() {
-                return Some((report, slot));
+            match slot.hand_over() {
+                Handed::Report(report) => return Some((report, slot)),
+                Handed::Closed => return None,
+                Handed::Nothing => slot.changed.notified().await,
             }
-            slot.filled.notified().await;
         }
     })
 }
@@ -105,39 +105,62 @@ fn reports(slot: Arc<Slot>) -> impl Stream<Item = EdgeReport> {
 /// Holds one report until the connection takes it.
 #[derive(Default)]
 struct Slot {
-    report: Mutex<(Option<EdgeReport>, bool)>,
-    filled: Notify,
+    inside: Mutex<Inside>,
+    changed: Notify,
+}
+
+#[derive(Default)]
+struct Inside {
+    report: Option<EdgeReport>,
+    /// The connection took one at some time: it lives.
+    took: bool,
+    /// The connection is over. The HTTP library goes on polling a request's body even then, so that has to end.
+    closed: bool,
+}
+
+enum Handed {
+    Report(EdgeReport),
+    Nothing,
+    Closed,
 }
 
 impl Slot {
     /// A lock of a few instructions, never held across an await, and never by a worker.
-    fn lock(&self) -> MutexGuard<'_, (Option<EdgeReport>, bool)> {
-        self.report.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Inside> {
+        self.inside.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn put(&self, report: EdgeReport) {
-        self.lock().0 = Some(report);
-        self.filled.notify_one();
+        self.lock().report = Some(report);
+        self.changed.notify_one();
     }
 
-    fn hand_over(&self) -> Option<EdgeReport> {
-        let mut slot = self.lock();
-        let report = slot.0.take();
-        slot.1 |= report.is_some();
-        report
+    fn hand_over(&self) -> Handed {
+        let mut inside = self.lock();
+        match inside.report.take() {
+            Some(report) => {
+                inside.took = true;
+                Handed::Report(report)
+            }
+            None if inside.closed => Handed::Closed,
+            None => Handed::Nothing,
+        }
     }
 
-    fn take(&self) -> Option<EdgeReport> {
-        self.lock().0.take()
+    /// Ends it, and gives back what was not taken.
+    fn close(&self) -> Option<EdgeReport> {
+        let mut inside = self.lock();
+        inside.closed = true;
+        self.changed.notify_one();
+        inside.report.take()
     }
 
     fn is_empty(&self) -> bool {
-        self.lock().0.is_none()
+        self.lock().report.is_none()
     }
 
-    /// Whether the connection ever took a report.
-    fn is_taken(&self) -> bool {
-        self.lock().1
+    fn took(&self) -> bool {
+        self.lock().took
     }
 }
 
