@@ -219,10 +219,13 @@ impl Driver {
             status.last_error = Some(reason.into());
         });
         let known = self.shared.snapshot.load().len();
-        tracing::warn!(
-            control_plane = %self.connector, reason, ?wait, known,
-            "the control plane is away; what is known stays in force"
-        );
+        // Attempts come every few seconds: the 1st, 2nd, 4th, 8th failure is said.
+        if self.failures.is_power_of_two() {
+            tracing::warn!(
+                control_plane = %self.connector, reason, failures = self.failures, known,
+                "the control plane is away; what is known stays in force"
+            );
+        }
         self.link = Link::wait(wait);
     }
 
