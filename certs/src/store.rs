@@ -1,6 +1,6 @@
 //! Where a proxy's identity lives: everything built from it, swapped whole at each rotation, the last good one kept.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
 use arc_swap::ArcSwapOption;
@@ -73,12 +73,14 @@ impl Material {
 pub struct IdentityStore {
     current: ArcSwapOption<Material>,
     changes: watch::Sender<Option<Arc<Material>>>,
+    /// Held while something is put in force; readers never wait for it.
+    installing: Mutex<()>,
 }
 
 impl IdentityStore {
     /// A store that holds nothing yet.
     pub fn new() -> Self {
-        Self { current: ArcSwapOption::empty(), changes: watch::Sender::new(None) }
+        Self { current: ArcSwapOption::empty(), changes: watch::Sender::new(None), installing: Mutex::new(()) }
     }
 
     /// What is in force, if anything is.
@@ -91,21 +93,30 @@ impl IdentityStore {
         self.changes.subscribe()
     }
 
-    /// Puts a new identity or bundle in force. What would not work is refused, and the last good one stays: the
-    /// identity must verify against the bundle now.
+    /// Puts a new identity and bundle in force. What would not work is refused, and the last good one stays: the identity
+    /// must verify against the bundle now.
     pub fn install(
         &self,
         identity: Identity,
         bundle: Arc<TrustBundle>,
         now: SystemTime,
     ) -> Result<Arc<Material>, InstallError> {
+        self.update(now, |_| (identity, bundle))
+    }
+
+    /// Like [`IdentityStore::install`], for whoever changes one half and keeps the other: `change` sees what is in force,
+    /// and nobody else changes it meanwhile. A renewal and a new bundle that come at once both take effect.
+    pub fn update(
+        &self,
+        now: SystemTime,
+        change: impl FnOnce(Option<&Material>) -> (Identity, Arc<TrustBundle>),
+    ) -> Result<Arc<Material>, InstallError> {
+        let _one_at_a_time = self.installing.lock().unwrap_or_else(PoisonError::into_inner);
+        let (identity, bundle) = change(self.current.load().as_deref());
         verify_peer(Some(&identity.chain), &bundle, now)?;
         let material = Arc::new(Material::new(identity, bundle)?);
-        // Under the channel's own lock, so that two installers cannot leave the two views apart.
-        self.changes.send_modify(|latest| {
-            self.current.store(Some(material.clone()));
-            *latest = Some(material.clone());
-        });
+        self.current.store(Some(material.clone()));
+        self.changes.send_replace(Some(material.clone()));
         Ok(material)
     }
 }

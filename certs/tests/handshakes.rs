@@ -287,6 +287,28 @@ async fn the_store_keeps_the_last_good_identity() {
     assert!(Arc::ptr_eq(&store.current().unwrap(), &good));
 }
 
+#[tokio::test]
+async fn a_renewal_and_a_new_bundle_that_come_at_once_both_take_effect() {
+    let ca = TestCa::new();
+    let store = IdentityStore::new();
+    store.install(ca.identity("web"), ca.ca.bundle().unwrap(), SystemTime::now()).unwrap();
+    let both = ca.ca.rotate(SystemTime::now()).unwrap();
+    let renewed = ca.identity("web");
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let update = |current: Option<&Material>| (current.unwrap().identity.clone(), both.clone());
+            store.update(SystemTime::now(), update).unwrap();
+        });
+        scope.spawn(|| {
+            let update = |current: Option<&Material>| (renewed.clone(), current.unwrap().bundle.clone());
+            store.update(SystemTime::now(), update).unwrap();
+        });
+    });
+    let now = store.current().unwrap();
+    assert_eq!((now.bundle.as_ref(), &now.identity.chain), (both.as_ref(), &renewed.chain));
+    assert!(Arc::ptr_eq(&now, store.subscribe().borrow().as_ref().unwrap()), "both views agree");
+}
+
 #[test]
 fn a_key_of_another_issue_is_noticed() {
     let ca = TestCa::new();

@@ -156,7 +156,10 @@ impl Connector {
             return Ok(());
         }
         tracing::info!(roots = ?names(&bundle), "the trust bundle changed");
-        let installed = store.install(material.identity.clone(), Arc::new(bundle), SystemTime::now());
+        // A renewal may come at the same time: whatever identity is in force by then stays.
+        let bundle = Arc::new(bundle);
+        let identity = |current: Option<&Material>| current.unwrap_or(&material).identity.clone();
+        let installed = store.update(SystemTime::now(), |current| (identity(current), bundle));
         installed.map(|_| ()).map_err(|error| error.to_string())
     }
 

@@ -210,7 +210,7 @@ impl Task {
         }
         loop {
             let outcome = match self.ask_first(&key).await {
-                Ok(answer) => self.take(answer),
+                Ok(answer) => self.take(answer, None),
                 Err(error) => Err(error),
             };
             match outcome {
@@ -274,8 +274,8 @@ impl Task {
         loop {
             // A bundle told over the discovery stream is newer than the one that came with the certificate.
             let bundle = self.store.current().map_or_else(|| bundle.clone(), |material| material.bundle.clone());
-            let error = match self.ask_again(identity, bundle).await {
-                Ok(answer) => match self.take(answer) {
+            let error = match self.ask_again(identity, bundle.clone()).await {
+                Ok(answer) => match self.take(answer, Some(&bundle)) {
                     Ok(taken) => return taken,
                     Err(error) => error,
                 },
@@ -297,24 +297,29 @@ impl Task {
         }
     }
 
-    /// Puts an answer in force, and keeps it.
-    fn take(&self, answer: Answer) -> Result<(Identity, Arc<TrustBundle>), AskError> {
+    /// Puts an answer in force, and keeps it. `asked_with` is the bundle that was in force when it was asked for: where
+    /// another is by now, it was told over the discovery stream and is newer than the one in the answer.
+    fn take(&self, answer: Answer, asked_with: Option<&TrustBundle>) -> Result<(Identity, Arc<TrustBundle>), AskError> {
         let Answer { identity, bundle, clock_ahead } = answer;
-        let installed = self.store.install(identity.clone(), bundle.clone(), SystemTime::now());
+        let installed = self.store.update(SystemTime::now(), |current| {
+            let told = current.filter(|current| asked_with.is_some_and(|asked| !same_roots(asked, &current.bundle)));
+            (identity.clone(), told.map_or_else(|| bundle.clone(), |current| current.bundle.clone()))
+        });
         let off = clock_ahead.map(clock).unwrap_or_default();
-        installed.map_err(|error| AskError::Away(format!("{error}{off}")))?;
+        let material = installed.map_err(|error| AskError::Away(format!("{error}{off}")))?;
         if clock_ahead.is_some_and(|ahead| ahead.abs() > 30) {
             tracing::warn!("certificates hold by the clock{off}");
         }
         tracing::info!(id = %identity.id, until = format_time(identity.not_after), "a certificate is in force");
         if let Some(kept) = &self.kept
-            && let Err(error) = kept.save(&identity, &bundle)
+            && let Err(error) = kept.save(&identity, &material.bundle)
         {
             tracing::warn!(%error, "the identity cannot be kept; a restart will need a token");
         }
         self.status.send_modify(|status| {
             *status = Status { issued: status.issued + 1, clock_ahead, ..Status::default() };
         });
+        // The answer's own: if another one is in force, it is a reason to renew again.
         Ok((identity, bundle))
     }
 
