@@ -1,13 +1,19 @@
 //! The Sheetbend data plane.
 
 pub mod admin;
+pub mod app;
 pub mod client_hello;
 pub mod detect;
 pub mod first_bytes;
+mod forward;
 pub mod http;
+mod inbound;
 pub mod listen;
+mod outbound;
+pub mod policy;
 pub mod proc_net;
 pub mod rewind;
+pub mod route;
 pub mod tcp;
 pub mod telemetry;
 pub mod traffic;

@@ -14,7 +14,6 @@ use crate::Failure;
 
 /// A `run` that can be carried out, as far as can be known before starting.
 #[derive(Debug)]
-#[allow(dead_code)]
 pub(super) struct Plan {
     pub(super) service: String,
     pub(super) namespace: String,
@@ -33,7 +32,6 @@ pub(super) struct Plan {
 
 /// Which mesh this is part of.
 #[derive(Debug)]
-#[allow(dead_code)]
 pub(super) enum Mesh {
     /// The one of this user on this machine.
     Local,

@@ -4,3 +4,5 @@ pub mod body;
 pub mod error;
 pub mod exchange;
 pub mod headers;
+pub mod serve;
+pub mod upgrade;

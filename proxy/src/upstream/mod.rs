@@ -18,6 +18,7 @@ use sheetbend_certs::SpiffeId;
 use sheetbend_control_plane_client::model::{ServicePort, Target, Transport};
 
 pub use dial::{BoxIo, DialError, Io, dial, dial_app};
+pub(crate) use pool::{CONNECTION_WINDOW, HEADERS, STREAM_WINDOW};
 pub use pool::{Checkout, Pool, SendError, Sender, Wire};
 
 use crate::telemetry::{Edge, EdgeKey, Peer, Protocol, Reporter, Telemetry};

@@ -1,0 +1,459 @@
+//! Wires the parts together; owns the order of start and stop.
+//!
+//! Start: identity, then discovery, then listeners; nothing is accepted before there is a certificate. Stop: withdraw,
+//! say goodbye on inbound, keep outbound until the app is gone, end.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwap;
+use sheetbend_certs::{IdentityStore, SpiffeId, format_time};
+use sheetbend_control_plane_client::channel::{ConnectError, Connector};
+use sheetbend_control_plane_client::discovery::{Discovery, DiscoveryConfig, NodeInfo};
+use sheetbend_control_plane_client::identity::{IdentityClient, IdentityConfig, NoIdentity, Proof};
+use sheetbend_control_plane_client::model::{AppProtocol, ServiceName, Target};
+use sheetbend_control_plane_client::registration::{RegisteredPort, Registration};
+use sheetbend_control_plane_client::report::{self, ReportConfig};
+use tokio::sync::{mpsc, watch};
+
+use crate::admin::{Admin, AdminState, Scope};
+use crate::inbound::{Inbound, Port};
+use crate::listen::{Accepted, BindError, Listener, bind, original_destination};
+use crate::outbound::Outbound;
+use crate::proc_net;
+use crate::route::Routes;
+use crate::telemetry::{AccessLogSettings, Counter, Settings, Telemetry};
+use crate::upstream::{BoxIo, Endpoints, Pool};
+
+/// What a proxy is started with.
+#[derive(Debug)]
+pub struct Config {
+    /// `https://HOST:PORT`.
+    pub control_plane: String,
+    /// How the first certificate is asked for.
+    pub proof: Proof,
+    /// Where the identity is kept over restarts; `None`: in memory alone.
+    pub identity_dir: Option<PathBuf>,
+    /// How long to wait for the first certificate.
+    pub patience: Duration,
+    /// The address by which others reach this proxy.
+    pub advertise: IpAddr,
+    /// The explicit listener: absolute-form and CONNECT.
+    pub explicit: Option<SocketAddr>,
+    /// The listener of redirected outbound connections.
+    pub transparent: Option<SocketAddr>,
+    /// Local ports that lead to one destination each.
+    pub upstreams: Vec<(SocketAddr, Target)>,
+    /// The app's ports, each with a listener of its own for what is meant for it.
+    pub ports: Vec<AppPort>,
+    /// The admin port; loopback.
+    pub admin: SocketAddr,
+    /// Explicit and upstream listeners take connections of this process's user only.
+    pub same_user_only: bool,
+    /// Inbound takes nothing but mutual TLS.
+    pub strict: bool,
+    /// Who may call; empty is every identity of the mesh.
+    pub allow: Vec<SpiffeId>,
+    /// What is no part of the mesh is refused.
+    pub deny_unknown: bool,
+    /// The access log.
+    pub access_log: AccessLogSettings,
+    /// Worker threads.
+    pub workers: usize,
+}
+
+/// A port of the app.
+#[derive(Clone, Copy, Debug)]
+pub struct AppPort {
+    /// The service's port, which is also the app's.
+    pub port: u16,
+    /// What it speaks.
+    pub protocol: AppProtocol,
+    /// Where the inbound listener binds; port 0 takes a free one.
+    pub listen: SocketAddr,
+}
+
+/// Why a proxy does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A listener.
+    #[error("{what}: {source}")]
+    Bind {
+        /// Which.
+        what: String,
+        /// Why.
+        source: BindError,
+    },
+    /// The control plane's address.
+    #[error(transparent)]
+    ControlPlane(#[from] ConnectError),
+    /// No certificate.
+    #[error("no certificate from the control plane at {control_plane}: {source}")]
+    Identity {
+        /// Who was asked.
+        control_plane: String,
+        /// Why.
+        source: NoIdentity,
+    },
+    /// The identity names no service.
+    #[error("{0} names no workload: expected spiffe://TRUST-DOMAIN/ns/NAMESPACE/sa/SERVICE")]
+    NoWorkload(SpiffeId),
+    /// The system.
+    #[error("{0}")]
+    Io(#[from] std::io::Error),
+}
+
+/// What every part of a running proxy reads.
+pub(crate) struct Shared {
+    pub(crate) identity: Arc<IdentityStore>,
+    pub(crate) discovery: Discovery,
+    pub(crate) telemetry: Arc<Telemetry>,
+    pub(crate) endpoints: Endpoints,
+    pub(crate) epoch: Instant,
+    pub(crate) deny_unknown: bool,
+    pub(crate) strict: bool,
+    pub(crate) same_user_only: bool,
+    pub(crate) allow: Vec<SpiffeId>,
+    pub(crate) inbound_drain: watch::Sender<bool>,
+    pub(crate) outbound_drain: watch::Sender<bool>,
+    own: RwLock<Vec<SocketAddr>>,
+}
+
+impl Shared {
+    /// Whether an address is one of this proxy's own listeners.
+    pub(crate) fn is_own(&self, address: SocketAddr) -> bool {
+        self.own.read().unwrap_or_else(PoisonError::into_inner).contains(&address)
+    }
+
+    fn takes(&self, ours: SocketAddr, peer: SocketAddr) -> bool {
+        if !self.same_user_only {
+            return true;
+        }
+        let me = rustix::process::getuid().as_raw();
+        let owner = proc_net::owner_of_peer(ours, peer).ok().flatten();
+        if owner == Some(me) {
+            return true;
+        }
+        self.telemetry.count(Counter::RefusedOwner);
+        tracing::warn!(%peer, ?owner, "a connection of another user is refused");
+        false
+    }
+}
+
+/// A running proxy. Dropping it ends it.
+pub struct Proxy {
+    shared: Arc<Shared>,
+    explicit: Option<SocketAddr>,
+    admin: SocketAddr,
+    inbound: HashMap<u16, (SocketAddr, Arc<Port>)>,
+    registration: watch::Sender<Option<Registration>>,
+    advertise: IpAddr,
+    tasks: Vec<tokio::task::JoinHandle<()>>,
+}
+
+/// Work for a worker.
+enum Job {
+    Explicit(Accepted),
+    Fixed(Accepted, Target),
+    Transparent(Accepted),
+    Inbound(Accepted, Arc<Port>),
+}
+
+impl Proxy {
+    /// Starts everything and waits for the first certificate. Ready when it returns.
+    pub async fn start(config: Config) -> Result<Self, StartError> {
+        let what = |what: &str| {
+            let what = what.to_string();
+            move |source| StartError::Bind { what, source }
+        };
+        // Ports first: one that is taken is told before anybody is asked for anything.
+        let explicit = config.explicit.map(bind).transpose().map_err(what("the outbound listener"))?;
+        let transparent =
+            config.transparent.map(bind).transpose().map_err(what("the redirected traffic's listener"))?;
+        let mut upstreams = Vec::new();
+        for (address, target) in &config.upstreams {
+            let listener = bind(*address).map_err(what(&format!("the local port for {target}")))?;
+            upstreams.push((listener, target.clone()));
+        }
+        let mut ports = Vec::new();
+        for port in &config.ports {
+            let listener = bind(port.listen).map_err(what(&format!("the inbound listener of port {}", port.port)))?;
+            ports.push((listener, *port));
+        }
+        let admin = tokio::net::TcpListener::bind(config.admin).await?;
+
+        let identity = Arc::new(IdentityStore::new());
+        let mut wanted = IdentityConfig::new(config.control_plane.clone(), config.proof.clone());
+        wanted.directory = config.identity_dir.clone();
+        let (client, renewing) = IdentityClient::start(wanted, Arc::clone(&identity))?;
+        let mut tasks = vec![tokio::spawn(renewing)];
+        let material = client
+            .first(config.patience)
+            .await
+            .map_err(|source| StartError::Identity { control_plane: config.control_plane.clone(), source })?;
+        let id = material.identity.id.clone();
+        let Some((namespace, service)) = id.workload() else { return Err(StartError::NoWorkload(id)) };
+        let service = ServiceName { service: service.into(), namespace: namespace.into() };
+
+        let settings = Settings { identity: id.clone(), service: service.clone(), access_log: config.access_log };
+        let telemetry = Telemetry::new(settings);
+        let connector = Connector::mesh(&config.control_plane, Arc::clone(&identity))?;
+        let (registration, registered) = watch::channel(None);
+        let instance = format!("{}-{}-{:08x}", service.service, std::process::id(), rand::random::<u32>());
+        let node = NodeInfo { id: instance.clone(), cluster: service.to_string() };
+        let (discovery, discovering) =
+            Discovery::start(DiscoveryConfig { connector: connector.clone(), node, registration: registered });
+        tasks.push(tokio::spawn(discovering));
+        let reported = Arc::clone(&telemetry);
+        tasks.push(tokio::spawn(report::run(ReportConfig {
+            connector,
+            instance,
+            every: report::EVERY,
+            source: Box::new(move || reported.take_deltas()),
+        })));
+
+        let admin_address = admin.local_addr()?;
+        let mut own = vec![admin_address];
+        own.extend(explicit.iter().chain(&transparent).map(Listener::local_addr));
+        own.extend(upstreams.iter().map(|(listener, _)| listener.local_addr()));
+        let shared = Arc::new(Shared {
+            identity,
+            discovery,
+            telemetry,
+            endpoints: Endpoints::default(),
+            epoch: Instant::now(),
+            deny_unknown: config.deny_unknown,
+            strict: config.strict,
+            same_user_only: config.same_user_only,
+            allow: config.allow,
+            inbound_drain: watch::Sender::new(false),
+            outbound_drain: watch::Sender::new(false),
+            own: RwLock::new(own),
+        });
+        tasks.push(tokio::spawn(Admin::serve(admin, Arc::new(admin_state(&shared)), Scope::Everything)));
+
+        let workers = Workers::start(config.workers.max(1), &shared)?;
+        let explicit_address = explicit.as_ref().map(Listener::local_addr);
+        if let Some(listener) = explicit {
+            tasks.push(workers.feed(listener, Job::Explicit));
+        }
+        if let Some(listener) = transparent {
+            tasks.push(workers.feed(listener, Job::Transparent));
+        }
+        for (listener, target) in upstreams {
+            tasks.push(workers.feed(listener, move |accepted| Job::Fixed(accepted, target.clone())));
+        }
+        let mut inbound = HashMap::new();
+        for (listener, port) in ports {
+            let app = ArcSwap::new(Port::app_at(SocketAddr::from((Ipv4Addr::LOCALHOST, port.port))));
+            let name = format!("{service}:{}", port.port).into();
+            let served = Arc::new(Port { port: port.port, protocol: port.protocol, name, app });
+            inbound.insert(port.port, (listener.local_addr(), Arc::clone(&served)));
+            tasks.push(workers.feed(listener, move |accepted| Job::Inbound(accepted, Arc::clone(&served))));
+        }
+        let advertise = config.advertise;
+        Ok(Self { shared, explicit: explicit_address, admin: admin_address, inbound, registration, advertise, tasks })
+    }
+
+    /// The explicit outbound listener.
+    pub fn explicit(&self) -> Option<SocketAddr> {
+        self.explicit
+    }
+
+    /// The admin port.
+    pub fn admin(&self) -> SocketAddr {
+        self.admin
+    }
+
+    /// Where traffic for a port of the app comes in.
+    pub fn inbound(&self, port: u16) -> Option<SocketAddr> {
+        self.inbound.get(&port).map(|(address, _)| *address)
+    }
+
+    /// Tells the mesh that a port is served from now on, by the app at `app`.
+    pub fn register(&self, port: u16, app: SocketAddr) {
+        let Some((inbound, served)) = self.inbound.get(&port) else { return };
+        served.app.store(Port::app_at(app));
+        let added = RegisteredPort { port, inbound: inbound.port(), protocol: served.protocol };
+        self.registration.send_modify(|registration| {
+            let empty = || Registration { address: self.advertise, ports: Vec::new() };
+            let registration = registration.get_or_insert_with(empty);
+            registration.ports.retain(|known| known.port != port);
+            registration.ports.push(added);
+        });
+    }
+
+    /// Tells the mesh that nothing is served here any more, and waits until it has heard, 1 s at most.
+    pub async fn withdraw(&self) {
+        self.shared.discovery.withdraw().await;
+    }
+
+    /// Says goodbye to those who call; what has been begun goes on, and so does outbound.
+    pub fn drain(&self) {
+        self.shared.inbound_drain.send_replace(true);
+    }
+
+    /// Ends: at once where nothing is under way, and within `deadline` in any case.
+    pub async fn shutdown(mut self, deadline: Duration) {
+        self.drain();
+        self.shared.outbound_drain.send_replace(true);
+        let idle = async {
+            // One guard for each connection, held by its receiver of the drain.
+            self.shared.inbound_drain.closed().await;
+            self.shared.outbound_drain.closed().await;
+        };
+        let _ = tokio::time::timeout(deadline, idle).await;
+        // The last deltas: what happened since the last report.
+        self.shared.telemetry.access_log().flush(Duration::from_millis(500));
+        self.tasks.drain(..).for_each(|task| task.abort());
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.tasks.drain(..).for_each(|task| task.abort());
+    }
+}
+
+/// Threads that carry traffic, each with a runtime and pools of its own.
+struct Workers {
+    senders: Vec<mpsc::UnboundedSender<Job>>,
+    shared: Arc<Shared>,
+}
+
+impl Workers {
+    fn start(count: usize, shared: &Arc<Shared>) -> Result<Self, StartError> {
+        let mut senders = Vec::new();
+        for number in 0..count {
+            // Bounded by the file table: every job is an accepted connection.
+            let (sender, mut jobs) = mpsc::unbounded_channel();
+            senders.push(sender);
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            let shared = Arc::clone(shared);
+            std::thread::Builder::new().name(format!("worker-{number}")).spawn(move || {
+                let (pool, routes) = (Arc::new(Pool::default()), Arc::new(Routes::default()));
+                runtime.block_on(async {
+                    while let Some(job) = jobs.recv().await {
+                        let outbound = Outbound {
+                            shared: Arc::clone(&shared),
+                            pool: Arc::clone(&pool),
+                            routes: Arc::clone(&routes),
+                        };
+                        tokio::spawn(carry(job, outbound));
+                    }
+                });
+            })?;
+        }
+        Ok(Self { senders, shared: Arc::clone(shared) })
+    }
+
+    /// Accepts, and gives each connection to the next worker.
+    fn feed(
+        &self,
+        mut listener: Listener,
+        job: impl Fn(Accepted) -> Job + Send + Sync + 'static,
+    ) -> tokio::task::JoinHandle<()> {
+        let senders = self.senders.clone();
+        let telemetry = Arc::clone(&self.shared.telemetry);
+        tokio::spawn(async move {
+            for next in (0..senders.len()).cycle() {
+                let job = job(listener.accept().await);
+                telemetry.count(match job {
+                    Job::Inbound(..) => Counter::AcceptedInbound,
+                    _ => Counter::AcceptedOutbound,
+                });
+                if let Some(sender) = senders.get(next) {
+                    let _ = sender.send(job);
+                }
+            }
+        })
+    }
+}
+
+async fn carry(job: Job, outbound: Outbound) {
+    let (accepted, job) = match job {
+        Job::Explicit(accepted) => (accepted, Kind::Explicit),
+        Job::Fixed(accepted, target) => (accepted, Kind::Fixed(target)),
+        Job::Transparent(accepted) => (accepted, Kind::Transparent),
+        Job::Inbound(accepted, port) => (accepted, Kind::Inbound(port)),
+    };
+    let peer = accepted.peer;
+    let Ok(stream) = accepted.register() else { return };
+    let Ok(ours) = stream.local_addr() else { return };
+    match job {
+        Kind::Explicit if outbound.shared.takes(ours, peer) => outbound.explicit(Box::new(stream), peer).await,
+        Kind::Fixed(target) if outbound.shared.takes(ours, peer) => {
+            outbound.caught(Box::new(stream), target, peer).await;
+        }
+        Kind::Explicit | Kind::Fixed(_) => {}
+        Kind::Transparent => match original_destination(&stream) {
+            Ok(Some(original)) => outbound.caught(Box::new(stream), Target::from(original), peer).await,
+            Ok(None) => outbound.shared.telemetry.count(Counter::RefusedLoop),
+            Err(error) => tracing::warn!(%peer, %error, "no original destination"),
+        },
+        Kind::Inbound(port) => {
+            let inbound = Inbound { shared: outbound.shared, pool: outbound.pool, port };
+            let io: BoxIo = Box::new(stream);
+            inbound.connection(io, peer).await;
+        }
+    }
+}
+
+enum Kind {
+    Explicit,
+    Fixed(Target),
+    Transparent,
+    Inbound(Arc<Port>),
+}
+
+fn admin_state(shared: &Arc<Shared>) -> AdminState {
+    let of = |shared: &Arc<Shared>| Arc::clone(shared);
+    let (ready, dump, clusters, certs) = (of(shared), of(shared), of(shared), of(shared));
+    AdminState {
+        telemetry: Arc::clone(&shared.telemetry),
+        ready: Box::new(move || match ready.identity.current() {
+            Some(_) if *ready.inbound_drain.borrow() => Err("draining".to_string()),
+            Some(_) => Ok(()),
+            None => Err("no certificate yet".to_string()),
+        }),
+        config_dump: Box::new(move || {
+            let snapshot = dump.discovery.snapshot();
+            let known = snapshot.iter().map(|(target, resolution)| match resolution {
+                sheetbend_control_plane_client::model::Resolution::Mesh(destination) => {
+                    serde_json::json!({ "target": target.to_string(), "destination": &**destination })
+                }
+                sheetbend_control_plane_client::model::Resolution::NotMesh => {
+                    serde_json::json!({ "target": target.to_string(), "destination": null })
+                }
+            });
+            serde_json::json!({ "strict": dump.strict, "known": known.collect::<Vec<_>>() })
+        }),
+        clusters: Box::new(move || {
+            let snapshot = clusters.discovery.snapshot();
+            let found = snapshot.iter().filter_map(|(_, resolution)| match resolution {
+                sheetbend_control_plane_client::model::Resolution::Mesh(destination) => {
+                    Some(serde_json::json!(destination.clusters))
+                }
+                sheetbend_control_plane_client::model::Resolution::NotMesh => None,
+            });
+            serde_json::Value::Array(found.collect())
+        }),
+        certs: Box::new(move || match certs.identity.current() {
+            Some(material) => serde_json::json!({
+                "id": material.identity.id.to_string(),
+                "not_before": format_time(material.identity.not_before),
+                "not_after": format_time(material.identity.not_after),
+                "roots": material.bundle.roots().iter().map(|root| root.sha256().to_string()).collect::<Vec<_>>(),
+            }),
+            None => serde_json::Value::Null,
+        }),
+        server_info: Box::new(
+            || serde_json::json!({ "version": env!("CARGO_PKG_VERSION"), "pid": std::process::id() }),
+        ),
+        log_filter: Box::new(String::new),
+        set_log_filter: Box::new(|_| Err("the log filter of this process is fixed".to_string())),
+    }
+}

@@ -1,0 +1,207 @@
+//! One request, one answer: attempts, retries, and what is counted. Outbound and inbound share it.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::{Duration, Instant};
+
+use http::uri::Authority;
+use http::{Request, Response, StatusCode, Version, request};
+use hyper::body::{Body, Incoming};
+use sheetbend_certs::IdentityStore;
+
+use crate::http::body::{Keeper, RequestBody, ResponseBody};
+use crate::http::error::{Error, Processed};
+use crate::http::exchange::Exchange;
+use crate::http::headers::{self, SENT_VERSION, UNSENT};
+use crate::http::upgrade;
+use crate::telemetry::{Counter, Protocol, Telemetry};
+use crate::traffic::balance::FAILURE_COST;
+use crate::traffic::retry::{self, Failure, Verdict};
+use crate::upstream::{DialError, EndpointState, Pool, Wire};
+
+/// What an attempt needs beside the request.
+pub(crate) struct Way<'a> {
+    pub(crate) pool: &'a Arc<Pool>,
+    pub(crate) identity: &'a IdentityStore,
+    pub(crate) telemetry: &'a Telemetry,
+    /// The start of the clock by which loads and budgets count.
+    pub(crate) epoch: Instant,
+}
+
+/// A request on its way: the head as it will be sent, the body as often as it can be.
+pub(crate) struct Outgoing {
+    pub(crate) head: request::Parts,
+    pub(crate) authority: Authority,
+    /// The version the caller spoke.
+    pub(crate) sent: Version,
+    pub(crate) body: Body1,
+    pub(crate) upgrade: bool,
+}
+
+/// The request's body.
+pub(crate) enum Body1 {
+    None,
+    Kept(Keeper),
+    Once(Option<(Incoming, Arc<AtomicU64>)>),
+}
+
+impl Body1 {
+    /// `exchange` hears how many bytes pass.
+    pub(crate) fn new(body: Incoming, keep: bool, exchange: &mut Exchange) -> Self {
+        if body.is_end_stream() {
+            return Self::None;
+        }
+        let count = Arc::new(AtomicU64::new(0));
+        exchange.request_bytes = Some(Arc::clone(&count));
+        match keep {
+            true => Self::Kept(Keeper::new(body, count)),
+            false => Self::Once(Some((body, count))),
+        }
+    }
+
+    fn attempt(&mut self) -> Option<RequestBody> {
+        match self {
+            Self::None => Some(RequestBody::Empty),
+            Self::Kept(keeper) => keeper.attempt(),
+            Self::Once(body) => body.take().map(|(body, count)| RequestBody::Streamed(body, count)),
+        }
+    }
+
+    pub(crate) fn is_whole(&self) -> bool {
+        match self {
+            Self::None => true,
+            Self::Kept(keeper) => keeper.is_whole(),
+            Self::Once(body) => body.is_some(),
+        }
+    }
+}
+
+/// What the edge shows of a request.
+pub(crate) fn protocol(head: &request::Parts) -> Protocol {
+    match head.version {
+        _ if headers::is_grpc(&head.headers) => Protocol::Grpc,
+        Version::HTTP_2 => Protocol::Http2,
+        _ => Protocol::Http,
+    }
+}
+
+impl Way<'_> {
+    /// One attempt at one endpoint.
+    pub(crate) async fn attempt(
+        &self,
+        endpoint: &Arc<EndpointState>,
+        wire: Wire,
+        fresh: bool,
+        outgoing: &mut Outgoing,
+    ) -> Result<Response<ResponseBody>, Error> {
+        let began = Instant::now();
+        let failed = |source: DialError| {
+            endpoint.load.sample(FAILURE_COST, self.epoch.elapsed());
+            let endpoint = endpoint.place.clone();
+            match source {
+                DialError::Overflow => Error::Overflow(endpoint),
+                source => Error::Connect { endpoint, source },
+            }
+        };
+        let checkout = self.pool.checkout(endpoint, wire, fresh, self.identity, self.telemetry);
+        let (mut sender, checkout) = checkout.await.map_err(failed)?;
+        let Some(body) = outgoing.body.attempt() else {
+            return Err(Error::Refused(crate::http::error::Refusal::Malformed("the body cannot be sent again")));
+        };
+        let request = Request::from_parts(outgoing.for_wire(wire, endpoint.is_ours())?, body);
+        let answer = sender.send(request).await.map_err(|failed| {
+            endpoint.load.sample(FAILURE_COST, self.epoch.elapsed());
+            Error::Broken { endpoint: endpoint.place.clone(), source: failed.source, processed: failed.processed }
+        })?;
+        endpoint.load.sample(began.elapsed(), self.epoch.elapsed());
+        let (head, body) = answer.into_parts();
+        let body = ResponseBody::of_endpoint(body, checkout.holding(sender), None);
+        Ok(Response::from_parts(head, body))
+    }
+
+    /// Whether a failed attempt is made once more: after which wait.
+    pub(crate) fn again(
+        &self,
+        result: &Result<Response<ResponseBody>, Error>,
+        outgoing: &Outgoing,
+        before: u32,
+        from_peer: bool,
+        budget: &retry::Budget,
+    ) -> Option<Duration> {
+        let failure = match result {
+            Ok(answer) if from_peer && answer.headers().contains_key(UNSENT) => {
+                Failure::Unprocessed(Counter::RetriedPeerConnect)
+            }
+            Ok(answer) => match answer.status() {
+                StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT => {
+                    let after = answer.headers().get(http::header::RETRY_AFTER);
+                    let seconds = after.and_then(|value| value.to_str().ok()?.trim().parse().ok());
+                    Failure::Status { retry_after: seconds.map(Duration::from_secs) }
+                }
+                _ => return None,
+            },
+            Err(error) => match (error.processed(), error) {
+                (Processed::No(counter), _) => Failure::Unprocessed(counter),
+                (Processed::Maybe, Error::Broken { .. }) => Failure::Reset,
+                _ => return None,
+            },
+        };
+        let attempt = retry::Attempt {
+            failure,
+            before,
+            idempotent: headers::is_idempotent(&outgoing.head),
+            replayable: outgoing.body.is_whole(),
+            left: None,
+        };
+        match retry::decide(&attempt, rand::random(), || budget.take(self.epoch.elapsed())) {
+            Verdict::Retry { after, reason } => {
+                self.telemetry.count(reason);
+                Some(after)
+            }
+            Verdict::GiveUp(counter) => {
+                self.telemetry.count(counter);
+                None
+            }
+        }
+    }
+}
+
+impl Outgoing {
+    /// The head in the form that the next hop wants.
+    fn for_wire(&self, wire: Wire, to_peer: bool) -> Result<request::Parts, Error> {
+        // A copy for each attempt: header maps share their values.
+        let mut head = self.head.clone();
+        match wire {
+            Wire::Http2 => {
+                headers::to_h2(&mut head, self.authority.clone()).map_err(Error::Refused)?;
+                if to_peer && self.sent < Version::HTTP_2 {
+                    head.headers.insert(SENT_VERSION, http::HeaderValue::from_static("1.1"));
+                }
+            }
+            Wire::Http1 => headers::to_h1(&mut head, &self.authority).map_err(Error::Refused)?,
+        }
+        Ok(head)
+    }
+}
+
+/// Makes of an endpoint's answer what the caller gets: hop-by-hop headers end here, an upgrade joins the two sides.
+pub(crate) fn finish(
+    mut answer: Response<ResponseBody>,
+    mut exchange: Exchange,
+    client: Option<hyper::upgrade::OnUpgrade>,
+    telemetry: &Telemetry,
+) -> Response<ResponseBody> {
+    exchange.answered(answer.status().as_u16(), headers::grpc_status(answer.headers()));
+    headers::strip_ours(answer.headers_mut());
+    if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
+        if let Some(client) = client {
+            telemetry.count(Counter::UpgradesTunnelled);
+            upgrade::join(client, hyper::upgrade::on(&mut answer));
+        }
+        exchange.complete();
+        return answer.map(|_| ResponseBody::empty());
+    }
+    headers::strip_hop_by_hop(answer.headers_mut());
+    *answer.version_mut() = Version::HTTP_11;
+    answer.map(|body| body.reporting(exchange))
+}

@@ -1,0 +1,81 @@
+//! Serving HTTP on a connection that is known to speak it.
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::time::Duration;
+
+use http::{Request, Response};
+use hyper::body::Incoming;
+use hyper::server::conn::{http1, http2};
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::sync::watch;
+
+use super::body::ResponseBody;
+use crate::upstream::{BoxIo, CONNECTION_WINDOW, HEADERS, STREAM_WINDOW};
+
+/// Headers of an app's request.
+const HEADER_BYTES: usize = 60 * 1024;
+/// To send them, counted from the start of the connection's turn.
+const HEADER_TIME: Duration = Duration::from_secs(10);
+
+/// Serves until the connection ends. When `drain` turns true it says goodbye (GOAWAY, `connection: close`) and ends after
+/// what has been begun.
+pub async fn serve<F, R>(io: BoxIo, http2: bool, mut drain: watch::Receiver<bool>, handle: F)
+where
+    F: Fn(Request<Incoming>) -> R + Send + Sync + 'static,
+    R: Future<Output = Response<ResponseBody>> + Send + 'static,
+{
+    let service = service_fn(move |request| {
+        let answer = handle(request);
+        async move { Ok::<_, Infallible>(answer.await) }
+    });
+    let io = TokioIo::new(io);
+    let told = async move {
+        // An error means that the proxy itself is gone; the connection then ends with it.
+        let _ = drain.wait_for(|drain| *drain).await;
+    };
+    tokio::pin!(told);
+    if http2 {
+        let mut builder = http2::Builder::new(TokioExecutor::new());
+        builder
+            .timer(TokioTimer::new())
+            .max_concurrent_streams(128)
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_header_list_size(HEADERS)
+            .max_send_buf_size(STREAM_WINDOW as usize);
+        let connection = builder.serve_connection(io, service);
+        tokio::pin!(connection);
+        // The connection first: whatever it still has to say comes before the goodbye.
+        tokio::select! {
+            _ = connection.as_mut() => {}
+            () = &mut told => {
+                connection.as_mut().graceful_shutdown();
+                let _ = connection.await;
+            }
+        }
+        return;
+    }
+    let mut builder = http1::Builder::new();
+    // No timer: hyper's counts from the end of the request before, and would cut idle connections.
+    builder
+        .max_headers(100)
+        .max_buf_size(HEADER_BYTES)
+        .half_close(true)
+        .timer(TokioTimer::new())
+        .header_read_timeout(None);
+    let connection = builder.serve_connection(io, service).with_upgrades();
+    tokio::pin!(connection);
+    tokio::select! {
+        _ = connection.as_mut() => {}
+        () = &mut told => {
+            connection.as_mut().graceful_shutdown();
+            let _ = connection.await;
+        }
+    }
+}
+
+/// How long a first byte's sender may take for a whole head.
+pub const PATIENCE: crate::first_bytes::Patience =
+    crate::first_bytes::Patience { first_byte: None, decision: HEADER_TIME };

@@ -1,0 +1,265 @@
+//! Mesh → app: who calls, whether they may, and the way to the app.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, SystemTime};
+
+use arc_swap::ArcSwap;
+use bytes::BytesMut;
+use http::{HeaderValue, Request, Response, Version};
+use hyper::body::Incoming;
+use sheetbend_certs::{IdentityStore, MeshAlpn, SpiffeId, verify_peer};
+use sheetbend_control_plane_client::model::{AppProtocol, Transport};
+use tokio::time::timeout;
+use tokio_rustls::TlsAcceptor;
+
+use crate::app::Shared;
+use crate::client_hello::Hello;
+use crate::detect::Detected;
+use crate::first_bytes::{FirstBytes, Patience, read_first, read_hello};
+use crate::forward::{Body1, Outgoing, Way, finish, protocol};
+use crate::http::body::ResponseBody;
+use crate::http::error::{Error, Refusal};
+use crate::http::exchange::Exchange;
+use crate::http::headers::{self, SENT_VERSION};
+use crate::http::serve::serve;
+use crate::rewind::Rewind;
+use crate::tcp::{Abort, splice};
+use crate::telemetry::{Counter, Edge, EdgeKey, Peer, Protocol, Reporter};
+use crate::upstream::{BoxIo, EndpointState, Place, Pool, Wire, dial_app};
+
+/// For a ClientHello, and for the handshake after it.
+const HANDSHAKE: Duration = Duration::from_secs(2);
+
+/// One port of the app.
+pub(crate) struct Port {
+    /// The service's port.
+    pub(crate) port: u16,
+    /// What the app speaks there, as far as someone said so.
+    pub(crate) protocol: AppProtocol,
+    /// `web.default:8000`.
+    pub(crate) name: Arc<str>,
+    /// Where the app is.
+    pub(crate) app: ArcSwap<EndpointState>,
+}
+
+impl Port {
+    pub(crate) fn app_at(address: SocketAddr) -> Arc<EndpointState> {
+        Arc::new(EndpointState::new(Place::Address(address), Transport::Plain, None))
+    }
+}
+
+/// One worker's way in.
+#[derive(Clone)]
+pub(crate) struct Inbound {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) pool: Arc<Pool>,
+    pub(crate) port: Arc<Port>,
+}
+
+/// Who is at the other end of a connection.
+struct Caller {
+    id: Option<SpiffeId>,
+    /// A proxy of ours, whose headers are believed.
+    ours: bool,
+    peer: SocketAddr,
+    edges: [OnceLock<Arc<Edge>>; 4],
+}
+
+impl Inbound {
+    /// A connection from anywhere.
+    pub(crate) async fn connection(self, mut io: BoxIo, peer: SocketAddr) {
+        let mut bytes = BytesMut::new();
+        // Under strict, nobody but a client of TLS is listened to, and that one speaks first.
+        let patience = match self.shared.strict {
+            true => Patience { first_byte: Some(HANDSHAKE), decision: HANDSHAKE },
+            false => Patience::default(),
+        };
+        let first = match read_first(&mut io, &mut bytes, patience).await {
+            Ok(FirstBytes::Closed) | Err(_) => return,
+            Ok(first) => first,
+        };
+        if first == FirstBytes::Detected(Detected::Tls) && self.port.protocol != AppProtocol::Tls {
+            let hello = read_hello(&mut io, &mut bytes, HANDSHAKE).await;
+            let mesh = MeshAlpn::ALL.map(MeshAlpn::wire);
+            let ours = matches!(&hello, Ok(Hello::Parsed(hello)) if hello.offers(&mesh));
+            if ours || self.shared.strict {
+                return self.terminate(Rewind::new(bytes.freeze(), io), peer).await;
+            }
+        } else if self.shared.strict && self.port.protocol != AppProtocol::Tls {
+            self.shared.telemetry.count(Counter::RefusedPlain);
+            tracing::warn!(%peer, port = self.port.port, "a connection without mutual TLS is refused (strict)");
+            io.abort();
+            return;
+        }
+        let caller = Caller { id: None, ours: false, peer, edges: Default::default() };
+        if !self.allows(&caller) {
+            self.shared.telemetry.count(Counter::RefusedNotAllowed);
+            tracing::warn!(%peer, "a connection without an identity is refused: only those of --allow may call");
+            io.abort();
+            return;
+        }
+        let io: BoxIo = Box::new(Rewind::new(bytes.freeze(), io));
+        match first {
+            FirstBytes::Detected(Detected::Http1) => self.http(io, false, caller).await,
+            FirstBytes::Detected(Detected::Http2) => self.http(io, true, caller).await,
+            _ => self.opaque(io, caller).await,
+        }
+    }
+
+    async fn terminate(self, io: Rewind<BoxIo>, peer: SocketAddr) {
+        let telemetry = &self.shared.telemetry;
+        let Some(material) = self.shared.identity.current() else {
+            telemetry.count(Counter::RefusedNoIdentity);
+            return;
+        };
+        if material.identity.not_after <= SystemTime::now() {
+            telemetry.count(Counter::RefusedNoIdentity);
+            tracing::error!(%peer, "a connection is refused: this proxy's own certificate has expired");
+            return;
+        }
+        let handshake = TlsAcceptor::from(material.server.clone()).accept(io);
+        let stream = match timeout(HANDSHAKE, handshake).await {
+            Ok(Ok(stream)) => stream,
+            Ok(Err(error)) => {
+                telemetry.count(Counter::RefusedHandshake);
+                tracing::warn!(%peer, %error, "a TLS handshake failed");
+                return;
+            }
+            Err(_) => {
+                telemetry.count(Counter::RefusedHandshakeTimeout);
+                return;
+            }
+        };
+        let connection = stream.get_ref().1;
+        telemetry.count(match connection.handshake_kind() {
+            Some(rustls::HandshakeKind::Resumed) => Counter::HandshakesResumed,
+            _ => Counter::HandshakesFull,
+        });
+        // After every handshake: a resumed one has verified nobody.
+        let id = match verify_peer(connection.peer_certificates(), &material.bundle, SystemTime::now()) {
+            Ok(id) => id,
+            Err(error) => {
+                telemetry.count(Counter::RefusedCertificate);
+                tracing::warn!(%peer, %error, "a peer is refused");
+                return;
+            }
+        };
+        let alpn = connection.alpn_protocol().and_then(MeshAlpn::from_wire);
+        let caller = Caller { id: Some(id), ours: true, peer, edges: Default::default() };
+        if alpn == Some(MeshAlpn::Tcp) && !self.allows(&caller) {
+            telemetry.count(Counter::RefusedNotAllowed);
+            let id = caller.id.as_ref().map(ToString::to_string).unwrap_or_default();
+            tracing::warn!(%peer, id, "a peer is not on the list of those who may call");
+            return;
+        }
+        match alpn {
+            Some(MeshAlpn::H2) => self.http(Box::new(stream), true, caller).await,
+            Some(MeshAlpn::Http1) => self.http(Box::new(stream), false, caller).await,
+            Some(MeshAlpn::Tcp) => self.opaque(Box::new(stream), caller).await,
+            None => telemetry.count(Counter::RefusedHandshake),
+        }
+    }
+
+    fn allows(&self, caller: &Caller) -> bool {
+        let allow = &self.shared.allow;
+        allow.is_empty() || caller.id.as_ref().is_some_and(|id| allow.contains(id))
+    }
+
+    fn edge<'a>(&self, caller: &'a Caller, protocol: Protocol) -> &'a Arc<Edge> {
+        let slot = match protocol {
+            Protocol::Http => &caller.edges[0],
+            Protocol::Http2 => &caller.edges[1],
+            Protocol::Grpc => &caller.edges[2],
+            Protocol::Tcp => &caller.edges[3],
+        };
+        slot.get_or_init(|| {
+            let peer = Peer::from(caller.id.clone());
+            let (destination, mtls) = (Arc::clone(&self.port.name), caller.id.is_some());
+            self.shared.telemetry.edge(EdgeKey { reporter: Reporter::Destination, peer, destination, protocol, mtls })
+        })
+    }
+
+    async fn http(self, io: BoxIo, http2: bool, caller: Caller) {
+        let drain = self.shared.inbound_drain.subscribe();
+        let this = Arc::new((self, caller));
+        let handle = move |request| {
+            let this = Arc::clone(&this);
+            async move { this.0.request(request, &this.1).await }
+        };
+        serve(io, http2, drain, handle).await;
+    }
+
+    async fn request(&self, request: Request<Incoming>, caller: &Caller) -> Response<ResponseBody> {
+        let telemetry = &self.shared.telemetry;
+        let (head, body) = request.into_parts();
+        let mut exchange = Exchange::begin(telemetry, Reporter::Destination, &head, caller.peer, caller.id.clone());
+        let asked = head.headers.clone();
+        match self.forward(head, body, caller, &mut exchange).await {
+            Ok((answer, client)) => finish(answer, exchange, client, telemetry),
+            Err(error) => {
+                exchange.failed(&error);
+                error.respond(&asked, caller.ours).map(|body| body.reporting(exchange))
+            }
+        }
+    }
+
+    async fn forward(
+        &self,
+        mut head: http::request::Parts,
+        body: Incoming,
+        caller: &Caller,
+        exchange: &mut Exchange,
+    ) -> Result<(Response<ResponseBody>, Option<hyper::upgrade::OnUpgrade>), Error> {
+        headers::check_framing(&head).map_err(Error::Refused)?;
+        let sent_http1 = caller.ours && head.headers.contains_key(SENT_VERSION);
+        headers::strip_ours(&mut head.headers);
+        let sent = if sent_http1 { Version::HTTP_11 } else { head.version };
+        head.version = sent;
+        exchange.on(Arc::clone(self.edge(caller, protocol(&head))));
+        if !self.allows(caller) {
+            return Err(Error::Denied);
+        }
+        let authority = headers::authority(&head);
+        let authority = authority.ok_or(Error::Refused(Refusal::Malformed("no authority")))?;
+        let upgrade = headers::asks_upgrade(&head);
+        let client = upgrade.then(|| head.extensions.remove::<hyper::upgrade::OnUpgrade>()).flatten();
+        let upgrade_to = upgrade.then(|| head.headers.get(http::header::UPGRADE).cloned()).flatten();
+        headers::strip_hop_by_hop(&mut head.headers);
+        if let Some(to) = upgrade_to {
+            head.headers.insert(http::header::UPGRADE, to);
+            head.headers.insert(http::header::CONNECTION, HeaderValue::from_static("upgrade"));
+        }
+        let fresh = upgrade || !headers::is_idempotent(&head);
+        let body = Body1::new(body, false, exchange);
+        let mut outgoing = Outgoing { head, authority, sent, body, upgrade };
+        let app = self.port.app.load_full();
+        exchange.attempt(&app);
+        let wire = if sent == Version::HTTP_2 { Wire::Http2 } else { Wire::Http1 };
+        // The app's own servers ignore identities: there is none to show, and no TLS to it.
+        let shared = &self.shared;
+        let identity: &IdentityStore = &shared.identity;
+        let way = Way { pool: &self.pool, identity, telemetry: &shared.telemetry, epoch: shared.epoch };
+        let answer = way.attempt(&app, wire, fresh, &mut outgoing).await?;
+        Ok((answer, client))
+    }
+
+    async fn opaque(&self, mut io: BoxIo, caller: Caller) {
+        let edge = self.edge(&caller, Protocol::Tcp);
+        let app = self.port.app.load_full();
+        let Some(address) = app.socket_address() else { return };
+        let mut server = match dial_app(address, &self.shared.telemetry).await {
+            Ok(server) => server,
+            Err(error) => {
+                edge.connection_failed();
+                tracing::warn!(%address, %error, "the app does not take the connection");
+                io.abort();
+                return;
+            }
+        };
+        let _open = edge.connection();
+        // Sent and received are this proxy's view: what the caller sent was received.
+        let moved = |moved: crate::tcp::Transferred| edge.bytes(moved.server_to_client, moved.client_to_server);
+        splice(&mut io, &mut server, moved).await;
+    }
+}

@@ -1,0 +1,306 @@
+//! App → mesh: whom a connection or a request is for, and its way there.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use bytes::BytesMut;
+use http::{HeaderValue, Method, Request, Response, Version};
+use hyper::body::Incoming;
+use hyper_util::rt::TokioIo;
+use sheetbend_certs::MeshAlpn;
+use sheetbend_control_plane_client::model::{AppProtocol, Target};
+
+use crate::app::Shared;
+use crate::detect::{Detected, is_known_opaque};
+use crate::first_bytes::{FirstBytes, Patience, Speaker, read_first, who_speaks_first};
+use crate::forward::{Body1, Outgoing, Way, finish, protocol};
+use crate::http::body::ResponseBody;
+use crate::http::error::{Error, Refusal};
+use crate::http::exchange::Exchange;
+use crate::http::headers::{self, X_REQUEST_ID};
+use crate::http::serve::{PATIENCE, serve};
+use crate::rewind::Rewind;
+use crate::route::{Route, Routes};
+use crate::tcp::{Abort, splice};
+use crate::telemetry::{Counter, Protocol, Reporter};
+use crate::upstream::{BoxIo, EndpointState, Pool, Wire, dial};
+
+/// One worker's way out. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Outbound {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) pool: Arc<Pool>,
+    pub(crate) routes: Arc<Routes>,
+}
+
+impl Outbound {
+    /// A connection whose requests name their destinations themselves: absolute-form, Host, CONNECT.
+    pub(crate) async fn explicit(self, mut io: BoxIo, peer: SocketAddr) {
+        let mut bytes = BytesMut::new();
+        let http2 = match read_first(&mut io, &mut bytes, PATIENCE).await {
+            Ok(FirstBytes::Detected(Detected::Http1)) => false,
+            Ok(FirstBytes::Detected(Detected::Http2)) => true,
+            _ => {
+                self.shared.telemetry.count(Counter::MalformedRequest);
+                return;
+            }
+        };
+        self.http(Box::new(Rewind::new(bytes.freeze(), io)), http2, None, peer).await;
+    }
+
+    /// A connection that is for one destination as a whole.
+    ///
+    /// Boxed by its callers: a tunnel within HTTP comes back here.
+    pub(crate) async fn caught(self, mut io: BoxIo, target: Target, peer: SocketAddr) {
+        if let Some(address) = target.address().filter(|address| self.shared.is_own(*address)) {
+            self.shared.telemetry.count(Counter::RefusedLoop);
+            tracing::warn!(%address, "a connection to this proxy itself is refused");
+            return;
+        }
+        let route = match self.route(&target).await {
+            Ok(route) => route,
+            Err(error) => return self.refuse(io, &error),
+        };
+        let said = route.destination().map_or(AppProtocol::Detect, |destination| destination.protocol);
+        let opaque = matches!(said, AppProtocol::Tcp | AppProtocol::Tls) || is_known_opaque(target.port());
+        let mut bytes = BytesMut::new();
+        if opaque {
+            return self.opaque(io, bytes, &route, None).await;
+        }
+        let mut first = read_first(&mut io, &mut bytes, Patience::default()).await;
+        let mut dialed = None;
+        if matches!(first, Ok(FirstBytes::ServerFirst)) {
+            let mut server = match self.connect(&route).await {
+                Ok(server) => server,
+                Err(error) => return self.refuse(io, &error),
+            };
+            let mut server_bytes = BytesMut::new();
+            let speaker = who_speaks_first(&mut io, &mut bytes, &mut server.1, &mut server_bytes).await;
+            let (endpoint, stream) = server;
+            let stream: BoxIo = Box::new(Rewind::new(server_bytes.freeze(), stream));
+            match speaker {
+                Ok(Speaker::Client) => {
+                    first = read_first(&mut io, &mut bytes, Patience::default()).await;
+                    dialed = Some((endpoint, stream));
+                }
+                Ok(_) => return self.opaque(io, bytes, &route, Some((endpoint, stream))).await,
+                Err(_) => return,
+            }
+        }
+        match first {
+            Ok(FirstBytes::Detected(Detected::Http1)) => {
+                self.http(Box::new(Rewind::new(bytes.freeze(), io)), false, Some(target), peer).await;
+            }
+            Ok(FirstBytes::Detected(Detected::Http2)) => {
+                self.http(Box::new(Rewind::new(bytes.freeze(), io)), true, Some(target), peer).await;
+            }
+            Ok(FirstBytes::Closed) | Err(_) => {}
+            Ok(_) => self.opaque(io, bytes, &route, dialed).await,
+        }
+    }
+
+    async fn http(self, io: BoxIo, http2: bool, target: Option<Target>, peer: SocketAddr) {
+        let drain = self.shared.outbound_drain.subscribe();
+        let this = Arc::new((self, target));
+        let handle = move |request| {
+            let this = Arc::clone(&this);
+            async move { this.0.clone().request(request, this.1.as_ref(), peer).await }
+        };
+        serve(io, http2, drain, handle).await;
+    }
+
+    /// One request of the app.
+    async fn request(
+        self,
+        request: Request<Incoming>,
+        target: Option<&Target>,
+        peer: SocketAddr,
+    ) -> Response<ResponseBody> {
+        let shared = Arc::clone(&self.shared);
+        let (mut head, body) = request.into_parts();
+        if !head.headers.contains_key(X_REQUEST_ID)
+            && let Ok(id) = HeaderValue::try_from(request_id())
+        {
+            head.headers.insert(X_REQUEST_ID, id);
+        }
+        let mut exchange = Exchange::begin(&shared.telemetry, Reporter::Source, &head, peer, None);
+        let asked = head.headers.clone();
+        match self.forward(head, body, target, peer, &mut exchange).await {
+            Ok((answer, client)) => finish(answer, exchange, client, &shared.telemetry),
+            Err(error) => {
+                exchange.failed(&error);
+                error.respond(&asked, false).map(|body| body.reporting(exchange))
+            }
+        }
+    }
+
+    async fn forward(
+        &self,
+        mut head: http::request::Parts,
+        body: Incoming,
+        target: Option<&Target>,
+        peer: SocketAddr,
+        exchange: &mut Exchange,
+    ) -> Result<(Response<ResponseBody>, Option<hyper::upgrade::OnUpgrade>), Error> {
+        headers::check_framing(&head).map_err(Error::Refused)?;
+        headers::strip_ours(&mut head.headers);
+        if head.method == Method::CONNECT && target.is_none() {
+            return Ok((self.tunnel(head, body, peer)?, None));
+        }
+        let named = headers::authority(&head);
+        let target = match (target, &named) {
+            (Some(target), _) => target.clone(),
+            (None, Some(authority)) => Target::new(host(authority.host()), authority.port_u16().unwrap_or(80))
+                .map_err(|_| Error::Refused(Refusal::Malformed("the authority is not a host and a port")))?,
+            (None, None) => return Err(Error::Refused(Refusal::Malformed("no authority"))),
+        };
+        if let Some(address) = target.address().filter(|address| self.shared.is_own(*address)) {
+            return Err(Error::Loop(address));
+        }
+        let authority = match named {
+            Some(authority) => authority,
+            None => target.to_string().parse().map_err(|_| Error::Refused(Refusal::Malformed("no authority")))?,
+        };
+        let route = self.route(&target).await?;
+        let endpoints = route.endpoints(Some(&head));
+        let protocol = protocol(&head);
+        let now = self.shared.epoch.elapsed();
+        exchange.within(&route.budget, now);
+
+        let upgrade = headers::asks_upgrade(&head);
+        let expects = headers::expects_continue(&head);
+        let sent = head.version;
+        let mut head = head;
+        let client = upgrade.then(|| head.extensions.remove::<hyper::upgrade::OnUpgrade>()).flatten();
+        let upgrade_to = upgrade.then(|| head.headers.get(http::header::UPGRADE).cloned()).flatten();
+        headers::strip_hop_by_hop(&mut head.headers);
+        if let Some(to) = upgrade_to {
+            head.headers.insert(http::header::UPGRADE, to);
+            head.headers.insert(http::header::CONNECTION, HeaderValue::from_static("upgrade"));
+        }
+        let body = Body1::new(body, !upgrade && !expects, exchange);
+        let mut outgoing = Outgoing { head, authority, sent, body, upgrade };
+        let way = self.way();
+        let mut tried: Option<Arc<EndpointState>> = None;
+        let mut before = 0;
+        loop {
+            let endpoint = route.pick(endpoints, tried.as_ref(), self.shared.epoch.elapsed())?;
+            exchange.on(Arc::clone(endpoint.edge(&self.shared.telemetry, protocol)));
+            exchange.attempt(&endpoint);
+            let wire = wire(&endpoint, &outgoing, expects);
+            // What must not be sent twice takes no connection that may have closed in the meantime.
+            let fresh = upgrade || expects || before > 0 || !headers::is_idempotent(&outgoing.head);
+            let result = way.attempt(&endpoint, wire, fresh, &mut outgoing).await;
+            let again = way.again(&result, &outgoing, before, endpoint.is_ours(), &route.budget);
+            let Some(after) = again else { return result.map(|answer| (answer, client)) };
+            drop(result);
+            tokio::time::sleep(after).await;
+            before += 1;
+            tried = Some(endpoint);
+        }
+    }
+
+    /// `CONNECT host:port`: what comes through is a connection like any other.
+    fn tunnel(
+        &self,
+        head: http::request::Parts,
+        body: Incoming,
+        peer: SocketAddr,
+    ) -> Result<Response<ResponseBody>, Error> {
+        let malformed = Error::Refused(Refusal::Malformed("CONNECT needs HOST:PORT"));
+        let authority = head.uri.authority().filter(|authority| authority.port_u16().is_some());
+        let Some(authority) = authority else { return Err(malformed) };
+        let Ok(target) = Target::new(host(authority.host()), authority.port_u16().unwrap_or(443)) else {
+            return Err(malformed);
+        };
+        if let Some(address) = target.address().filter(|address| self.shared.is_own(*address)) {
+            return Err(Error::Loop(address));
+        }
+        self.shared.telemetry.count(Counter::ConnectsTunnelled);
+        let this = self.clone();
+        tokio::spawn(async move {
+            if let Ok(upgraded) = hyper::upgrade::on(Request::from_parts(head, body)).await {
+                let within: std::pin::Pin<Box<dyn Future<Output = ()> + Send>> =
+                    Box::pin(this.caught(Box::new(TokioIo::new(upgraded)), target, peer));
+                within.await;
+            }
+        });
+        Ok(Response::new(ResponseBody::empty()))
+    }
+
+    async fn route(&self, target: &Target) -> Result<Arc<Route>, Error> {
+        let shared = &self.shared;
+        self.routes.to(target, &shared.discovery, &shared.endpoints, shared.deny_unknown, &shared.telemetry).await
+    }
+
+    fn way(&self) -> Way<'_> {
+        let shared = &self.shared;
+        Way { pool: &self.pool, identity: &shared.identity, telemetry: &shared.telemetry, epoch: shared.epoch }
+    }
+
+    async fn connect(&self, route: &Route) -> Result<(Arc<EndpointState>, BoxIo), Error> {
+        let mut tried = None;
+        loop {
+            let endpoint = route.pick(route.endpoints(None), tried.as_ref(), self.shared.epoch.elapsed())?;
+            match dial(&endpoint, MeshAlpn::Tcp, &self.shared.identity, &self.shared.telemetry).await {
+                Ok(io) => return Ok((endpoint, io)),
+                // Nothing was sent yet: another endpoint may be tried, once.
+                Err(_) if tried.is_none() && route.endpoints(None).len() > 1 => tried = Some(endpoint),
+                Err(source) => {
+                    endpoint.edge(&self.shared.telemetry, Protocol::Tcp).connection_failed();
+                    return Err(Error::Connect { endpoint: endpoint.place.clone(), source });
+                }
+            }
+        }
+    }
+
+    /// Bytes that nobody looks into.
+    async fn opaque(&self, io: BoxIo, bytes: BytesMut, route: &Route, dialed: Option<(Arc<EndpointState>, BoxIo)>) {
+        self.shared.telemetry.count(Counter::DetectedOpaque);
+        let (endpoint, mut server) = match dialed {
+            Some(dialed) => dialed,
+            None => match self.connect(route).await {
+                Ok(dialed) => dialed,
+                Err(error) => return self.refuse(io, &error),
+            },
+        };
+        let edge = endpoint.edge(&self.shared.telemetry, Protocol::Tcp);
+        let _open = edge.connection();
+        let mut client = Rewind::new(bytes.freeze(), io);
+        let moved = |moved: crate::tcp::Transferred| edge.bytes(moved.client_to_server, moved.server_to_client);
+        splice(&mut client, &mut server, moved).await;
+    }
+
+    /// Ends a connection that cannot be told why.
+    fn refuse(&self, mut io: BoxIo, error: &Error) {
+        if let Some(counter) = error.counter() {
+            self.shared.telemetry.count(counter);
+        }
+        tracing::warn!(%error, "a connection is refused");
+        io.abort();
+    }
+}
+
+/// What is spoken to an endpoint.
+fn wire(endpoint: &EndpointState, outgoing: &Outgoing, expects: bool) -> Wire {
+    match outgoing.upgrade || expects {
+        true => Wire::Http1,
+        false if endpoint.is_ours() => Wire::Http2,
+        false if outgoing.sent == Version::HTTP_2 => Wire::Http2,
+        false => Wire::Http1,
+    }
+}
+
+/// A host of a URI, without the brackets of an IPv6 address.
+fn host(text: &str) -> &str {
+    text.trim_start_matches('[').trim_end_matches(']')
+}
+
+/// A random UUID (RFC 9562 §5.4).
+fn request_id() -> String {
+    let bits: u128 = rand::random();
+    let bits = bits & !(0xf << 76) | (4 << 76);
+    let bits = bits & !(0x3 << 62) | (2 << 62);
+    let hex = format!("{bits:032x}");
+    format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
+}

@@ -1,0 +1,133 @@
+//! A destination made ready for requests: its endpoints with what is known of them. One per worker and target, made anew
+//! when the control plane says something new.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use http::request;
+use sheetbend_control_plane_client::discovery::Discovery;
+use sheetbend_control_plane_client::model::{ClusterName, Destination, Resolution, Target, Transport};
+
+use crate::http::error::Error;
+use crate::policy;
+use crate::telemetry::{Counter, Telemetry};
+use crate::traffic::balance;
+use crate::traffic::retry::Budget;
+use crate::upstream::{EndpointState, Endpoints, Place};
+
+/// A destination made ready.
+pub struct Route {
+    target: Target,
+    destination: Option<Arc<Destination>>,
+    clusters: BTreeMap<ClusterName, Vec<Arc<EndpointState>>>,
+    /// Where it goes when it is no part of the mesh.
+    elsewhere: Vec<Arc<EndpointState>>,
+    /// How many retries there may be.
+    pub budget: Arc<Budget>,
+}
+
+impl Route {
+    fn mesh(target: Target, destination: Arc<Destination>, endpoints: &Endpoints, budget: Arc<Budget>) -> Self {
+        let clusters = destination.clusters.iter().map(|(name, cluster)| {
+            let service = Some((cluster.service.clone(), destination.trust_domain.clone()));
+            let all = cluster.endpoints.iter().map(|endpoint| {
+                endpoints.at(Place::Address(endpoint.address), endpoint.transport.clone(), service.clone())
+            });
+            (name.clone(), all.collect())
+        });
+        Self { target, clusters: clusters.collect(), destination: Some(destination), elsewhere: Vec::new(), budget }
+    }
+
+    fn elsewhere(target: Target, endpoints: &Endpoints) -> Self {
+        let place = target.address().map_or_else(|| Place::Name(target.clone()), Place::Address);
+        let elsewhere = vec![endpoints.at(place, Transport::Plain, None)];
+        Self { target, destination: None, clusters: BTreeMap::new(), elsewhere, budget: Arc::default() }
+    }
+
+    /// What the control plane says of it; `None` outside the mesh.
+    pub fn destination(&self) -> Option<&Arc<Destination>> {
+        self.destination.as_ref()
+    }
+
+    /// The endpoints that may answer a request; without one, those of an opaque connection.
+    pub fn endpoints(&self, head: Option<&request::Parts>) -> &[Arc<EndpointState>] {
+        let Some(destination) = &self.destination else { return &self.elsewhere };
+        let name = match head {
+            Some(head) => policy::cluster(destination, head, rand::random()),
+            None => &destination.default_cluster,
+        };
+        self.clusters.get(name).map_or(&[], Vec::as_slice)
+    }
+
+    /// Picks one of [`Route::endpoints`], another one than `tried` where there is another.
+    pub fn pick(
+        &self,
+        endpoints: &[Arc<EndpointState>],
+        tried: Option<&Arc<EndpointState>>,
+        now: std::time::Duration,
+    ) -> Result<Arc<EndpointState>, Error> {
+        let excluded = tried.and_then(|tried| endpoints.iter().position(|endpoint| Arc::ptr_eq(endpoint, tried)));
+        let cost = |at: usize| endpoints.get(at).map_or(f64::MAX, |endpoint| endpoint.load.cost(now));
+        let picked = balance::pick(endpoints.len(), excluded, rand::random(), cost);
+        let endpoint = picked.and_then(|at| endpoints.get(at));
+        endpoint.cloned().ok_or_else(|| Error::NoEndpoint(self.target.to_string()))
+    }
+}
+
+/// The routes of one worker. The lock is never contended: one thread uses it.
+#[derive(Default)]
+pub struct Routes {
+    known: Mutex<HashMap<Target, Arc<Route>>>,
+}
+
+/// Routes of targets nobody uses any more go when there are more than these.
+const MOST: usize = 4_096;
+
+impl Routes {
+    /// The route to a target; asks the control plane where nothing is known yet.
+    pub async fn to(
+        &self,
+        target: &Target,
+        discovery: &Discovery,
+        endpoints: &Endpoints,
+        deny_unknown: bool,
+        telemetry: &Telemetry,
+    ) -> Result<Arc<Route>, Error> {
+        let resolution = match discovery.lookup(target) {
+            Some(known) => known,
+            None => match discovery.resolve(target).await {
+                Ok(answer) => answer,
+                // The mesh's own names are never called in plain for want of an answer.
+                Err(_) if discovery.snapshot().claims(target) => return Err(Error::NoAnswer(target.clone())),
+                Err(_) => {
+                    telemetry.count(Counter::Unresolved);
+                    Resolution::NotMesh
+                }
+            },
+        };
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let old = known.get(target);
+        let route = match resolution {
+            Resolution::NotMesh if deny_unknown => return Err(Error::NotAllowed(target.clone())),
+            Resolution::NotMesh => match old.filter(|route| route.destination.is_none()) {
+                Some(route) => return Ok(Arc::clone(route)),
+                None => Route::elsewhere(target.clone(), endpoints),
+            },
+            Resolution::Mesh(destination) => match old {
+                Some(route) if route.destination.as_ref().is_some_and(|d| Arc::ptr_eq(d, &destination)) => {
+                    return Ok(Arc::clone(route));
+                }
+                old => {
+                    let budget = old.map(|route| Arc::clone(&route.budget)).unwrap_or_default();
+                    Route::mesh(target.clone(), destination, endpoints, budget)
+                }
+            },
+        };
+        if known.len() >= MOST {
+            known.clear();
+        }
+        let route = Arc::new(route);
+        known.insert(target.clone(), Arc::clone(&route));
+        Ok(route)
+    }
+}
