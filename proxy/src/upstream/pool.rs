@@ -28,6 +28,9 @@ const KEPT_FOR: Duration = Duration::from_secs(3);
 pub(crate) const STREAM_WINDOW: u32 = 512 * 1024;
 /// A connection's window: 128 streams of 512 KiB.
 pub(crate) const CONNECTION_WINDOW: u32 = 64 * 1024 * 1024;
+/// What we take in one frame. A 1 MiB answer costs a tenth less CPU than in frames of 16 KiB, and a frame of this size
+/// still keeps others on the connection waiting for far less than a millisecond.
+pub(crate) const FRAME: u32 = 256 * 1024;
 /// Headers within the mesh.
 pub(crate) const HEADERS: u32 = 96 * 1024;
 
@@ -230,6 +233,7 @@ pub(crate) async fn connect_h2(io: super::BoxIo, ours: bool) -> Result<http2::Se
         .timer(TokioTimer::new())
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_frame_size(FRAME)
         .max_header_list_size(HEADERS)
         .max_send_buf_size(STREAM_WINDOW as usize);
     if ours {
