@@ -22,6 +22,8 @@ const MAX_EDGES_AN_INSTANCE: usize = 544;
 const MAX_INSTANCES: usize = 20_000;
 /// Six reports missed.
 const INSTANCE_GONE_AFTER: Duration = Duration::from_secs(30);
+/// A stream that ends may be a certificate's rotation: the instance is back at once, or it has gone.
+const BACK_WITHIN: Duration = Duration::from_secs(15);
 /// How long an edge is shown after the last one who reported it has gone.
 const EDGE_GONE_AFTER: Duration = Duration::from_secs(300);
 
@@ -69,6 +71,7 @@ struct Merged {
 #[derive(Debug, Default)]
 struct Instance {
     last_report: Duration,
+    left_at: Option<Duration>,
     /// Connections it has open, by edge: closed when it goes away.
     edges: HashMap<(Key, Reporter), u64>,
 }
@@ -94,6 +97,7 @@ impl MergedGraph {
         }
         let mut instance = self.instances.remove(&reporter).unwrap_or_default();
         instance.last_report = now;
+        instance.left_at = None;
         for delta in report.deltas.iter().take(2 * MAX_EDGES_AN_INSTANCE) {
             self.add(now, &reporter.0, &mut instance, delta);
         }
@@ -101,10 +105,10 @@ impl MergedGraph {
         self.forget(now);
     }
 
-    /// Forgets an instance whose stream has ended.
+    /// The stream of an instance has ended: it is forgotten unless it reports again within 15 s.
     pub fn instance_gone(&mut self, now: Duration, identity: &str, instance: &str) {
-        if let Some(instance) = self.instances.remove(&(identity.into(), instance.into())) {
-            self.close(now, instance);
+        if let Some(instance) = self.instances.get_mut(&(identity.into(), instance.into())) {
+            instance.left_at = Some(now);
         }
     }
 
@@ -113,7 +117,10 @@ impl MergedGraph {
         if self.arrival == Arrival::Live {
             return;
         }
-        let silent = |i: &Instance| now.saturating_sub(i.last_report) > INSTANCE_GONE_AFTER;
+        let silent = |i: &Instance| {
+            now.saturating_sub(i.last_report) > INSTANCE_GONE_AFTER
+                || i.left_at.is_some_and(|at| now.saturating_sub(at) > BACK_WITHIN)
+        };
         let gone: Vec<_> = self.instances.iter().filter(|(_, i)| silent(i)).map(|(k, _)| k.clone()).collect();
         for key in gone {
             if let Some(instance) = self.instances.remove(&key) {
@@ -435,9 +442,13 @@ mod tests {
         graph.apply(at(5), WEB, &report("w2", vec![opened]));
         assert_eq!(graph.snapshot(at(6)).edges[0].open_connections, 10);
         graph.instance_gone(at(7), WEB, "w1");
-        assert_eq!(graph.snapshot(at(8)).edges[0].open_connections, 5);
-        graph.forget(at(36));
-        assert_eq!(graph.snapshot(at(36)).edges[0].open_connections, 0);
+        graph.instance_gone(at(7), WEB, "w2");
+        graph.apply(at(10), WEB, &report("w2", Vec::new()));
+        assert_eq!(graph.snapshot(at(10)).edges[0].open_connections, 10, "a stream may be made anew");
+        graph.forget(at(23));
+        assert_eq!(graph.snapshot(at(23)).edges[0].open_connections, 5);
+        graph.forget(at(41));
+        assert_eq!(graph.snapshot(at(41)).edges[0].open_connections, 0);
         graph.forget(at(400));
         assert_eq!(graph.snapshot(at(400)).edges, []);
     }
