@@ -6,6 +6,7 @@
 //!
 //! When the control plane is away, everything known stays in force for as long as it takes.
 
+mod assemble;
 mod driver;
 mod link;
 #[cfg(test)]

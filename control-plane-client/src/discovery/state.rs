@@ -4,18 +4,19 @@
 //! because each kind names only the next. A destination is published when all its parts are there; until then the one
 //! before stays, with its endpoints kept fresh (make before break).
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use envoy_types::pb::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 use envoy_types::pb::google::rpc;
 
+use super::assemble::{Built, Parts, refresh};
 use super::snapshot::{Entry, Snapshot, Used};
 use super::store::{Content, Stores};
 use super::{MAX_TARGETS, PATIENCE};
-use crate::model::{Cluster, ClusterName, Destination, Resolution, Rule, ServicePort, Target};
-use crate::xds::decode::{Decoded, Listener};
+use crate::model::{ClusterName, Resolution, Target};
+use crate::xds::decode::Decoded;
 use crate::xds::{Kind, MESH, ROOT_CA, shown};
 
 /// A destination that nobody asked for this long is forgotten.
@@ -46,13 +47,6 @@ struct Wanted {
     /// The newest part that `answer` is made of.
     generation: u64,
     answer: Option<Resolution>,
-}
-
-/// What was put together of the parts, kept so that what is equal stays one value.
-#[derive(Default)]
-struct Built {
-    clusters: HashMap<ClusterName, (u64, Arc<Cluster>)>,
-    destinations: HashMap<ServicePort, Arc<Destination>>,
 }
 
 /// What came of an answer.
@@ -218,7 +212,10 @@ impl State {
                 Some(Content::Absent) => Some((stores.generation(Kind::Listener, &wanted.name), Resolution::NotMesh)),
                 Some(Content::Value(Decoded::Listener(listener))) => match Parts::of(stores, &wanted.name, listener) {
                     Some(parts) => parts.build(built, stores, wanted.generation),
-                    None => refresh(built, stores, wanted),
+                    None => match &wanted.answer {
+                        Some(Resolution::Mesh(published)) => refresh(published, built, stores, wanted.generation),
+                        Some(Resolution::NotMesh) | None => None,
+                    },
                 },
                 Some(Content::Value(_)) => None,
             };
@@ -249,10 +246,7 @@ impl State {
         });
         let changed = self.targets.len() != before;
         self.replan |= changed;
-        // A destination that only this map holds is in nobody's snapshot any more.
-        self.built.destinations.retain(|_, destination| Arc::strong_count(destination) > 1);
-        let stores = &self.stores;
-        self.built.clusters.retain(|name, _| stores.content(Kind::Cluster, name).is_some());
+        self.built.forget_unused(&self.stores);
         changed
     }
 
@@ -315,102 +309,6 @@ impl State {
         }
         [BTreeSet::from([ROOT_CA.into()]), listeners, routes, clusters.clone(), clusters]
     }
-}
-
-/// All that a destination is made of.
-struct Parts<'a> {
-    listener: &'a Listener,
-    rules: &'a [Rule],
-    default_cluster: &'a ClusterName,
-    clusters: BTreeSet<&'a ClusterName>,
-    /// The newest of them.
-    generation: u64,
-}
-
-impl<'a> Parts<'a> {
-    /// `None`: something is missing yet.
-    fn of(stores: &'a Stores, name: &str, listener: &'a Listener) -> Option<Self> {
-        let mut generation = stores.generation(Kind::Listener, name);
-        let mut clusters: BTreeSet<&ClusterName> = listener.opaque.iter().collect();
-        let (rules, default_cluster) = match (&listener.routes, &listener.opaque) {
-            (Some(name), _) => {
-                let routes = stores.routes(name)?;
-                generation = generation.max(stores.generation(Kind::Routes, name));
-                clusters.extend(routes.clusters());
-                (&routes.rules[..], &routes.default_cluster)
-            }
-            (None, Some(cluster)) => (&[][..], cluster),
-            (None, None) => return None,
-        };
-        for name in &clusters {
-            generation = generation.max(stores.cluster(name)?.generation);
-        }
-        Some(Self { listener, rules, default_cluster, clusters, generation })
-    }
-
-    /// `None`: nothing is newer than `generation`.
-    fn build(&self, built: &mut Built, stores: &Stores, generation: u64) -> Option<(u64, Resolution)> {
-        if self.generation <= generation {
-            return None;
-        }
-        let clusters = self.clusters.iter().filter_map(|name| Some(((*name).clone(), built.cluster(stores, name)?)));
-        let destination = Destination {
-            name: self.listener.name.clone(),
-            trust_domain: self.listener.trust_domain.clone(),
-            protocol: self.listener.protocol,
-            rules: self.rules.to_vec(),
-            default_cluster: self.default_cluster.clone(),
-            clusters: clusters.collect(),
-        };
-        Some((self.generation, Resolution::Mesh(built.destination(destination))))
-    }
-}
-
-impl Built {
-    fn cluster(&mut self, stores: &Stores, name: &ClusterName) -> Option<Arc<Cluster>> {
-        let parts = stores.cluster(name)?;
-        if let Some((generation, cluster)) = self.clusters.get(name)
-            && *generation == parts.generation
-        {
-            return Some(cluster.clone());
-        }
-        let cluster =
-            Cluster { name: name.clone(), service: parts.service.clone(), endpoints: parts.endpoints.to_vec() };
-        let cluster = match self.clusters.get(name) {
-            Some((_, same)) if **same == cluster => same.clone(),
-            _ => Arc::new(cluster),
-        };
-        self.clusters.insert(name.clone(), (parts.generation, cluster.clone()));
-        Some(cluster)
-    }
-
-    fn destination(&mut self, destination: Destination) -> Arc<Destination> {
-        match self.destinations.get(&destination.name) {
-            Some(same) if **same == destination => same.clone(),
-            _ => {
-                let destination = Arc::new(destination);
-                self.destinations.insert(destination.name.clone(), destination.clone());
-                destination
-            }
-        }
-    }
-}
-
-/// What is published, with the endpoints of now: its successor is not complete yet.
-fn refresh(built: &mut Built, stores: &Stores, wanted: &Wanted) -> Option<(u64, Resolution)> {
-    let Some(Resolution::Mesh(published)) = &wanted.answer else { return None };
-    let newest =
-        published.clusters.keys().filter_map(|name| stores.cluster(name)).map(|parts| parts.generation).max()?;
-    if newest <= wanted.generation {
-        return None;
-    }
-    let clusters: BTreeMap<_, _> = published
-        .clusters
-        .iter()
-        .map(|(name, old)| (name.clone(), built.cluster(stores, name).unwrap_or_else(|| old.clone())))
-        .collect();
-    let destination = Destination { clusters, ..Destination::clone(published) };
-    Some((newest, Resolution::Mesh(built.destination(destination))))
 }
 
 fn leads_elsewhere(before: Option<&Resolution>, now: &Resolution) -> bool {

@@ -15,24 +15,18 @@ use envoy_types::pb::envoy::config::route::v3 as rds;
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3 as hcm;
 use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3 as tcp;
 use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3 as tls;
-use envoy_types::pb::envoy::r#type::matcher::v3::string_matcher::MatchPattern;
 use envoy_types::pb::google::protobuf::{Any, Struct};
 use prost::{Message, Name};
 use serde::de::DeserializeOwned;
 
-use super::encode::{DEFAULT_ROUTE, EndpointWords, ListenerWords, ServiceWords, Wire};
 use super::metadata::from_struct;
+pub use super::routes::{MAX_BACKENDS, MAX_HEADERS, MAX_ROUTES, Routes, routes};
+use super::words::{EndpointWords, ListenerWords, ServiceWords, Wire};
 use super::{DecodeError, Kind, ROOT_CA, WORDS, shown};
-use crate::model::{AppProtocol, Backend, ClusterName, Endpoint, Match, Mesh, PathMatch, Rule, ServicePort, Transport};
+use crate::model::{AppProtocol, ClusterName, Endpoint, Mesh, ServicePort, Transport};
 
 /// Endpoints of one cluster. At 150 bytes each this is 1.5 MiB on the wire.
 pub const MAX_ENDPOINTS: usize = 10_000;
-/// Routes of one destination: conditions, counted over all its rules.
-pub const MAX_ROUTES: usize = 2_000;
-/// Header conditions of one route, the Gateway API's own limit.
-pub const MAX_HEADERS: usize = 16;
-/// Backends of one rule; the Gateway API stops at 16.
-pub const MAX_BACKENDS: usize = 64;
 /// The longest name, path or value that is kept.
 pub const MAX_TEXT: usize = 4_096;
 /// Address ranges of a mesh, and its domains.
@@ -68,23 +62,6 @@ pub struct Listener {
     pub routes: Option<Arc<str>>,
     /// The cluster for bytes that nobody looks into.
     pub opaque: Option<ClusterName>,
-}
-
-/// A destination's HTTP rules.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Routes {
-    /// In the order in which they are tried.
-    pub rules: Vec<Rule>,
-    /// Where everything else goes.
-    pub default_cluster: ClusterName,
-}
-
-impl Routes {
-    /// Every cluster that the rules and the default name.
-    pub fn clusters(&self) -> BTreeSet<&ClusterName> {
-        let backends = self.rules.iter().flat_map(|rule| &rule.backends).map(|backend| &backend.cluster);
-        backends.chain([&self.default_cluster]).collect()
-    }
 }
 
 /// Decodes one resource of a response. `name` is the resource's name on the stream, and must be the payload's own.
@@ -151,33 +128,6 @@ pub fn mesh(message: &lds::Listener) -> Result<Mesh, DecodeError> {
     at_most("address ranges", mesh.ranges.len(), MAX_RANGES)?;
     at_most("domains", mesh.domains.len(), MAX_RANGES)?;
     Ok(mesh)
-}
-
-/// A destination's routes: one virtual host, and a last route that takes everything.
-pub fn routes(message: &rds::RouteConfiguration) -> Result<Routes, DecodeError> {
-    let [host] = &message.virtual_hosts[..] else {
-        return Err(DecodeError::invalid("virtual_hosts", "there must be exactly one"));
-    };
-    at_most("routes", host.routes.len(), MAX_ROUTES)?;
-    let Some((last, before)) = host.routes.split_last() else { return Err(DecodeError::Missing("routes")) };
-    if last.name != DEFAULT_ROUTE || condition(last)? != Match::default() {
-        return Err(DecodeError::invalid("routes", format!("the last must be `{DEFAULT_ROUTE}` and take everything")));
-    }
-    let default_cluster = match &backends(last)?[..] {
-        [only] => only.cluster.clone(),
-        _ => return Err(DecodeError::invalid("routes", "the default must have one cluster")),
-    };
-    let mut rules: Vec<Rule> = Vec::new();
-    for route in before {
-        add_route(&mut rules, route)?;
-    }
-    for rule in &mut rules {
-        // Among "any of these", one that takes everything leaves nothing to the others.
-        if rule.matches.contains(&Match::default()) {
-            rule.matches.clear();
-        }
-    }
-    Ok(Routes { rules, default_cluster })
 }
 
 /// A cluster: the service port behind it.
@@ -267,105 +217,6 @@ fn cluster_of_tcp_proxy(config: &Any) -> Result<ClusterName, DecodeError> {
     }
 }
 
-/// Routes of one rule stand together: same name, same backends, one condition each.
-fn add_route(rules: &mut Vec<Rule>, route: &rds::Route) -> Result<(), DecodeError> {
-    let name = text("routes.name", &route.name)?;
-    let (condition, backends) = (condition(route)?, backends(route)?);
-    match rules.last_mut() {
-        Some(rule) if rule.name == name && rule.backends == backends => rule.matches.push(condition),
-        _ => rules.push(Rule { name, matches: vec![condition], backends }),
-    }
-    Ok(())
-}
-
-fn condition(route: &rds::Route) -> Result<Match, DecodeError> {
-    use rds::route_match::PathSpecifier;
-    let found = route.r#match.as_ref().ok_or(DecodeError::Missing("routes.match"))?;
-    let unknown = !found.query_parameters.is_empty()
-        || !found.cookies.is_empty()
-        || !found.dynamic_metadata.is_empty()
-        || !found.filter_state.is_empty()
-        || found.grpc.is_some()
-        || found.tls_context.is_some()
-        || found.runtime_fraction.is_some()
-        || found.case_sensitive.is_some_and(|sensitive| !sensitive.value);
-    if unknown {
-        return Err(DecodeError::invalid("routes.match", "only path, method and header conditions are known here"));
-    }
-    at_most("header conditions", found.headers.len(), MAX_HEADERS + 1)?; // and the method
-    let path = match &found.path_specifier {
-        Some(PathSpecifier::Prefix(prefix)) if prefix.is_empty() => None,
-        Some(PathSpecifier::Prefix(prefix)) if prefix == "/" => Some(PathMatch::Prefix(prefix.as_str().into())),
-        Some(PathSpecifier::Path(path)) => Some(PathMatch::Exact(text("routes.match.path", path)?)),
-        Some(PathSpecifier::PathSeparatedPrefix(prefix)) => {
-            Some(PathMatch::Prefix(text("routes.match.path_separated_prefix", prefix)?))
-        }
-        _ => {
-            return Err(DecodeError::invalid(
-                "routes.match",
-                "only whole paths and prefixes of whole elements are known here",
-            ));
-        }
-    };
-    let mut found_match = Match { path, ..Match::default() };
-    for header in &found.headers {
-        let (name, value) = exact_header(header)?;
-        match &*name {
-            ":method" if found_match.method.is_none() => found_match.method = Some(value),
-            name if name.starts_with(':') => {
-                return Err(DecodeError::invalid("routes.match.headers", format!("`{name}` can not be matched")));
-            }
-            _ => found_match.headers.push((name, value)),
-        }
-    }
-    Ok(found_match)
-}
-
-fn exact_header(header: &rds::HeaderMatcher) -> Result<(Arc<str>, Arc<str>), DecodeError> {
-    use rds::header_matcher::HeaderMatchSpecifier::StringMatch;
-    let name = text("routes.match.headers.name", &header.name)?;
-    if let Some(StringMatch(matcher)) = &header.header_match_specifier
-        && let Some(MatchPattern::Exact(value)) = &matcher.match_pattern
-        && !matcher.ignore_case
-        && !header.invert_match
-        && !name.bytes().any(|b| b.is_ascii_uppercase())
-        && value.len() <= MAX_TEXT
-    {
-        return Ok((name, value.as_str().into()));
-    }
-    Err(DecodeError::invalid("routes.match.headers", format!("`{name}`: only exact values are known here")))
-}
-
-fn backends(route: &rds::Route) -> Result<Vec<Backend>, DecodeError> {
-    use rds::route_action::ClusterSpecifier;
-    let Some(rds::route::Action::Route(action)) = &route.action else {
-        return Err(DecodeError::invalid("routes.action", "only forwarding is known here"));
-    };
-    let backends = match &action.cluster_specifier {
-        Some(ClusterSpecifier::Cluster(cluster)) => {
-            vec![Backend { cluster: text("routes.cluster", cluster)?, weight: 1 }]
-        }
-        Some(ClusterSpecifier::WeightedClusters(weighted)) => {
-            at_most("backends of a rule", weighted.clusters.len(), MAX_BACKENDS)?;
-            weighted.clusters.iter().map(backend).collect::<Result<_, _>>()?
-        }
-        _ => return Err(DecodeError::invalid("routes.action", "only named clusters are known here")),
-    };
-    let sum: u64 = backends.iter().map(|backend| u64::from(backend.weight)).sum();
-    match sum {
-        0 => Err(DecodeError::invalid("routes.weighted_clusters", "no backend has any weight")),
-        sum if sum > u64::from(u32::MAX) => {
-            Err(DecodeError::invalid("routes.weighted_clusters", "the weights are too large"))
-        }
-        _ => Ok(backends),
-    }
-}
-
-fn backend(found: &rds::weighted_cluster::ClusterWeight) -> Result<Backend, DecodeError> {
-    let weight = found.weight.as_ref().ok_or(DecodeError::Missing("routes.weighted_clusters.weight"))?;
-    Ok(Backend { cluster: text("routes.weighted_clusters.name", &found.name)?, weight: weight.value })
-}
-
 fn takes_traffic(endpoint: &eds::LbEndpoint) -> bool {
     use core::HealthStatus::*;
     match core::HealthStatus::try_from(endpoint.health_status) {
@@ -436,7 +287,7 @@ fn service_port(words: ServiceWords) -> Result<ServicePort, DecodeError> {
 }
 
 /// A name, path or value of a sane length; never empty.
-fn text(field: &'static str, found: &str) -> Result<Arc<str>, DecodeError> {
+pub(super) fn text(field: &'static str, found: &str) -> Result<Arc<str>, DecodeError> {
     match found.len() {
         0 => Err(DecodeError::Missing(field)),
         // A name with a line break in it would write its own log lines.
@@ -446,6 +297,6 @@ fn text(field: &'static str, found: &str) -> Result<Arc<str>, DecodeError> {
     }
 }
 
-fn at_most(what: &'static str, count: usize, most: usize) -> Result<(), DecodeError> {
+pub(super) fn at_most(what: &'static str, count: usize, most: usize) -> Result<(), DecodeError> {
     if count > most { Err(DecodeError::TooMany { what, count, most }) } else { Ok(()) }
 }

@@ -21,6 +21,8 @@ mod error;
 pub mod metadata;
 #[cfg(test)]
 mod round_trip;
+mod routes;
+mod words;
 
 pub use error::DecodeError;
 pub(crate) use error::shown;

@@ -1,0 +1,162 @@
+//! Routes, decoded: which conditions and backends a proxy takes, and which it refuses.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use envoy_types::pb::envoy::config::route::v3 as rds;
+use envoy_types::pb::envoy::r#type::matcher::v3::string_matcher::MatchPattern;
+
+use super::DecodeError;
+use super::decode::{MAX_TEXT, at_most, text};
+use super::words::DEFAULT_ROUTE;
+use crate::model::{Backend, ClusterName, Match, PathMatch, Rule};
+
+/// Routes of one destination: conditions, counted over all its rules.
+pub const MAX_ROUTES: usize = 2_000;
+/// Header conditions of one route, the Gateway API's own limit.
+pub const MAX_HEADERS: usize = 16;
+/// Backends of one rule; the Gateway API stops at 16.
+pub const MAX_BACKENDS: usize = 64;
+
+/// A destination's HTTP rules.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Routes {
+    /// In the order in which they are tried.
+    pub rules: Vec<Rule>,
+    /// Where everything else goes.
+    pub default_cluster: ClusterName,
+}
+
+impl Routes {
+    /// Every cluster that the rules and the default name.
+    pub fn clusters(&self) -> BTreeSet<&ClusterName> {
+        let backends = self.rules.iter().flat_map(|rule| &rule.backends).map(|backend| &backend.cluster);
+        backends.chain([&self.default_cluster]).collect()
+    }
+}
+
+/// A destination's routes: one virtual host, and a last route that takes everything.
+pub fn routes(message: &rds::RouteConfiguration) -> Result<Routes, DecodeError> {
+    let [host] = &message.virtual_hosts[..] else {
+        return Err(DecodeError::invalid("virtual_hosts", "there must be exactly one"));
+    };
+    at_most("routes", host.routes.len(), MAX_ROUTES)?;
+    let Some((last, before)) = host.routes.split_last() else { return Err(DecodeError::Missing("routes")) };
+    if last.name != DEFAULT_ROUTE || condition(last)? != Match::default() {
+        return Err(DecodeError::invalid("routes", format!("the last must be `{DEFAULT_ROUTE}` and take everything")));
+    }
+    let default_cluster = match &backends(last)?[..] {
+        [only] => only.cluster.clone(),
+        _ => return Err(DecodeError::invalid("routes", "the default must have one cluster")),
+    };
+    let mut rules: Vec<Rule> = Vec::new();
+    for route in before {
+        add_route(&mut rules, route)?;
+    }
+    for rule in &mut rules {
+        // Among "any of these", one that takes everything leaves nothing to the others.
+        if rule.matches.contains(&Match::default()) {
+            rule.matches.clear();
+        }
+    }
+    Ok(Routes { rules, default_cluster })
+}
+
+/// Routes of one rule stand together: same name, same backends, one condition each.
+fn add_route(rules: &mut Vec<Rule>, route: &rds::Route) -> Result<(), DecodeError> {
+    let name = text("routes.name", &route.name)?;
+    let (condition, backends) = (condition(route)?, backends(route)?);
+    match rules.last_mut() {
+        Some(rule) if rule.name == name && rule.backends == backends => rule.matches.push(condition),
+        _ => rules.push(Rule { name, matches: vec![condition], backends }),
+    }
+    Ok(())
+}
+
+fn condition(route: &rds::Route) -> Result<Match, DecodeError> {
+    use rds::route_match::PathSpecifier;
+    let found = route.r#match.as_ref().ok_or(DecodeError::Missing("routes.match"))?;
+    let unknown = !found.query_parameters.is_empty()
+        || !found.cookies.is_empty()
+        || !found.dynamic_metadata.is_empty()
+        || !found.filter_state.is_empty()
+        || found.grpc.is_some()
+        || found.tls_context.is_some()
+        || found.runtime_fraction.is_some()
+        || found.case_sensitive.is_some_and(|sensitive| !sensitive.value);
+    if unknown {
+        return Err(DecodeError::invalid("routes.match", "only path, method and header conditions are known here"));
+    }
+    at_most("header conditions", found.headers.len(), MAX_HEADERS + 1)?; // and the method
+    let path = match &found.path_specifier {
+        Some(PathSpecifier::Prefix(prefix)) if prefix.is_empty() => None,
+        Some(PathSpecifier::Prefix(prefix)) if prefix == "/" => Some(PathMatch::Prefix(prefix.as_str().into())),
+        Some(PathSpecifier::Path(path)) => Some(PathMatch::Exact(text("routes.match.path", path)?)),
+        Some(PathSpecifier::PathSeparatedPrefix(prefix)) => {
+            Some(PathMatch::Prefix(text("routes.match.path_separated_prefix", prefix)?))
+        }
+        _ => {
+            return Err(DecodeError::invalid(
+                "routes.match",
+                "only whole paths and prefixes of whole elements are known here",
+            ));
+        }
+    };
+    let mut found_match = Match { path, ..Match::default() };
+    for header in &found.headers {
+        let (name, value) = exact_header(header)?;
+        match &*name {
+            ":method" if found_match.method.is_none() => found_match.method = Some(value),
+            name if name.starts_with(':') => {
+                return Err(DecodeError::invalid("routes.match.headers", format!("`{name}` can not be matched")));
+            }
+            _ => found_match.headers.push((name, value)),
+        }
+    }
+    Ok(found_match)
+}
+
+fn exact_header(header: &rds::HeaderMatcher) -> Result<(Arc<str>, Arc<str>), DecodeError> {
+    use rds::header_matcher::HeaderMatchSpecifier::StringMatch;
+    let name = text("routes.match.headers.name", &header.name)?;
+    if let Some(StringMatch(matcher)) = &header.header_match_specifier
+        && let Some(MatchPattern::Exact(value)) = &matcher.match_pattern
+        && !matcher.ignore_case
+        && !header.invert_match
+        && !name.bytes().any(|b| b.is_ascii_uppercase())
+        && value.len() <= MAX_TEXT
+    {
+        return Ok((name, value.as_str().into()));
+    }
+    Err(DecodeError::invalid("routes.match.headers", format!("`{name}`: only exact values are known here")))
+}
+
+fn backends(route: &rds::Route) -> Result<Vec<Backend>, DecodeError> {
+    use rds::route_action::ClusterSpecifier;
+    let Some(rds::route::Action::Route(action)) = &route.action else {
+        return Err(DecodeError::invalid("routes.action", "only forwarding is known here"));
+    };
+    let backends = match &action.cluster_specifier {
+        Some(ClusterSpecifier::Cluster(cluster)) => {
+            vec![Backend { cluster: text("routes.cluster", cluster)?, weight: 1 }]
+        }
+        Some(ClusterSpecifier::WeightedClusters(weighted)) => {
+            at_most("backends of a rule", weighted.clusters.len(), MAX_BACKENDS)?;
+            weighted.clusters.iter().map(backend).collect::<Result<_, _>>()?
+        }
+        _ => return Err(DecodeError::invalid("routes.action", "only named clusters are known here")),
+    };
+    let sum: u64 = backends.iter().map(|backend| u64::from(backend.weight)).sum();
+    match sum {
+        0 => Err(DecodeError::invalid("routes.weighted_clusters", "no backend has any weight")),
+        sum if sum > u64::from(u32::MAX) => {
+            Err(DecodeError::invalid("routes.weighted_clusters", "the weights are too large"))
+        }
+        _ => Ok(backends),
+    }
+}
+
+fn backend(found: &rds::weighted_cluster::ClusterWeight) -> Result<Backend, DecodeError> {
+    let weight = found.weight.as_ref().ok_or(DecodeError::Missing("routes.weighted_clusters.weight"))?;
+    Ok(Backend { cluster: text("routes.weighted_clusters.name", &found.name)?, weight: weight.value })
+}
