@@ -84,7 +84,7 @@ impl Issued {
 #[derive(Debug)]
 pub struct Ca {
     paths: Paths,
-    /// What the manifest said when it was last read. Held while signing, for less than a millisecond plus one `fsync`.
+    /// What the manifest said when it was last read. The lock is held for a `stat`, or to read the directory again.
     loaded: Mutex<Arc<Loaded>>,
 }
 
