@@ -45,6 +45,8 @@ pub struct Config {
     pub explicit: Option<SocketAddr>,
     /// The listener of redirected outbound connections.
     pub transparent: Option<SocketAddr>,
+    /// The listener of connections for the app: redirected ones, and those of peers that were told this port.
+    pub redirected_inbound: Option<SocketAddr>,
     /// Local ports that lead to one destination each.
     pub upstreams: Vec<(SocketAddr, Target)>,
     /// The app's ports, each with a listener of its own for what is meant for it.
@@ -72,8 +74,8 @@ pub struct AppPort {
     pub port: u16,
     /// What it speaks.
     pub protocol: AppProtocol,
-    /// Where the inbound listener binds; port 0 takes a free one.
-    pub listen: SocketAddr,
+    /// Where its own inbound listener binds; port 0 takes a free one. `None`: what is redirected is all there is.
+    pub listen: Option<SocketAddr>,
 }
 
 /// Why a proxy does not start.
@@ -154,8 +156,36 @@ pub struct Proxy {
     tasks: Vec<tokio::task::JoinHandle<()>>,
 }
 
+/// What comes in on one listener for all ports of the app.
+struct Redirected {
+    own: SocketAddr,
+    service: String,
+    ports: HashMap<u16, Arc<Port>>,
+}
+
+impl Redirected {
+    /// The port that a connection is for. A redirected one says so by its original destination, which is also where the
+    /// app is dialed: one that is bound to the pod's address works, one bound to loopback stays private. A peer that
+    /// connects to the listener itself means the only port.
+    fn port(&self, original: Option<SocketAddr>) -> Option<Arc<Port>> {
+        match original {
+            None if self.ports.len() == 1 => self.ports.values().next().cloned(),
+            None => None,
+            Some(original) if original.port() == self.own.port() => None,
+            Some(original) => {
+                let known = self.ports.get(&original.port());
+                let name = format!("{}:{}", self.service, original.port()).into();
+                let protocol = known.map_or(AppProtocol::Detect, |port| port.protocol);
+                let app = ArcSwap::new(Port::app_at(original));
+                Some(Arc::new(Port { port: original.port(), protocol, name, app }))
+            }
+        }
+    }
+}
+
 /// Work for a worker.
 enum Job {
+    Redirected(Accepted, Arc<Redirected>),
     Explicit(Accepted),
     Fixed(Accepted, Target),
     Transparent(Accepted),
@@ -180,9 +210,11 @@ impl Proxy {
         }
         let mut ports = Vec::new();
         for port in &config.ports {
-            let listener = bind(port.listen).map_err(what(&format!("the inbound listener of port {}", port.port)))?;
+            let bound = port.listen.map(bind).transpose();
+            let listener = bound.map_err(what(&format!("the inbound listener of port {}", port.port)))?;
             ports.push((listener, *port));
         }
+        let redirected = config.redirected_inbound.map(bind).transpose().map_err(what("the inbound listener"))?;
         let admin = tokio::net::TcpListener::bind(config.admin).await?;
 
         let identity = Arc::new(IdentityStore::new());
@@ -217,7 +249,7 @@ impl Proxy {
 
         let admin_address = admin.local_addr()?;
         let mut own = vec![admin_address];
-        own.extend(explicit.iter().chain(&transparent).map(Listener::local_addr));
+        own.extend(explicit.iter().chain(&transparent).chain(&redirected).map(Listener::local_addr));
         own.extend(upstreams.iter().map(|(listener, _)| listener.local_addr()));
         let shared = Arc::new(Shared {
             identity,
@@ -247,12 +279,24 @@ impl Proxy {
             tasks.push(workers.feed(listener, move |accepted| Job::Fixed(accepted, target.clone())));
         }
         let mut inbound = HashMap::new();
+        let common = redirected.as_ref().map(Listener::local_addr);
         for (listener, port) in ports {
             let app = ArcSwap::new(Port::app_at(SocketAddr::from((Ipv4Addr::LOCALHOST, port.port))));
             let name = format!("{service}:{}", port.port).into();
             let served = Arc::new(Port { port: port.port, protocol: port.protocol, name, app });
-            inbound.insert(port.port, (listener.local_addr(), Arc::clone(&served)));
-            tasks.push(workers.feed(listener, move |accepted| Job::Inbound(accepted, Arc::clone(&served))));
+            let Some(address) = listener.as_ref().map(Listener::local_addr).or(common) else { continue };
+            inbound.insert(port.port, (address, Arc::clone(&served)));
+            if let Some(listener) = listener {
+                tasks.push(workers.feed(listener, move |accepted| Job::Inbound(accepted, Arc::clone(&served))));
+            }
+        }
+        if let Some(listener) = redirected {
+            let ports = Arc::new(Redirected {
+                own: listener.local_addr(),
+                service: service.to_string(),
+                ports: inbound.iter().map(|(port, (_, served))| (*port, Arc::clone(served))).collect(),
+            });
+            tasks.push(workers.feed(listener, move |accepted| Job::Redirected(accepted, Arc::clone(&ports))));
         }
         let advertise = config.advertise;
         Ok(Self { shared, explicit: explicit_address, admin: admin_address, inbound, registration, advertise, tasks })
@@ -362,7 +406,7 @@ impl Workers {
             for next in (0..senders.len()).cycle() {
                 let job = job(listener.accept().await);
                 telemetry.count(match job {
-                    Job::Inbound(..) => Counter::AcceptedInbound,
+                    Job::Inbound(..) | Job::Redirected(..) => Counter::AcceptedInbound,
                     _ => Counter::AcceptedOutbound,
                 });
                 if let Some(sender) = senders.get(next) {
@@ -379,6 +423,7 @@ async fn carry(job: Job, outbound: Outbound) {
         Job::Fixed(accepted, target) => (accepted, Kind::Fixed(target)),
         Job::Transparent(accepted) => (accepted, Kind::Transparent),
         Job::Inbound(accepted, port) => (accepted, Kind::Inbound(port)),
+        Job::Redirected(accepted, ports) => (accepted, Kind::Redirected(ports)),
     };
     let peer = accepted.peer;
     let Ok(stream) = accepted.register() else { return };
@@ -394,6 +439,13 @@ async fn carry(job: Job, outbound: Outbound) {
             Ok(None) => outbound.shared.telemetry.count(Counter::RefusedLoop),
             Err(error) => tracing::warn!(%peer, %error, "no original destination"),
         },
+        Kind::Redirected(ports) => match ports.port(original_destination(&stream).ok().flatten()) {
+            Some(port) => {
+                let inbound = Inbound { shared: outbound.shared, pool: outbound.pool, port };
+                inbound.connection(Box::new(stream), peer).await;
+            }
+            None => outbound.shared.telemetry.count(Counter::RefusedLoop),
+        },
         Kind::Inbound(port) => {
             let inbound = Inbound { shared: outbound.shared, pool: outbound.pool, port };
             let io: BoxIo = Box::new(stream);
@@ -403,6 +455,7 @@ async fn carry(job: Job, outbound: Outbound) {
 }
 
 enum Kind {
+    Redirected(Arc<Redirected>),
     Explicit,
     Fixed(Target),
     Transparent,

@@ -100,7 +100,7 @@ fn config(plan: &Plan, token: JoinToken, control_plane: String, advertise: IpAdd
         Mesh::Remote { .. } => SocketAddr::from((std::net::Ipv6Addr::UNSPECIFIED, 0)),
     };
     let ports =
-        plan.ports.iter().map(|port| app::AppPort { port: port.port, protocol: port.protocol, listen: inbound });
+        plan.ports.iter().map(|port| app::AppPort { port: port.port, protocol: port.protocol, listen: Some(inbound) });
     let upstreams = plan.upstreams.iter().filter_map(|upstream| {
         // Port 80 of a service with a single port is that port.
         let target = Target::new(&upstream.service, upstream.port.unwrap_or(80)).ok()?;
@@ -114,6 +114,7 @@ fn config(plan: &Plan, token: JoinToken, control_plane: String, advertise: IpAdd
         advertise,
         explicit: Some(loopback(0)),
         transparent: None,
+        redirected_inbound: None,
         upstreams: upstreams.collect(),
         ports: ports.collect(),
         admin: loopback(0),

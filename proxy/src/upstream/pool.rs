@@ -160,6 +160,7 @@ impl Pool {
         endpoint.load.begin();
         let mut checkout =
             Checkout { pool: Arc::clone(self), endpoint: Arc::clone(endpoint), sender: None, streams: None };
+        self.sweep();
         if wire == Wire::Http1 {
             let kept = if fresh { None } else { self.take_kept(endpoint) };
             let sender = match kept {
@@ -188,6 +189,19 @@ impl Pool {
         let mut all = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
         all.entry(key(endpoint, wire)).or_default().shared.push((sender.clone(), streams));
         Ok((Sender::Http2(sender), checkout))
+    }
+
+    /// Lets go of endpoints that are gone, once there are many.
+    fn sweep(&self) {
+        const MANY: usize = 1024;
+        let mut all = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
+        if all.len() >= MANY {
+            all.retain(|_, connections| {
+                connections.kept.retain(|(sender, since)| !sender.is_closed() && since.elapsed() < KEPT_FOR);
+                connections.shared.retain(|(sender, _)| !sender.is_closed());
+                !connections.kept.is_empty() || !connections.shared.is_empty()
+            });
+        }
     }
 
     fn take_kept(&self, endpoint: &Arc<EndpointState>) -> Option<http1::SendRequest<RequestBody>> {

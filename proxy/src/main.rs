@@ -1,0 +1,174 @@
+//! `sheetbend-proxy`: the sidecar alone, for a pod or a host whose traffic is redirected to it.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Parser;
+use sheetbend_certs::SpiffeId;
+use sheetbend_control_plane_client::identity::{JoinToken, Proof};
+use sheetbend_control_plane_client::model::{AppProtocol, Target};
+use sheetbend_proxy::app::{AppPort, Config, Proxy};
+use sheetbend_proxy::telemetry::{AccessLogOutput, AccessLogSettings};
+use tokio::signal::unix::{SignalKind, signal};
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// The Sheetbend sidecar: mutual TLS, discovery and the service graph for the app beside it.
+#[derive(Parser)]
+#[command(name = "sheetbend-proxy", version, arg_required_else_help = true)]
+struct Args {
+    /// The control plane
+    #[arg(long, value_name = "https://HOST:PORT", env = "SHEETBEND_CONTROL_PLANE")]
+    control_plane: String,
+
+    /// The join token, as `sheetbend token create` printed it
+    #[arg(long, value_name = "FILE")]
+    token_file: PathBuf,
+
+    /// Where the identity is kept over restarts; by default in memory alone
+    #[arg(long, value_name = "DIR")]
+    identity_dir: Option<PathBuf>,
+
+    /// The address by which others reach this proxy
+    #[arg(long, value_name = "IP", default_value = "127.0.0.1")]
+    advertise: IpAddr,
+
+    /// A port of the app. Registered at once: whoever starts this proxy knows that the app is there. May be repeated
+    #[arg(long, value_name = "PORT")]
+    port: Vec<u16>,
+
+    /// Where connections of the app that were redirected come in
+    #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:15101")]
+    outbound: SocketAddr,
+
+    /// Where connections for the app that were redirected come in; also where peers connect
+    #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:15106")]
+    inbound: SocketAddr,
+
+    /// A listener for apps that name this proxy themselves (http_proxy)
+    #[arg(long, value_name = "ADDRESS")]
+    explicit: Option<SocketAddr>,
+
+    /// A local port that leads to a service: 5432=postgres:5432. May be repeated
+    #[arg(long, value_name = "PORT=SERVICE:PORT", value_parser = upstream)]
+    upstream: Vec<(SocketAddr, Target)>,
+
+    /// The admin port, on loopback
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:15100")]
+    admin: SocketAddr,
+
+    /// Take nothing but mutual TLS from others
+    #[arg(long)]
+    strict: bool,
+
+    /// Only this identity may call the app. May be repeated; by default every identity of the mesh
+    #[arg(long, value_name = "SPIFFE-ID")]
+    allow: Vec<SpiffeId>,
+
+    /// Refuse what is no part of the mesh
+    #[arg(long)]
+    deny_unknown: bool,
+
+    /// Log every request, not only those that failed
+    #[arg(long)]
+    access_log: bool,
+
+    /// Threads that carry traffic; by default one a CPU, 2 at most
+    #[arg(long, value_name = "N")]
+    workers: Option<usize>,
+
+    /// What is logged to stderr
+    #[arg(long, value_name = "LEVEL", default_value = "info", env = "SHEETBEND_LOG")]
+    log: String,
+}
+
+fn upstream(text: &str) -> Result<(SocketAddr, Target), String> {
+    let wrong = || "write PORT=SERVICE:PORT, for example 5432=postgres:5432".to_string();
+    let (local, target) = text.split_once('=').ok_or_else(wrong)?;
+    let local = local.parse::<u16>().map_err(|_| wrong())?;
+    let target = target.parse().map_err(|_| wrong())?;
+    Ok((SocketAddr::from((Ipv4Addr::LOCALHOST, local)), target))
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    match run(args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err((status, why)) => {
+            eprintln!("error: {why}");
+            ExitCode::from(status)
+        }
+    }
+}
+
+/// A failure: the exit status (2 for a wrong flag) and what to say.
+type Failure = (u8, String);
+
+fn run(args: Args) -> Result<(), Failure> {
+    let filter = tracing_subscriber::EnvFilter::try_new(&args.log).map_err(|why| (2, format!("--log: {why}")))?;
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+    let file = args.token_file.display();
+    let token = std::fs::read_to_string(&args.token_file).map_err(|why| (2, format!("--token-file {file}: {why}")))?;
+    let token: JoinToken = token.trim().parse().map_err(|why| (2, format!("--token-file {file}: {why}")))?;
+    let config = Config {
+        control_plane: args.control_plane,
+        proof: Proof::Join(token),
+        identity_dir: args.identity_dir,
+        patience: Duration::from_secs(60),
+        advertise: args.advertise,
+        explicit: args.explicit,
+        transparent: Some(args.outbound),
+        redirected_inbound: Some(args.inbound),
+        upstreams: args.upstream,
+        ports: args
+            .port
+            .iter()
+            .map(|port| AppPort { port: *port, protocol: AppProtocol::Detect, listen: None })
+            .collect(),
+        admin: args.admin,
+        same_user_only: false,
+        strict: args.strict,
+        allow: args.allow,
+        deny_unknown: args.deny_unknown,
+        access_log: AccessLogSettings { all: args.access_log, output: AccessLogOutput::Stdout, ..Default::default() },
+        workers: args.workers.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from).min(2)),
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|why| (1, format!("cannot start: {why}")))?;
+    runtime.block_on(serve(config, args.port))
+}
+
+async fn serve(config: Config, ports: Vec<u16>) -> Result<(), Failure> {
+    /// How long others may still connect after the registration is withdrawn.
+    const STILL_ACCEPTS: Duration = Duration::from_secs(5);
+    /// When inbound is gone.
+    const GONE: Duration = Duration::from_secs(25);
+    let listen = |kind| signal(kind).map_err(|why| (1, format!("cannot listen for signals: {why}")));
+    let (mut terminate, mut interrupt) = (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
+    let proxy = tokio::select! {
+        started = Proxy::start(config) => started.map_err(|why| (1, why.to_string()))?,
+        _ = terminate.recv() => return Ok(()),
+        _ = interrupt.recv() => return Ok(()),
+    };
+    for port in ports {
+        proxy.register(port, SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
+    }
+    tracing::info!(admin = %proxy.admin(), "ready");
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    proxy.withdraw().await;
+    proxy.drain();
+    // A second signal is impatient.
+    tokio::select! {
+        () = tokio::time::sleep(STILL_ACCEPTS) => {}
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    proxy.shutdown(GONE - STILL_ACCEPTS).await;
+    Ok(())
+}
