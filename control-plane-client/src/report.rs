@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_util::Stream;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::backoff;
 use crate::channel::Connector;
@@ -18,6 +18,8 @@ use crate::xds::shown;
 
 /// How often edges are told.
 pub const EVERY: Duration = Duration::from_secs(5);
+/// How long the end of a process waits for its last report.
+const FLUSH: Duration = Duration::from_secs(1);
 /// Edges kept while the control plane is away: four times what a proxy has at any one time.
 const MAX_EDGES: usize = 2_048;
 
@@ -33,24 +35,71 @@ pub struct ReportConfig {
     pub source: Box<dyn FnMut() -> Vec<EdgeDelta> + Send>,
 }
 
+/// A handle to reporting.
+#[derive(Clone)]
+pub struct Reporter {
+    flushes: mpsc::Sender<oneshot::Sender<()>>,
+}
+
+impl Reporter {
+    /// Starts reporting: a handle, and a task to spawn that reports for as long as it is polled.
+    pub fn start(config: ReportConfig) -> (Self, impl Future<Output = ()> + Send + 'static) {
+        let (flushes, asked) = mpsc::channel(1);
+        (Self { flushes }, run_until_flushed(config, asked))
+    }
+
+    /// Tells what happened since the last report, and waits until it was read, 1 s at most. For the end of a process.
+    pub async fn flush(&self) {
+        let (done, flushed) = oneshot::channel();
+        let told = async {
+            self.flushes.send(done).await.ok()?;
+            flushed.await.ok()
+        };
+        // The control plane is away: these edges are lost with the process.
+        let _ = tokio::time::timeout(FLUSH, told).await;
+    }
+}
+
 /// Reports for as long as it is polled. To be spawned.
-pub async fn run(mut config: ReportConfig) {
-    let mut pending = Pending::default();
-    let mut rotations = config.connector.rotations();
+pub async fn run(config: ReportConfig) {
+    let (_reporter, task) = Reporter::start(config);
+    task.await;
+}
+
+async fn run_until_flushed(mut config: ReportConfig, flushes: mpsc::Receiver<oneshot::Sender<()>>) {
+    let connector = config.connector.clone();
+    let mut rotations = connector.rotations();
     let mut failures = 0u32;
+    let mut feed = Feed { pending: Pending::default(), flushes, flushing: None };
     loop {
         let slot = Arc::new(Slot::default());
         // In no order. A rotation ends the stream in mid-air; what was not taken from the slot is told on the next one.
         let ended = tokio::select! {
-            reason = stream(&config.connector, slot.clone()) => Some(reason),
-            never = feed(&mut config.source, &config.instance, config.every, &mut pending, &slot, &mut failures) => match never {},
+            reason = stream(&connector, slot.clone()) => Some(reason),
+            never = feed.run(&mut config, &slot) => match never {},
             () = rotations.next() => None,
         };
-        pending.put_back(slot.close());
+        if slot.took() {
+            failures = 0;
+        }
+        let unsent = slot.close();
+        if unsent.is_none()
+            && ended.is_some()
+            && let Some(done) = feed.flushing.take()
+        {
+            let _ = done.send(());
+            continue;
+        }
+        feed.pending.put_back(unsent);
         let Some(reason) = ended else { continue };
         failures = failures.saturating_add(1);
         let wait = backoff::wait(failures, rand::random());
-        tracing::debug!(reason, ?wait, edges = pending.edges.len(), "edges can not be reported now; they are kept");
+        tracing::debug!(
+            reason,
+            ?wait,
+            edges = feed.pending.edges.len(),
+            "edges can not be reported now; they are kept"
+        );
         tokio::time::sleep(wait).await;
     }
 }
@@ -67,24 +116,36 @@ async fn stream(connector: &Connector, slot: Arc<Slot>) -> String {
     }
 }
 
-/// Looks at the source every `every`, and puts into the slot what there is, once what was there is gone.
-async fn feed(
-    source: &mut (dyn FnMut() -> Vec<EdgeDelta> + Send),
-    instance: &str,
-    every: Duration,
-    pending: &mut Pending,
-    slot: &Slot,
-    failures: &mut u32,
-) -> std::convert::Infallible {
-    loop {
-        tokio::time::sleep(every).await;
-        pending.merge(source());
-        if slot.took() {
-            *failures = 0;
-        }
-        // Sent even when nothing happened: a silent instance is taken for one that is gone, and its connections for closed.
-        if slot.is_empty() {
-            slot.put(EdgeReport { deltas: pending.take(), instance: instance.to_string() });
+/// What is not told yet, and who wants it told now.
+struct Feed {
+    pending: Pending,
+    flushes: mpsc::Receiver<oneshot::Sender<()>>,
+    flushing: Option<oneshot::Sender<()>>,
+}
+
+impl Feed {
+    /// Looks at the source every `every`, and puts into the slot what there is, once what was there is gone. When
+    /// somebody wants everything told, that is the stream's last report: its end is answered once all of it was read.
+    async fn run(&mut self, config: &mut ReportConfig, slot: &Slot) -> std::convert::Infallible {
+        loop {
+            if self.flushing.is_none() {
+                // In no order: both lead to the same.
+                tokio::select! {
+                    () = tokio::time::sleep(config.every) => {}
+                    Some(done) = self.flushes.recv() => self.flushing = Some(done),
+                }
+            }
+            self.pending.merge((config.source)());
+            if self.flushing.is_some() {
+                slot.emptied().await;
+            }
+            if slot.is_empty() && !self.pending.edges.is_empty() {
+                slot.put(EdgeReport { deltas: self.pending.take(), instance: config.instance.clone() });
+            }
+            if self.flushing.is_some() {
+                slot.finish();
+                std::future::pending::<()>().await;
+            }
         }
     }
 }
@@ -107,6 +168,7 @@ fn reports(slot: Arc<Slot>) -> impl Stream<Item = EdgeReport> {
 struct Slot {
     inside: Mutex<Inside>,
     changed: Notify,
+    taken: Notify,
 }
 
 #[derive(Default)]
@@ -140,6 +202,7 @@ impl Slot {
         match inside.report.take() {
             Some(report) => {
                 inside.took = true;
+                self.taken.notify_one();
                 Handed::Report(report)
             }
             None if inside.closed => Handed::Closed,
@@ -147,12 +210,23 @@ impl Slot {
         }
     }
 
+    /// Nothing comes after what is there.
+    fn finish(&self) {
+        self.lock().closed = true;
+        self.changed.notify_one();
+    }
+
     /// Ends it, and gives back what was not taken.
     fn close(&self) -> Option<EdgeReport> {
-        let mut inside = self.lock();
-        inside.closed = true;
-        self.changed.notify_one();
-        inside.report.take()
+        self.finish();
+        self.lock().report.take()
+    }
+
+    /// Waits until the connection took what was there.
+    async fn emptied(&self) {
+        while !self.is_empty() {
+            self.taken.notified().await;
+        }
     }
 
     fn is_empty(&self) -> bool {

@@ -8,7 +8,7 @@ use std::time::Duration;
 use sheetbend_control_plane_client::channel::Connector;
 use sheetbend_control_plane_client::proto::v1::report_server::{Report, ReportServer};
 use sheetbend_control_plane_client::proto::v1::{EdgeDelta, EdgeReport, EdgeReportSummary};
-use sheetbend_control_plane_client::report::{self, ReportConfig};
+use sheetbend_control_plane_client::report::{self, ReportConfig, Reporter};
 use support::within;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
@@ -115,4 +115,23 @@ async fn a_control_plane_that_is_away_costs_nothing_and_is_told_everything_later
     }
     let counted = *counted.lock().unwrap();
     assert!(told >= 3 && told <= counted && told + 2 >= counted, "{told} told of {counted}");
+}
+
+#[tokio::test]
+async fn what_happened_last_is_told_before_the_process_ends() {
+    let (address, mut streams, _server) = collector("127.0.0.1:0").await;
+    let source = || vec![EdgeDelta { destination: "web.default:80".into(), requests: 7, ..EdgeDelta::default() }];
+    let (reporter, task) = Reporter::start(ReportConfig {
+        connector: Connector::plain(&format!("http://{address}")).unwrap(),
+        instance: "web-1".into(),
+        every: Duration::from_secs(3600),
+        source: Box::new(source),
+    });
+    tokio::spawn(task);
+    let (mut stream, end) = within(streams.recv()).await.unwrap();
+    let flushing = tokio::spawn(async move { reporter.flush().await });
+    assert_eq!(next(&mut stream).await, 7);
+    assert_eq!(within(stream.message()).await.unwrap(), None, "the stream ends by itself");
+    end.send(()).await.unwrap();
+    within(flushing).await.unwrap();
 }

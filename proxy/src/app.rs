@@ -16,7 +16,7 @@ use sheetbend_control_plane_client::discovery::{Discovery, DiscoveryConfig, Node
 use sheetbend_control_plane_client::identity::{IdentityClient, IdentityConfig, NoIdentity, Proof};
 use sheetbend_control_plane_client::model::{AppProtocol, ServiceName, Target};
 use sheetbend_control_plane_client::registration::{RegisteredPort, Registration};
-use sheetbend_control_plane_client::report::{self, ReportConfig};
+use sheetbend_control_plane_client::report::{self, ReportConfig, Reporter};
 use tokio::sync::{mpsc, watch};
 
 use crate::admin::{Admin, AdminState, Scope};
@@ -153,6 +153,7 @@ pub struct Proxy {
     inbound: HashMap<u16, (SocketAddr, Arc<Port>)>,
     registration: watch::Sender<Option<Registration>>,
     advertise: IpAddr,
+    reporter: Reporter,
     tasks: Vec<tokio::task::JoinHandle<()>>,
 }
 
@@ -240,12 +241,13 @@ impl Proxy {
             Discovery::start(DiscoveryConfig { connector: connector.clone(), node, registration: registered });
         tasks.push(tokio::spawn(discovering));
         let reported = Arc::clone(&telemetry);
-        tasks.push(tokio::spawn(report::run(ReportConfig {
+        let (reporter, reporting) = Reporter::start(ReportConfig {
             connector,
             instance,
             every: report::EVERY,
             source: Box::new(move || reported.take_deltas()),
-        })));
+        });
+        tasks.push(tokio::spawn(reporting));
 
         let admin_address = admin.local_addr()?;
         let mut own = vec![admin_address];
@@ -299,7 +301,16 @@ impl Proxy {
             tasks.push(workers.feed(listener, move |accepted| Job::Redirected(accepted, Arc::clone(&ports))));
         }
         let advertise = config.advertise;
-        Ok(Self { shared, explicit: explicit_address, admin: admin_address, inbound, registration, advertise, tasks })
+        Ok(Self {
+            shared,
+            explicit: explicit_address,
+            admin: admin_address,
+            inbound,
+            registration,
+            advertise,
+            reporter,
+            tasks,
+        })
     }
 
     /// The explicit outbound listener.
@@ -350,7 +361,8 @@ impl Proxy {
             self.shared.outbound_drain.closed().await;
         };
         let _ = tokio::time::timeout(deadline, idle).await;
-        // The last deltas: what happened since the last report.
+        // What happened since the last report: a process may be shorter than the pause between two.
+        self.reporter.flush().await;
         self.shared.telemetry.access_log().flush(Duration::from_millis(500));
         self.tasks.drain(..).for_each(|task| task.abort());
     }
