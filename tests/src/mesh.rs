@@ -47,7 +47,9 @@ impl Mesh {
 
     /// The same on a host made of a network namespace, on 15112 of its IPv4 address.
     pub fn with_control_plane_on(host: &Host, flags: &[&str]) -> Self {
-        Self::start(flags, Some(host.name().into()), SocketAddr::new(host.v4.into(), 15112))
+        let address = host.v4.to_string();
+        let flags = [flags, &["--dns", &address]].concat();
+        Self::start(&flags, Some(host.name().into()), SocketAddr::new(host.v4.into(), 15112))
     }
 
     fn start(flags: &[&str], netns: Option<String>, listen: SocketAddr) -> Self {
