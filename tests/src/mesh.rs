@@ -150,6 +150,9 @@ impl Mesh {
     /// Issues a certificate by hand and gives the folder with `cert.pem`, `key.pem` and `bundle.pem`.
     pub fn certificate(&self, name: &str, flags: &[&str]) -> PathBuf {
         let out = self.folder.path().join(format!("cert-{name}"));
+        if out.exists() {
+            return out;
+        }
         let mut command = self.sheetbend(["certs", "issue", "--dir"]);
         command.arg(self.ca()).args(flags).arg("--out").arg(&out);
         finish(command, START).ok();
@@ -315,6 +318,16 @@ impl Sidecar {
     /// The edges that it has seen.
     pub async fn edges(&self) -> Vec<Edge> {
         edges(self.admin()).await
+    }
+
+    /// Asks for `url` through its explicit listener until the answer is a good one: a service that has just started is
+    /// known a moment later.
+    pub async fn first_answer(&self, url: &str) -> crate::http::Answer {
+        let what = format!("{} gets a first answer from {url}", self.service);
+        crate::wait::eventually(&what, START, || async {
+            crate::http::get(self.proxy(), url).await.ok().filter(|answer| answer.status.is_success())
+        })
+        .await
     }
 
     /// One of its admin's pages.

@@ -1,6 +1,7 @@
 //! Waiting for something to become true, with a deadline.
 
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 /// How often a condition is looked at.
@@ -43,11 +44,21 @@ pub fn until_accepts(address: SocketAddr, within: Duration) {
     });
 }
 
-/// A loopback port that nobody listens on now.
+/// A loopback port that nobody listens on now, and that the kernel gives to nobody who asks for just any port.
 pub fn free_port() -> u16 {
-    // The kernel does not give the same port twice in a row, so that two stories seldom meet.
-    let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a free port");
-    listener.local_addr().expect("a bound socket has an address").port()
+    // Below the range of ephemeral ports (32768 and up), where every connection and every listener on port 0 takes one.
+    const LOWEST: u16 = 16_000;
+    const PORTS: u16 = 16_000;
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    // Two processes begin at different places, so that they seldom meet.
+    let begin = (std::process::id() % 1000) as u16 * 16;
+    for _ in 0..PORTS {
+        let port = LOWEST + (begin + NEXT.fetch_add(1, Ordering::Relaxed)) % PORTS;
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
+    panic!("no free port between {LOWEST} and {}", LOWEST + PORTS);
 }
 
 /// An address on loopback.

@@ -96,7 +96,8 @@ impl Shop {
     pub(crate) fn end(&mut self) {
         for part in self.services.iter_mut().rev() {
             let status = part.stop();
-            if !status.success() {
+            // A server that SIGTERM ends: `sheetbend run` gives its status as a shell does.
+            if !matches!(status.code(), Some(0 | 143)) {
                 eprintln!("ended with {status}\n{}", part.told());
             }
         }
