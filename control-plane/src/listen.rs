@@ -22,7 +22,10 @@ use crate::registry::LastHeard;
 
 /// Connections of peers with a certificate.
 const MAX_CONNECTIONS: usize = 8_192;
-/// Connections that have not shown a certificate, handshakes included: asking for a first one takes a second.
+/// Handshakes under way. They end by themselves within 5 s, so that a flood of them delays others and locks nobody out.
+const MAX_HANDSHAKES: usize = 512;
+/// Connections that have not shown a valid certificate: asking for a first one takes a second. One more is closed, and
+/// nobody who has a certificate ever waits for them.
 const MAX_STRANGERS: usize = 256;
 const HANDSHAKE: Duration = Duration::from_secs(5);
 /// How long a peer without a valid certificate may stay.
@@ -62,9 +65,10 @@ pub(crate) async fn accept(
 ) {
     let strangers = Arc::new(Semaphore::new(MAX_STRANGERS));
     let everybody = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let handshakes = Arc::new(Semaphore::new(MAX_HANDSHAKES));
     loop {
         // The listener's own queue holds whoever waits here.
-        let Ok(stranger) = strangers.clone().acquire_owned().await else { return };
+        let Ok(handshake) = handshakes.clone().acquire_owned().await else { return };
         let Ok(place) = everybody.clone().acquire_owned().await else { return };
         let accepted = tokio::select! {
             // Whoever started us has gone: no order matters, nothing is lost but a connection nobody would serve.
@@ -80,9 +84,11 @@ pub(crate) async fn accept(
                 continue;
             }
         };
-        let (door, connections) = (door.load_full(), connections.clone());
+        let (door, connections, strangers) = (door.load_full(), connections.clone(), strangers.clone());
         tokio::spawn(async move {
-            match timeout(HANDSHAKE, enter(socket, address, &door, started, stranger, place)).await {
+            let entered = timeout(HANDSHAKE, enter(socket, address, &door, started, &strangers, place)).await;
+            drop(handshake);
+            match entered {
                 Ok(Ok(connection)) => drop(connections.send(Ok(connection)).await),
                 Ok(Err(error)) => tracing::debug!(%address, %error, "a handshake failed"),
                 Err(_) => tracing::debug!(%address, "a handshake took longer than 5 s"),
@@ -96,7 +102,7 @@ async fn enter(
     address: SocketAddr,
     door: &Door,
     started: Instant,
-    stranger: OwnedSemaphorePermit,
+    strangers: &Arc<Semaphore>,
     place: OwnedSemaphorePermit,
 ) -> io::Result<Connection> {
     socket.set_nodelay(true)?;
@@ -107,7 +113,11 @@ async fn enter(
     last.set(started.elapsed());
     let (stranger, leaves) = match who {
         Who::Workload(_) => (None, None),
-        Who::Expired { .. } | Who::Stranger => (Some(stranger), Some(Box::pin(sleep(STRANGER_STAYS)))),
+        Who::Expired { .. } | Who::Stranger => {
+            let place = strangers.clone().try_acquire_owned();
+            let place = place.map_err(|_| io::Error::other("too many peers without a certificate are here already"))?;
+            (Some(place), Some(Box::pin(sleep(STRANGER_STAYS))))
+        }
     };
     let peer = Peer { address, who, last };
     Ok(Connection { tls, peer, started, leaves, _stranger: stranger, _place: place })

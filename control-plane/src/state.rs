@@ -314,9 +314,11 @@ impl Shared {
         lock(&self.holdings).seen(instance, leaf, version, SystemTime::now());
     }
 
-    /// A proxy ended its stream in peace. If nothing of it is registered any more, it is gone for good.
+    /// A proxy said goodbye on this stream, which is closed by now. It is gone for good if nothing of it is registered any
+    /// more and it has not come back on another stream.
     pub(crate) fn goodbye(&self, instance: &Instance, stream: StreamId) {
-        if !lock(&self.registry).holds(instance, stream) {
+        let back = lock(&self.streams).open.values().any(|other| other.instance.as_ref() == Some(instance));
+        if !back && !lock(&self.registry).holds(instance, stream) {
             lock(&self.holdings).forget(instance);
         }
     }

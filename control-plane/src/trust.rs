@@ -16,6 +16,8 @@ use crate::registry::Instance;
 const REMEMBERED: usize = 16;
 /// Proxies remembered at once.
 const MAX_PROXIES: usize = 50_000;
+/// Of one identity: no workload can crowd out the others by calling itself ever new names.
+const MAX_OF_ONE: usize = 2_000;
 
 /// The trust bundle as it is told.
 #[derive(Debug)]
@@ -96,7 +98,8 @@ impl Holdings {
         let roots =
             version.and_then(|v| self.bundles.iter().find(|(known, _)| known == v)).map(|(_, roots)| roots.clone());
         let former = self.held.get(instance);
-        if former.is_none() && self.held.len() >= MAX_PROXIES {
+        if former.is_none() && !self.has_room(instance) {
+            tracing::warn!(identity = %instance.identity, "too many proxies to remember which roots each holds");
             return;
         }
         let held = Held {
@@ -107,6 +110,11 @@ impl Holdings {
         };
         self.changed |= former.is_none_or(|f| f.roots != held.roots || f.leaf_root != held.leaf_root);
         self.held.insert(instance.clone(), held);
+    }
+
+    fn has_room(&self, instance: &Instance) -> bool {
+        let of_one = self.held.keys().filter(|known| known.identity == instance.identity).count();
+        self.held.len() < MAX_PROXIES && of_one < MAX_OF_ONE
     }
 
     /// A proxy said goodbye.

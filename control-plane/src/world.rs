@@ -59,6 +59,7 @@ impl World {
             trust_domain: inputs.trust_domain.clone(),
             ..World::default()
         };
+        let owners = parts.owners(inputs);
         for (name, port) in &ports {
             let rules = parts.rules(name);
             let default_cluster: ClusterName = name.to_string().into();
@@ -78,7 +79,8 @@ impl World {
                 clusters: named,
             };
             world.destinations.insert(name.clone(), reuse(destination, former.destinations.get(name)));
-            for endpoint in port.endpoints.values() {
+            let own = |endpoint: &&Endpoint| owners.get(&endpoint.address) == Some(&name.service);
+            for endpoint in port.endpoints.values().filter(own) {
                 world.endpoints.entry(endpoint.address).or_insert_with(|| (name.clone(), endpoint.clone()));
             }
         }
@@ -320,6 +322,23 @@ impl<'a> Parts<'a> {
         }
     }
 
+    /// Whom an address stands for, if more than one claims it: what the operator wrote, then who was first.
+    fn owners(&self, inputs: &Inputs<'_>) -> HashMap<SocketAddr, ServiceName> {
+        let mut owners = HashMap::new();
+        for slice in &self.slices {
+            for (address, _) in slice.ports.iter().flat_map(|port| slice.addresses(port)) {
+                owners.entry(address).or_insert_with(|| slice.service.clone());
+            }
+        }
+        for one in inputs.registered {
+            let Some(service) = service_of(&one.instance.identity) else { continue };
+            for port in &one.ports {
+                owners.entry(SocketAddr::new(one.address, port.inbound)).or_insert_with(|| service.clone());
+            }
+        }
+        owners
+    }
+
     fn rules(&self, name: &ServicePort) -> Vec<Rule> {
         let mut rules: Vec<Rule> = Vec::new();
         for route in &self.routes {
@@ -355,6 +374,10 @@ impl<'a> Parts<'a> {
 /// Beside a local process the service account is the service.
 pub(crate) fn service_of(identity: &SpiffeId) -> Option<ServiceName> {
     let (namespace, account) = identity.workload()?;
+    // With a dot in the namespace, `a.b.c` could be two services.
+    if namespace.contains('.') {
+        return None;
+    }
     Some(ServiceName { service: account.into(), namespace: namespace.into() })
 }
 
@@ -466,6 +489,12 @@ mod tests {
         assert!(world.cluster("web.default:8000@127.0.0.1:41000").is_some());
         assert!(world.routes("web.default:8000@127.0.0.1:41000").is_some());
         assert!(world.cluster("db.default:8000@127.0.0.1:41000").is_none());
+    }
+
+    #[test]
+    fn an_address_that_two_claim_is_of_who_was_first() {
+        let claims = [registered("web", [127, 0, 0, 1], 8000, 41000), registered("a-thief", [127, 0, 0, 1], 1, 41000)];
+        assert_eq!(ask(&world(&claims, &[]), "127.0.0.1:41000").unwrap(), "web.default:8000@127.0.0.1:41000");
     }
 
     #[test]

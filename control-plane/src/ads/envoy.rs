@@ -11,7 +11,8 @@ use envoy_types::pb::envoy::config::core::v3 as core;
 use envoy_types::pb::envoy::config::listener::v3 as lds;
 use envoy_types::pb::envoy::config::route::v3 as rds;
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3 as hcm;
-use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::UpstreamTlsContext;
+use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::tls_parameters::TlsProtocol;
+use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::{TlsParameters, UpstreamTlsContext};
 use envoy_types::util::pack_any;
 use prost::Message;
 use sheetbend_control_plane_client::model::{Destination, Target};
@@ -22,7 +23,7 @@ use crate::world::World;
 /// The one table of routes of the whole mesh: a virtual host a service port.
 pub(super) const ALL_ROUTES: &str = "mesh";
 
-/// Our cluster, with its own certificate taken from the bootstrap instead of from us.
+/// Our cluster, under TLS 1.3 and with its own certificate taken from the bootstrap instead of from us.
 pub(super) fn cluster(mut cluster: cds::Cluster) -> cds::Cluster {
     for socket in cluster.transport_socket_matches.iter_mut().filter_map(|m| m.transport_socket.as_mut()) {
         let Some(core::transport_socket::ConfigType::TypedConfig(config)) = &mut socket.config_type else { continue };
@@ -30,6 +31,14 @@ pub(super) fn cluster(mut cluster: cds::Cluster) -> cds::Cluster {
             continue;
         }
         let Ok(mut context) = UpstreamTlsContext::decode(&*config.value) else { continue };
+        if let Some(common) = &mut context.common_tls_context {
+            // As a client Envoy stops at TLS 1.2 unless it is told, and the mesh speaks nothing below 1.3.
+            common.tls_params = Some(TlsParameters {
+                tls_minimum_protocol_version: TlsProtocol::TlSv13 as i32,
+                tls_maximum_protocol_version: TlsProtocol::TlSv13 as i32,
+                ..TlsParameters::default()
+            });
+        }
         let secrets = context.common_tls_context.iter_mut().flat_map(|c| &mut c.tls_certificate_sds_secret_configs);
         secrets.filter(|secret| secret.name == OWN_CERTIFICATE).for_each(|secret| secret.sds_config = None);
         *config = pack_any(context);

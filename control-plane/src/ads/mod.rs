@@ -87,6 +87,7 @@ impl Discovery {
             session: Session::default(),
             node: None,
             next_registration: Instant::now(),
+            withdrew: false,
         };
         tokio::spawn(task.run());
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
@@ -172,24 +173,22 @@ struct StreamTask<W: Wire> {
     session: Session,
     node: Option<Named>,
     next_registration: Instant,
+    /// It withdrew what it served: it is about to end, and nothing of it is left to wait for.
+    withdrew: bool,
 }
 
 impl<W: Wire> StreamTask<W> {
     async fn run(mut self) {
         let ended = self.serve().await;
         self.shared.close_stream(self.id);
-        match ended {
-            // It said goodbye. Whoever also withdrew everything is not waited for when roots change.
-            Ok(()) => {
-                if let Some(node) = &self.node {
-                    self.shared.goodbye(&node.instance, self.id);
-                }
-            }
-            Err(status) => {
-                tracing::debug!(peer = %self.leaf.id, code = ?status.code(), reason = status.message(), "a stream ended");
-                // Nobody listens any more if the peer is gone.
-                let _ = self.answers.try_send(Err(status));
-            }
+        // A stream that ends in peace, or after a withdrawal, was said goodbye to: when roots change, nobody waits for it.
+        if let Some(node) = self.node.as_ref().filter(|_| ended.is_ok() || self.withdrew) {
+            self.shared.goodbye(&node.instance, self.id);
+        }
+        if let Err(status) = ended {
+            tracing::debug!(peer = %self.leaf.id, code = ?status.code(), reason = status.message(), "a stream ended");
+            // Nobody listens any more if the peer is gone.
+            let _ = self.answers.try_send(Err(status));
         }
     }
 
@@ -276,6 +275,7 @@ impl<W: Wire> StreamTask<W> {
 
     async fn register(&mut self, registration: Registration) -> Result<(), Status> {
         let Some(node) = &self.node else { return Ok(()) };
+        self.withdrew = registration.ports.is_empty();
         let peer = self.peer.address.ip();
         self.shared.may_register(registration.address, peer).map_err(Status::permission_denied)?;
         if self.shared.knows(&node.instance, &registration, self.id) {
