@@ -518,7 +518,7 @@ fn admin_state(shared: &Arc<Shared>) -> AdminState {
         server_info: Box::new(
             || serde_json::json!({ "version": env!("CARGO_PKG_VERSION"), "pid": std::process::id() }),
         ),
-        log_filter: Box::new(String::new),
-        set_log_filter: Box::new(|_| Err("the log filter of this process is fixed".to_string())),
+        log_filter: Box::new(crate::admin::logging::filter),
+        set_log_filter: Box::new(crate::admin::logging::set_filter),
     }
 }

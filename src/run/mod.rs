@@ -138,10 +138,5 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
 
 /// What the sidecar says goes to stderr; stdout is the program's.
 fn log_to_stderr(directives: &str) -> Result<(), Failure> {
-    use tracing_subscriber::EnvFilter;
-    let filter = EnvFilter::try_new(directives)
-        .map_err(|why| Failure::usage(format!("--log `{directives}`: {why}; try warn, info or debug")))?;
-    // Already set only where tests share a process.
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
-    Ok(())
+    sheetbend_proxy::admin::logging::install(directives).map_err(|why| Failure::usage(format!("--log: {why}")))
 }

@@ -3,6 +3,7 @@
 //! On loopback: `/ready /live /metrics /config_dump /clusters /certs /logging /server_info /graph`. A second listener
 //! that others can reach (15120) has `/ready /live /metrics` alone. Nothing here is on the way of a request.
 
+pub mod logging;
 #[cfg(test)]
 mod tests;
 
