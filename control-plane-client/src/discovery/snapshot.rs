@@ -36,12 +36,12 @@ impl Snapshot {
         self.mesh.as_ref()
     }
 
-    /// Whether a target is the mesh's by its name or address alone. Nothing is before the mesh is known, except names
-    /// without a dot.
+    /// Whether a target is the mesh's by its name or address alone. Before the mesh is known, names without a dot are,
+    /// and names below the default domain: a proxy that was never answered must not send those in plain.
     pub fn claims(&self, target: &Target) -> bool {
         match &self.mesh {
             Some(mesh) => mesh.claims(target),
-            None => Mesh::default().claims(target),
+            None => Mesh::default().claims(target) || target.host().ends_with(".svc.cluster.local"),
         }
     }
 
