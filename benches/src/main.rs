@@ -14,6 +14,7 @@ use clap::Parser;
 mod frames;
 mod load;
 mod machine;
+mod mesh;
 mod origin;
 mod pki;
 mod procs;
@@ -69,6 +70,7 @@ fn run(args: &Args) -> io::Result<bool> {
     raise_open_files()?;
     let scratch = tempfile::Builder::new().prefix("sheetbend-bench").tempdir()?;
     let pki = pki::Pki::make(scratch.path())?;
+    let mesh = mesh::Mesh::start(&scratch.path().join("ca"))?;
     let programs = Programs {
         nginx: "nginx".into(),
         haproxy: "haproxy".into(),
@@ -78,7 +80,7 @@ fn run(args: &Args) -> io::Result<bool> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let outcome = runtime.block_on(async {
         let origin = origin::serve().await?;
-        let bench = Bench { programs: &programs, pki: &pki, scratch: scratch.path(), origin };
+        let bench = Bench { programs: &programs, pki: &pki, mesh: &mesh, scratch: scratch.path(), origin };
         let plan = Plan::new(args.quick, args.rounds, &args.makes);
         rows::measure(&bench, &plan, &args.only).await
     })?;

@@ -45,7 +45,8 @@ impl Pki {
     }
 }
 
-fn key() -> io::Result<KeyPair> {
+/// A new key.
+pub(crate) fn key() -> io::Result<KeyPair> {
     KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).map_err(io::Error::other)
 }
 

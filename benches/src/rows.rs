@@ -213,7 +213,8 @@ async fn measure_cell(bench: &Bench<'_>, plan: &Plan, row: Row, pair: &Pair, out
             let ours = system.make == Make::Sheetbend;
             let (name, alpn) =
                 if ours { ("8000.web.default.cluster.local", "sheetbend/h2") } else { ("web.default", "h2") };
-            let caller = handshake::Caller::new(bench.pki, name, alpn)?;
+            let path = |file: &str| if ours { bench.mesh.path(file) } else { bench.pki.path(file) };
+            let caller = handshake::Caller::new(path, name, alpn)?;
             let group = caller.shake(pair.middle).await?;
             let note = format!("Key exchange of a handshake with {:?}: {group}.", system.make);
             if !outcome.notes.contains(&note) {

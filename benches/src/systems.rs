@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 
 use crate::load::http1::{Client, get};
 use crate::load::http2;
-use crate::pki::Pki;
+use crate::mesh::Mesh;
+use crate::pki::{self, Pki};
 use crate::procs::Proc;
 
 /// A version of HTTP on one stretch of the way.
@@ -83,6 +84,7 @@ pub(crate) struct Programs {
 pub(crate) struct Bench<'a> {
     pub(crate) programs: &'a Programs,
     pub(crate) pki: &'a Pki,
+    pub(crate) mesh: &'a Mesh,
     pub(crate) scratch: &'a Path,
     pub(crate) origin: SocketAddr,
 }
@@ -207,8 +209,25 @@ fn sides(bench: &Bench<'_>, system: System, dir: &Path, entry: SocketAddr, middl
                 command.arg(write(&format!("envoy.{side}.yaml"))?);
             }
             Make::Sheetbend => {
+                // Everything is on as usual: identity and discovery from a control plane, reports to it, metrics.
                 command = Command::new(&programs.sheetbend);
-                command.arg("--config").arg(write(&format!("sheetbend.{side}.json"))?);
+                command.args(["--control-plane", &bench.mesh.url, "--admin", "127.0.0.1:0", "--strict"]);
+                let service = if side == "inbound" { "web" } else { "caller" };
+                command.arg("--token-file").arg(bench.mesh.token(service, dir)?);
+                if side == "inbound" {
+                    let (port, inbound) = (bench.origin.port().to_string(), middle.to_string());
+                    command.args(["--port", &port, "--inbound", &inbound, "--allow", pki::CALLER]);
+                    command.args(["--outbound", "127.0.0.1:0"]);
+                } else {
+                    command.args([
+                        "--explicit",
+                        &entry.to_string(),
+                        "--outbound",
+                        "127.0.0.1:0",
+                        "--inbound",
+                        "127.0.0.1:0",
+                    ]);
+                }
             }
         }
         io::Result::Ok(command)
