@@ -247,7 +247,8 @@ mod tests {
                 history.push((requests, granted));
                 let from = history.len().saturating_sub(10);
                 let sums = history[from..].iter().fold((0, 0), |sum, s| (sum.0 + s.0, sum.1 + s.1));
-                prop_assert!(sums.1 * 100 <= sums.0 * PERCENT + PER_SECOND * 10 * 100);
+                // Of the moment of a grant: later, the window forgets requests whose retries it still holds.
+                prop_assert!(granted == 0 || sums.1 * 100 <= sums.0 * PERCENT + PER_SECOND * 10 * 100);
             }
         }
     }
