@@ -56,7 +56,6 @@ async fn unmoved_by<T: Send + 'static>(
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "not yet proven against the sidecar"]
 async fn a_client_that_stops_reading_100_mib_delays_nobody_and_gets_all_of_it_in_the_end() {
     let mesh = Mesh::local();
     let (_app, server, caller) = pair(&mesh).await;
@@ -82,7 +81,6 @@ async fn a_client_that_stops_reading_100_mib_delays_nobody_and_gets_all_of_it_in
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "not yet proven against the sidecar"]
 async fn a_client_that_leaves_ten_thousand_tiny_messages_unread_delays_nobody() {
     let mesh = Mesh::local();
     let tiny = |request: Request<Incoming>| async move {
@@ -123,7 +121,7 @@ async fn a_client_that_leaves_ten_thousand_tiny_messages_unread_delays_nobody() 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "not yet proven against the sidecar"]
+#[ignore = "open defect: not all of the others' requests come through while 2,000 clients hang up"]
 async fn two_thousand_clients_that_hang_up_at_once_end_nobody_else_s_request() {
     sheetbend_tests::raise_file_limit();
     let mesh = Mesh::local();
@@ -145,7 +143,6 @@ async fn two_thousand_clients_that_hang_up_at_once_end_nobody_else_s_request() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "not yet proven against the sidecar"]
 async fn pipelined_requests_are_answered_in_order() {
     let mesh = Mesh::local();
     let (_app, _server, caller) = pair(&mesh).await;
