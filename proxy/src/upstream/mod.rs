@@ -2,7 +2,7 @@
 //!
 //! - [`EndpointState`]: one place that can answer, with what is learned about it. Shared by all workers, kept across
 //!   snapshots.
-//! - [`dial`]: TCP, and mutual TLS where the endpoint is meshed. A meshed endpoint is never dialed in plain.
+//! - `dial`: TCP, and mutual TLS where the endpoint is meshed. A meshed endpoint is never dialed in plain.
 //! - [`Pool`]: the HTTP connections of one worker.
 
 mod dial;
