@@ -12,7 +12,6 @@ use sheetbend_tests::{App, Load, Mesh, START, eventually, http};
 const GONE: Duration = Duration::from_secs(10 + 1 + 5);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "not yet proven against the sidecar"]
 async fn no_request_fails_while_the_control_plane_is_killed_twice_and_a_dead_endpoint_goes() {
     sheetbend_tests::raise_file_limit();
     let away = match std::env::var_os("SHEETBEND_TEST_FULL") {

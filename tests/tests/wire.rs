@@ -14,7 +14,7 @@ impl Cable {
     fn record(host: &Host, folder: &std::path::Path) -> Self {
         let file = folder.join("cable.pcap");
         let mut command = host.command("tcpdump");
-        command.args(["-i", &host.interface(), "-U", "-Z", "root", "-s", "0", "-w"]).arg(&file);
+        command.args(["-i", &host.interface(), "-U", "--immediate-mode", "-Z", "root", "-s", "0", "-w"]).arg(&file);
         let mut process = Process::spawn("tcpdump", folder, command);
         process.wait_for("listening on", START);
         Self { process, file }
