@@ -17,7 +17,7 @@ demo: ## A small shop on loopback, its sidecars, and a live graph of it. Ctrl-C 
 	@exec "$$($(CARGO) metadata --no-deps --offline --format-version 1 | sed -E 's/.*"target_directory":"([^"]*)".*/\1/')/debug/demo" $(ARGS)
 
 test: test-tools ## Install what the tests need, then run every test; a missing tool is a failure
-	SHEETBEND_TEST_STRICT=1 $(CARGO) test --workspace
+	SHEETBEND_TEST_STRICT=1 $(CARGO) test --workspace --no-fail-fast
 
 test-tools:
 	@tests/install-tools
