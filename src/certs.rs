@@ -58,6 +58,10 @@ pub(crate) enum Verb {
         /// With --drop-old: no control plane runs, and nobody can be asked
         #[arg(long, requires = "drop_old")]
         offline: bool,
+        /// With --drop-old: do not wait for proxies that have been silent for this long (10m, 24h); one that comes back
+        /// needs a new join token
+        #[arg(long, value_name = "TIME", value_parser = parse_ttl, requires = "drop_old")]
+        leave_behind: Option<Duration>,
     },
 }
 
@@ -102,7 +106,9 @@ fn carry_out(verb: Verb, now: SystemTime) -> Result<String, Failure> {
         Verb::Inspect { file, output } => show::inspect(&file, output, now),
         Verb::Verify { cert, bundle } => verify(&cert, &bundle, now),
         Verb::Rotate { dir, drop_old: false, .. } => rotate(&dir, now),
-        Verb::Rotate { dir, drop_old: true, offline } => drop_old::drop_old(&dir, offline, now),
+        Verb::Rotate { dir, drop_old: true, offline, leave_behind } => {
+            drop_old::drop_old(&dir, offline, leave_behind, now)
+        }
     }
 }
 

@@ -65,6 +65,8 @@ pub struct Issued {
     pub chain: Vec<CertificateDer<'static>>,
     /// The active root.
     pub root: Root,
+    /// The roots to believe, as they stood when this was signed: a rotation that comes right after is news to its owner.
+    pub bundle: Arc<TrustBundle>,
     /// The leaf's serial number in hex.
     pub serial: String,
     /// The leaf's first moment.
@@ -203,7 +205,7 @@ impl Ca {
         let mut chain = vec![leaf.sign(&request.csr, state)?, state.issuer.der.clone()];
         chain.extend(state.cross.iter().cloned());
         let (root, serial) = (state.root.clone(), leaf.serial());
-        Ok(Issued { chain, root, serial, not_before, not_after })
+        Ok(Issued { chain, root, bundle: state.bundle.clone(), serial, not_before, not_after })
     }
 
     /// A new root beside the old one, and a new issuing CA below it that signs from now on. The old root retires: it

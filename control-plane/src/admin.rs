@@ -38,7 +38,12 @@ impl Admin {
             "/" | "/graph" => Answer::graph(asked, &self.reports.snapshot()),
             "/live" => Answer::text(StatusCode::OK, "live\n"),
             "/ready" => Answer::text(StatusCode::OK, "ready\n"),
-            "/roots" => Answer::json(&json!({ "proxies": self.shared.roots() })),
+            "/roots" => match self.shared.roots() {
+                Ok((active, proxies)) => Answer::json(&json!({ "active": active, "proxies": proxies })),
+                Err(error) => {
+                    Answer::text(StatusCode::SERVICE_UNAVAILABLE, format!("the CA cannot be read: {error}\n"))
+                }
+            },
             "/registrations" => Answer::json(&self.registrations()),
             "/resources" => Answer::json(&self.resources()),
             "/certs" => Answer::json(&self.certs()),

@@ -69,7 +69,7 @@ impl CaService {
             self.ca.issue(&IssueRequest { ttl, ..IssueRequest::new(id.clone(), csr) }, now).map_err(ca_refused)?;
         tracing::info!(%id, serial = %issued.serial, until = %format_time(issued.not_after), "signed a certificate");
         let mut chain: Vec<String> = issued.chain.iter().map(|der| encode_certificates([der])).collect();
-        chain.push(self.ca.bundle().map_err(ca_refused)?.to_pem());
+        chain.push(issued.bundle.to_pem());
         Ok(chain)
     }
 }

@@ -50,7 +50,7 @@ impl Own {
         let csr = Csr::parse(key.csr_pem().as_bytes())?;
         let request = IssueRequest { dns: dns.clone(), ips: ips.clone(), ..IssueRequest::new(id, csr) };
         let issued = ca.issue(&request, SystemTime::now())?;
-        let bundle = ca.bundle()?;
+        let bundle = issued.bundle;
         let identity: Identity = key.into_identity(issued.chain).map_err(|e| broken(&e))?;
         let config = control_plane_server(&identity, bundle.clone()).map_err(|e| broken(&e))?;
         let door = Arc::new(Door { config, bundle: bundle.clone() });

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
 use ipnet::IpNet;
-use sheetbend_certs::{Ca, SpiffeId, VerifiedPeer};
+use sheetbend_certs::{Ca, CaError, SpiffeId};
 use sheetbend_control_plane_client::registration::Registration;
 use sheetbend_control_plane_client::xds::Kind;
 use tokio::sync::{Notify, watch};
@@ -19,7 +19,7 @@ use crate::ads::Told;
 use crate::persist::{self, StateError};
 use crate::registry::{Instance, LastHeard, Registered, Registry, RegistryError, StreamId};
 use crate::resources::{Folder, OutboundPolicy, Resource};
-use crate::trust::{Holdings, ProxyRoots, Trust};
+use crate::trust::{Holdings, ProxyRoots, Shown, Trust};
 use crate::world::{Inputs, World};
 
 /// Discovery streams together.
@@ -310,8 +310,13 @@ impl Shared {
 
     // Roots.
 
-    pub(crate) fn note_roots(&self, instance: &Instance, leaf: &VerifiedPeer, version: Option<&str>) {
-        lock(&self.holdings).seen(instance, leaf, version, SystemTime::now());
+    pub(crate) fn note_roots(&self, instance: &Instance, shown: &Shown<'_>) {
+        lock(&self.holdings).seen(instance, shown, SystemTime::now());
+    }
+
+    /// A proxy's stream ended, in whatever way.
+    pub(crate) fn note_silence(&self, instance: &Instance) {
+        lock(&self.holdings).silent(instance, SystemTime::now());
     }
 
     /// A proxy said goodbye on this stream, which is closed by now. It is gone for good if nothing of it is registered any
@@ -323,10 +328,13 @@ impl Shared {
         }
     }
 
-    pub(crate) fn roots(&self) -> Vec<ProxyRoots> {
+    /// Who holds which roots, and the digest of the one that everybody is to have. Held against what the CA says at this
+    /// moment: what was told last may be older than a rotation that was just made.
+    pub(crate) fn roots(&self) -> Result<(String, Vec<ProxyRoots>), CaError> {
+        let trust = Trust::of(&self.ca)?;
         let connected: Vec<Instance> = self.streams().into_iter().filter_map(|stream| stream.instance).collect();
-        let trust = self.worlds.borrow().trust.clone();
-        lock(&self.holdings).report(&trust, &connected, SystemTime::now())
+        let proxies = lock(&self.holdings).report(&trust, &connected, SystemTime::now());
+        Ok((trust.active, proxies))
     }
 }
 

@@ -10,7 +10,7 @@ use sheetbend_certs::{Ca, CaError, TrustBundle, VerifiedPeer};
 
 use crate::ads::digest;
 use crate::persist::{self, StateError};
-use crate::registry::Instance;
+use crate::registry::{Instance, StreamId};
 
 /// Bundles whose acknowledgement may still come in. A rotation makes two.
 const REMEMBERED: usize = 16;
@@ -44,14 +44,28 @@ impl Trust {
 /// What a proxy was last seen to hold.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Held {
-    /// Digests of the roots it acknowledged.
-    roots: Vec<String>,
+    /// Digests of the roots it acknowledged. `None`: it does not take its roots from us, and brought them with its
+    /// certificate.
+    roots: Option<Vec<String>>,
     /// Digest of the root that its own certificate leads to.
     leaf_root: String,
     /// Seconds since 1970: from then on nobody believes its certificate anyway.
     leaf_ends: u64,
     /// Seconds since 1970.
     seen: u64,
+    /// The stream that said so. A former one, which may still have something unread, does not outweigh it.
+    #[serde(skip)]
+    stream: u64,
+}
+
+/// What a stream shows of its proxy.
+pub(crate) struct Shown<'a> {
+    pub(crate) stream: StreamId,
+    pub(crate) leaf: &'a VerifiedPeer,
+    /// Whether it takes its roots from us.
+    pub(crate) asks: bool,
+    /// The bundle that it acknowledged, if any yet.
+    pub(crate) version: Option<&'a str>,
 }
 
 /// One line of `/roots`.
@@ -94,19 +108,23 @@ impl Holdings {
     }
 
     /// A proxy is there with this certificate, and says that it holds that bundle, if it said anything yet.
-    pub(crate) fn seen(&mut self, instance: &Instance, leaf: &VerifiedPeer, version: Option<&str>, now: SystemTime) {
-        let roots =
-            version.and_then(|v| self.bundles.iter().find(|(known, _)| known == v)).map(|(_, roots)| roots.clone());
+    pub(crate) fn seen(&mut self, instance: &Instance, shown: &Shown<'_>, now: SystemTime) {
+        let bundle = |version| self.bundles.iter().find(|(known, _)| known == version);
+        let roots = shown.version.and_then(bundle).map(|(_, roots)| roots.clone());
         let former = self.held.get(instance);
+        if former.is_some_and(|former| former.stream > shown.stream.0) {
+            return;
+        }
         if former.is_none() && !self.has_room(instance) {
             tracing::warn!(identity = %instance.identity, "too many proxies to remember which roots each holds");
             return;
         }
         let held = Held {
-            roots: roots.or_else(|| former.map(|held| held.roots.clone())).unwrap_or_default(),
-            leaf_root: leaf.root.to_string(),
-            leaf_ends: seconds(leaf.not_after),
+            roots: roots.or_else(|| former?.roots.clone()).or(shown.asks.then(Vec::new)),
+            leaf_root: shown.leaf.root.to_string(),
+            leaf_ends: seconds(shown.leaf.not_after),
             seen: seconds(now),
+            stream: shown.stream.0,
         };
         self.changed |= former.is_none_or(|f| f.roots != held.roots || f.leaf_root != held.leaf_root);
         self.held.insert(instance.clone(), held);
@@ -115,6 +133,14 @@ impl Holdings {
     fn has_room(&self, instance: &Instance) -> bool {
         let of_one = self.held.keys().filter(|known| known.identity == instance.identity).count();
         self.held.len() < MAX_PROXIES && of_one < MAX_OF_ONE
+    }
+
+    /// A proxy's stream ended: from now on it is silent.
+    pub(crate) fn silent(&mut self, instance: &Instance, now: SystemTime) {
+        if let Some(held) = self.held.get_mut(instance) {
+            held.seen = seconds(now);
+            self.changed = true;
+        }
     }
 
     /// A proxy said goodbye.
@@ -131,7 +157,7 @@ impl Holdings {
             .map(|(instance, held)| ProxyRoots {
                 identity: instance.identity.to_string(),
                 node: instance.node.clone(),
-                lacks_new_root: !held.roots.contains(&trust.active),
+                lacks_new_root: held.roots.as_ref().is_some_and(|roots| !roots.contains(&trust.active)),
                 old_leaf: held.leaf_root != trust.active,
                 connected: connected.contains(instance),
                 last_seen_seconds_ago: now.saturating_sub(held.seen),

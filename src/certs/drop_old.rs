@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use serde::Deserialize;
-use sheetbend_certs::{Ca, control_plane_file, describe_root};
+use sheetbend_certs::{Ca, control_plane_file, describe_root, format_span};
 
 use crate::Failure;
 
@@ -21,6 +21,8 @@ struct ControlPlane {
 /// What its admin port says of the proxies that it knows.
 #[derive(Deserialize)]
 struct Roots {
+    /// The digest of the root that it holds them against.
+    active: String,
     proxies: Vec<Proxy>,
 }
 
@@ -29,12 +31,32 @@ struct Proxy {
     identity: String,
     lacks_new_root: bool,
     old_leaf: bool,
+    connected: bool,
+    last_seen_seconds_ago: u64,
 }
 
-pub(super) fn drop_old(dir: &Path, offline: bool, now: SystemTime) -> Result<String, Failure> {
+impl Proxy {
+    /// Since when nobody has heard of it; `None` while it is connected.
+    fn silent_for(&self) -> Option<Duration> {
+        (!self.connected).then(|| Duration::from_secs(self.last_seen_seconds_ago))
+    }
+}
+
+pub(super) fn drop_old(
+    dir: &Path,
+    offline: bool,
+    leave_behind: Option<Duration>,
+    now: SystemTime,
+) -> Result<String, Failure> {
     let ca = Ca::open(dir, now).map_err(Failure::new)?;
+    let active = ca.active_root().map_err(Failure::new)?.sha256().to_string();
     match (ask(dir)?, offline) {
-        (Some(roots), _) => refuse_if_needed(dir, &roots)?,
+        (Some(roots), _) if roots.active != active => {
+            return Err(Failure::new(
+                "the old root stays: the control plane has not taken up the new one yet. Try again in a moment",
+            ));
+        }
+        (Some(roots), _) => refuse_if_needed(dir, &roots, leave_behind)?,
         (None, true) => {}
         (None, false) => {
             return Err(Failure::new(format!(
@@ -54,10 +76,13 @@ pub(super) fn drop_old(dir: &Path, offline: bool, now: SystemTime) -> Result<Str
     Ok(said)
 }
 
-fn refuse_if_needed(dir: &Path, roots: &Roots) -> Result<(), Failure> {
+fn refuse_if_needed(dir: &Path, roots: &Roots, leave_behind: Option<Duration>) -> Result<(), Failure> {
     /// Enough to see what is going on; the rest is a number.
     const NAMED: usize = 20;
-    let needing: Vec<_> = roots.proxies.iter().filter(|proxy| proxy.lacks_new_root || proxy.old_leaf).collect();
+    let left_behind =
+        |proxy: &Proxy| leave_behind.is_some_and(|after| proxy.silent_for().is_some_and(|silent| silent >= after));
+    let needs = |proxy: &&Proxy| (proxy.lacks_new_root || proxy.old_leaf) && !left_behind(proxy);
+    let needing: Vec<_> = roots.proxies.iter().filter(needs).collect();
     if needing.is_empty() {
         return Ok(());
     }
@@ -69,16 +94,22 @@ fn refuse_if_needed(dir: &Path, roots: &Roots) -> Result<(), Failure> {
             (false, _) => "still shows a certificate of the old root",
         };
         let _ = write!(said, "\n  {} {why}", proxy.identity.escape_debug());
+        if let Some(silent) = proxy.silent_for() {
+            let _ = write!(said, "; nobody has heard of it for {}", format_span(silent));
+        }
     }
     if needing.len() > NAMED {
         let _ = write!(said, "\n  and {} more", needing.len() - NAMED);
     }
-    let _ = write!(
-        said,
-        "\nEvery proxy renews by itself within its certificate's life, or at once when it is started anew. Then try again: \
-         sheetbend certs rotate --dir {} --drop-old",
-        dir.display()
-    );
+    let again = format!("sheetbend certs rotate --dir {} --drop-old", dir.display());
+    let _ = write!(said, "\nA proxy that is connected renews by itself within seconds. Then try again: {again}");
+    if needing.iter().any(|proxy| !proxy.connected) {
+        let _ = write!(
+            said,
+            "\nOne that is silent is waited for until its certificate ends. If it is gone for good, do not wait: {again} \
+             --leave-behind 10m"
+        );
+    }
     Err(Failure::new(said))
 }
 

@@ -180,7 +180,7 @@ fn a_rotation_goes_from_one_root_to_two_to_one() {
 }
 
 /// A control plane's admin port that answers once, with this status and body.
-fn control_plane(dir: &Path, status: &'static str, body: &'static str) -> std::thread::JoinHandle<()> {
+fn control_plane(dir: &Path, status: &'static str, body: String) -> std::thread::JoinHandle<()> {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let admin = format!("http://{}", listener.local_addr().unwrap());
     let file = format!(r#"{{"pid":{},"admin":"{admin}","url":"https://127.0.0.1:1"}}"#, std::process::id());
@@ -199,27 +199,46 @@ fn the_old_root_stays_while_a_proxy_needs_it_and_the_proxy_is_named() {
     let dir = with_ca();
     let ca = dir.path().join("ca");
     certs(dir.path(), "rotate --dir ./ca").unwrap();
-    let answers = control_plane(
-        &ca,
-        "200 OK",
-        r#"{"proxies":[
-        {"identity":"spiffe://cluster.local/ns/default/sa/a","lacks_new_root":true,"old_leaf":false},
-        {"identity":"spiffe://cluster.local/ns/default/sa/b","lacks_new_root":false,"old_leaf":true},
-        {"identity":"spiffe://cluster.local/ns/default/sa/c","lacks_new_root":false,"old_leaf":false}]}"#,
-    );
+    let active = Ca::open(&ca, SystemTime::now()).unwrap().active_root().unwrap().sha256().to_string();
+    let proxy = |name: &str, lacks: bool, old: bool, connected: bool| {
+        serde_json::json!({
+            "identity": format!("spiffe://cluster.local/ns/default/sa/{name}"),
+            "lacks_new_root": lacks, "old_leaf": old, "connected": connected, "last_seen_seconds_ago": 7200,
+        })
+    };
+    let roots = |active: &str, proxies: &[serde_json::Value]| {
+        serde_json::json!({ "active": active, "proxies": proxies }).to_string()
+    };
+    let (a, b, c) = (proxy("a", true, false, true), proxy("b", false, true, false), proxy("c", false, false, true));
+    let answers = control_plane(&ca, "200 OK", roots(&active, &[a.clone(), b.clone(), c.clone()]));
     let said = certs(dir.path(), "rotate --dir ./ca --drop-old --offline").unwrap_err();
     assert!(said.contains("2 of 3 proxies still need it"), "{said}");
-    assert!(said.contains("sa/a has not got the new root yet") && said.contains("sa/b still shows"), "{said}");
+    assert!(said.contains("sa/a has not got the new root yet\n") && said.contains("sa/b still shows"), "{said}");
+    assert!(said.contains("nobody has heard of it for 2h") && said.contains("--leave-behind"), "{said}");
     assert!(!said.contains("sa/c"), "{said}");
     answers.join().unwrap();
 
-    let answers = control_plane(&ca, "500 Internal Server Error", "no");
+    // Only who is silent for long enough is left behind.
+    for (flag, waits) in [("1h", "1 of 3"), ("3h", "2 of 3")] {
+        let answers = control_plane(&ca, "200 OK", roots(&active, &[a.clone(), b.clone(), c.clone()]));
+        let said = certs(dir.path(), &format!("rotate --dir ./ca --drop-old --leave-behind {flag}")).unwrap_err();
+        assert!(said.contains(waits), "{said}");
+        answers.join().unwrap();
+    }
+
+    // What it says is of no use while it holds them against a root that is not the newest.
+    let answers = control_plane(&ca, "200 OK", roots("another", std::slice::from_ref(&c)));
+    let said = certs(dir.path(), "rotate --dir ./ca --drop-old").unwrap_err();
+    assert!(said.contains("has not taken up the new one yet"), "{said}");
+    answers.join().unwrap();
+
+    let answers = control_plane(&ca, "500 Internal Server Error", "no".to_owned());
     let said = certs(dir.path(), "rotate --dir ./ca --drop-old").unwrap_err();
     assert!(said.contains("cannot say who needs the old root") && said.contains("500"), "{said}");
     answers.join().unwrap();
 
-    let answers = control_plane(&ca, "200 OK", r#"{"proxies":[]}"#);
-    certs(dir.path(), "rotate --dir ./ca --drop-old").unwrap();
+    let answers = control_plane(&ca, "200 OK", roots(&active, &[b, c]));
+    certs(dir.path(), "rotate --dir ./ca --drop-old --leave-behind 1h").unwrap();
     answers.join().unwrap();
 }
 

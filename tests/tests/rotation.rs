@@ -10,7 +10,6 @@ async fn certs(sidecar: &sheetbend_tests::Sidecar) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "open defect: after --drop-old a newcomer refuses a server that still shows an old chain"]
 async fn a_new_root_and_the_end_of_the_old_one_fail_no_request() {
     let mesh = Mesh::with_control_plane(&[]);
     let app = App::saying("tied\n").await;
@@ -24,6 +23,12 @@ async fn a_new_root_and_the_end_of_the_old_one_fail_no_request() {
     let ca = mesh.ca();
     let ca = ca.to_str().expect("a path in UTF-8");
     mesh.finish(["certs", "rotate", "--dir", ca]).ok();
+    // Right away everybody still needs the old root, whether or not the control plane has seen the new one.
+    let early = mesh.finish(["certs", "rotate", "--drop-old", "--dir", ca]);
+    assert_eq!(early.status.code(), Some(1), "{}", early.stdout);
+    for name in ["sa/server", "sa/caller"] {
+        assert!(early.stderr.contains("the old root stays") && early.stderr.contains(name), "{}", early.stderr);
+    }
     // The old root may go only when nobody shows a leaf of it and everybody holds the new one; until then it is refused.
     eventually("the old root can be dropped", Duration::from_secs(90), || async {
         let drop = mesh.finish(["certs", "rotate", "--drop-old", "--dir", ca]);

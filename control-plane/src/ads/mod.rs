@@ -35,6 +35,7 @@ use self::view::{Dialect, View};
 use crate::listen::{Peer, Who};
 use crate::registry::{Instance, StreamId};
 use crate::state::{Shared, StreamState, Worlds, stopped};
+use crate::trust::Shown;
 
 /// Responses under way on one stream; the next change waits, and melts into those after it.
 const UNDER_WAY: usize = 8;
@@ -181,6 +182,9 @@ impl<W: Wire> StreamTask<W> {
     async fn run(mut self) {
         let ended = self.serve().await;
         self.shared.close_stream(self.id);
+        if let Some(node) = &self.node {
+            self.shared.note_silence(&node.instance);
+        }
         // A stream that ends in peace, or after a withdrawal, was said goodbye to: when roots change, nobody waits for it.
         if let Some(node) = self.node.as_ref().filter(|_| ended.is_ok() || self.withdrew) {
             self.shared.goodbye(&node.instance, self.id);
@@ -268,6 +272,7 @@ impl<W: Wire> StreamTask<W> {
                 let state = StreamState::new(instance.clone(), dialect.name(), self.peer.address);
                 self.shared.name_stream(self.id, state);
                 self.node = Some(Named { instance, dialect, near });
+                self.note_roots();
                 Ok(())
             }
         }
@@ -301,11 +306,22 @@ impl<W: Wire> StreamTask<W> {
 
     /// Keeps the admin's picture, and who holds which roots.
     fn note(&self, kind: Kind) {
-        let Some(node) = &self.node else { return };
+        if self.node.is_none() {
+            return;
+        }
         self.shared.note_stream(self.id, kind, &self.session);
         if kind == Kind::Secret {
-            self.shared.note_roots(&node.instance, &self.leaf, self.session.holds_roots.as_deref());
+            self.note_roots();
         }
+    }
+
+    /// From the first request on: even a peer that never asks for the bundle shows a certificate.
+    fn note_roots(&self) {
+        let Some(node) = &self.node else { return };
+        // Ours always ask; of others it shows when they do.
+        let asks = node.dialect == Dialect::Sheetbend || self.session.asks_for(Kind::Secret);
+        let version = self.session.holds_roots.as_deref();
+        self.shared.note_roots(&node.instance, &Shown { stream: self.id, leaf: &self.leaf, asks, version });
     }
 
     /// A stream must not outlive what it rests on.

@@ -95,6 +95,11 @@ impl Session {
         })
     }
 
+    /// Whether anything of this kind was ever asked for.
+    pub(crate) fn asks_for(&self, kind: Kind) -> bool {
+        self.kinds.contains_key(&kind)
+    }
+
     /// Takes in an incremental request, and gives what it is answered with at once.
     pub(crate) fn on_delta(
         &mut self,
