@@ -140,7 +140,10 @@ impl Shared {
             return true;
         }
         self.telemetry.count(Counter::RefusedOwner);
-        tracing::warn!(%peer, ?owner, "a connection of another user is refused");
+        match owner {
+            Some(owner) => tracing::warn!(%peer, owner, "a connection of another user is refused"),
+            None => tracing::debug!(%peer, "a connection that nobody holds any more is closed"),
+        }
         false
     }
 }

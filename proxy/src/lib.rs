@@ -14,6 +14,7 @@ pub mod policy;
 pub mod proc_net;
 pub mod rewind;
 pub mod route;
+mod sock_diag;
 pub mod tcp;
 pub mod telemetry;
 pub mod traffic;

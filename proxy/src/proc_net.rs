@@ -1,11 +1,14 @@
 //! The kernel's table of TCP sockets, `/proc/net/tcp` and `/proc/net/tcp6`.
 //!
-//! It answers two questions: whose is the other end of a loopback connection, and who listens on a port. [`parse`] is
-//! pure; [`sockets`] and [`owner_of_peer`] read the table of this process's network namespace.
+//! It answers two questions: who listens on a port, and, where the kernel cannot be asked for a single socket, whose the
+//! other end of a loopback connection is. [`parse`] is pure; [`sockets`] and [`owner_of_peer`] are about this process's
+//! network namespace.
 
 use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use crate::sock_diag;
 
 /// One socket of the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +45,11 @@ pub fn sockets() -> io::Result<Vec<Socket>> {
 /// `None`: the peer's socket is not in this network namespace, or no process holds it any more.
 pub fn owner_of_peer(ours: SocketAddr, peer: SocketAddr) -> io::Result<Option<u32>> {
     let (ours, peer) = (canonical(ours), canonical(peer));
+    sock_diag::owner(peer, ours).or_else(|_| owner_in_table(ours, peer))
+}
+
+/// The same where the kernel takes no questions about single sockets.
+fn owner_in_table(ours: SocketAddr, peer: SocketAddr) -> io::Result<Option<u32>> {
     let is_peer = |s: &Socket| s.local == peer && s.remote == ours && s.inode != 0;
     let v4 = fs::read_to_string("/proc/net/tcp")?;
     if let Some(socket) = parse(&v4).find(is_peer) {
@@ -146,8 +154,9 @@ mod tests {
             let Ok(listener) = TcpListener::bind(address) else { continue };
             let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
             let (accepted, peer) = listener.accept().unwrap();
-            let owner = owner_of_peer(accepted.local_addr().unwrap(), peer).unwrap();
-            assert_eq!(owner, Some(rustix::process::getuid().as_raw()), "{address}");
+            let (ours, me) = (accepted.local_addr().unwrap(), Some(rustix::process::getuid().as_raw()));
+            assert_eq!(sock_diag::owner(peer, ours).unwrap(), me, "{address}");
+            assert_eq!(owner_in_table(ours, peer).unwrap(), me, "{address}");
             drop((client, accepted));
         }
     }
@@ -155,6 +164,28 @@ mod tests {
     #[test]
     fn a_connection_that_nobody_holds_has_no_owner() {
         let nobody: SocketAddr = "127.0.0.1:1".parse().unwrap();
-        assert_eq!(owner_of_peer(nobody, nobody).unwrap(), None);
+        assert_eq!(sock_diag::owner(nobody, nobody).unwrap(), None);
+        assert_eq!(owner_in_table(nobody, nobody).unwrap(), None);
+    }
+
+    #[test]
+    fn a_listener_is_nobody_s_peer_and_a_v4_mapped_socket_is_found_by_its_ipv4_addresses() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let here = listener.local_addr().unwrap();
+        let nobody: SocketAddr = "127.0.0.1:1".parse().unwrap();
+        assert_eq!(sock_diag::owner(here, nobody).unwrap(), None);
+        let mapped: SocketAddr = format!("[::ffff:127.0.0.1]:{}", here.port()).parse().unwrap();
+        let Ok(_client) = TcpStream::connect(mapped) else { return };
+        let (accepted, peer) = listener.accept().unwrap();
+        let owner = owner_of_peer(accepted.local_addr().unwrap(), peer).unwrap();
+        assert_eq!(owner, Some(rustix::process::getuid().as_raw()));
+    }
+
+    #[test]
+    fn who_has_hung_up_is_nobody() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        drop(TcpStream::connect(listener.local_addr().unwrap()).unwrap());
+        let (accepted, peer) = listener.accept().unwrap();
+        assert_eq!(owner_of_peer(accepted.local_addr().unwrap(), peer).unwrap(), None);
     }
 }

@@ -50,7 +50,7 @@ async fn unmoved_by<T: Send + 'static>(
     let kept = trouble.await.expect("the trouble itself goes well");
     during.assert_none_failed(50);
     // Not a measurement, but a hung neighbour would be seen: the quantile is compared with room for a busy machine.
-    let bound = quiet.quantile(0.99) * 2 + Duration::from_millis(250);
+    let bound = quiet.quantile(0.99) * 2 + Duration::from_secs(2);
     assert!(during.quantile(0.99) < bound, "{:?} became {:?}", quiet.quantile(0.99), during.quantile(0.99));
     kept
 }
@@ -121,7 +121,6 @@ async fn a_client_that_leaves_ten_thousand_tiny_messages_unread_delays_nobody() 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "open defect: not all of the others' requests come through while 2,000 clients hang up"]
 async fn two_thousand_clients_that_hang_up_at_once_end_nobody_else_s_request() {
     sheetbend_tests::raise_file_limit();
     let mesh = Mesh::local();

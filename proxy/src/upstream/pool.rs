@@ -18,8 +18,9 @@ use crate::telemetry::{Counter, Telemetry};
 
 /// Streams on one shared connection before another is dialed: 80 % of the 128 that our proxies allow.
 const FULL: usize = 128 * 80 / 100;
-/// Shared connections to one endpoint, for one worker.
-const MOST_SHARED: usize = 4;
+/// Shared connections to one endpoint that one worker keeps though nothing is under way on them. While something is,
+/// there are as many as it takes: a request that waits for another's stream would be coupled to a stranger.
+const IDLE_SHARED: usize = 2;
 /// Kept connections to one endpoint, for one worker.
 const MOST_KEPT: usize = 64;
 /// How long a kept connection is trusted to be open at the other end.
@@ -169,7 +170,7 @@ impl Pool {
             };
             return Ok((Sender::Http1(sender), checkout));
         }
-        if let Some((sender, streams)) = self.take_shared(endpoint, FULL) {
+        if let Some((sender, streams)) = self.take_shared(endpoint) {
             checkout.streams = Some(streams);
             return Ok((Sender::Http2(sender), checkout));
         }
@@ -179,7 +180,7 @@ impl Pool {
         };
         let _turn = dialing.lock().await;
         // Whoever had the turn before may have dialed what serves us too.
-        if let Some((sender, streams)) = self.take_shared(endpoint, FULL) {
+        if let Some((sender, streams)) = self.take_shared(endpoint) {
             checkout.streams = Some(streams);
             return Ok((Sender::Http2(sender), checkout));
         }
@@ -216,14 +217,16 @@ impl Pool {
     fn take_shared(
         &self,
         endpoint: &Arc<EndpointState>,
-        full: usize,
     ) -> Option<(http2::SendRequest<RequestBody>, Arc<AtomicUsize>)> {
         let mut all = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
         let shared = &mut all.get_mut(&key(endpoint, Wire::Http2))?.shared;
-        shared.retain(|(sender, _)| !sender.is_closed());
-        let many = shared.len() >= MOST_SHARED;
+        let mut idle = 0;
+        shared.retain(|(sender, streams)| {
+            idle += usize::from(streams.load(Relaxed) == 0);
+            !sender.is_closed() && (streams.load(Relaxed) > 0 || idle <= IDLE_SHARED)
+        });
         let (sender, streams) = shared.iter().min_by_key(|(_, streams)| streams.load(Relaxed))?;
-        if !many && streams.load(Relaxed) >= full {
+        if streams.load(Relaxed) >= FULL {
             return None;
         }
         streams.fetch_add(1, Relaxed);
