@@ -216,7 +216,8 @@ fn sides(bench: &Bench<'_>, system: System, dir: &Path, entry: SocketAddr, middl
                 command.arg("--token-file").arg(bench.mesh.token(service, dir)?);
                 if side == "inbound" {
                     let (port, inbound) = (bench.origin.port().to_string(), middle.to_string());
-                    command.args(["--port", &port, "--inbound", &inbound, "--allow", pki::CALLER]);
+                    command.args(["--port", &port, "--inbound", &inbound, "--app", "127.0.0.1"]);
+                    command.args(["--allow", pki::CALLER]);
                     command.args(["--outbound", "127.0.0.1:0"]);
                 } else {
                     command.args([

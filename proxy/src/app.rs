@@ -4,9 +4,9 @@
 //! say goodbye on inbound, keep outbound until the app is gone, end.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
@@ -20,8 +20,9 @@ use sheetbend_control_plane_client::report::{self, ReportConfig, Reporter};
 use tokio::sync::{mpsc, watch};
 
 use crate::admin::{Admin, AdminState, Scope};
+use crate::here::{Here, Redirected};
 use crate::inbound::{Inbound, Port};
-use crate::listen::{Accepted, BindError, Listener, bind, original_destination};
+use crate::listen::{Accepted, BindError, Listener, bind, bind_each, original_destination};
 use crate::outbound::Outbound;
 use crate::proc_net;
 use crate::route::Routes;
@@ -43,9 +44,9 @@ pub struct Config {
     pub advertise: IpAddr,
     /// The explicit listener: absolute-form and CONNECT.
     pub explicit: Option<SocketAddr>,
-    /// The listener of redirected outbound connections.
-    pub transparent: Option<SocketAddr>,
-    /// The listener of connections for the app: redirected ones, and those of peers that were told this port.
+    /// The listeners of redirected outbound connections. IPv6 is left out where there is none.
+    pub transparent: Vec<SocketAddr>,
+    /// The listener of redirected connections for the app. `[::]` is 0.0.0.0 where there is no IPv6.
     pub redirected_inbound: Option<SocketAddr>,
     /// Local ports that lead to one destination each.
     pub upstreams: Vec<(SocketAddr, Target)>,
@@ -74,7 +75,8 @@ pub struct AppPort {
     pub port: u16,
     /// What it speaks.
     pub protocol: AppProtocol,
-    /// Where its own inbound listener binds; port 0 takes a free one. `None`: what is redirected is all there is.
+    /// Where its own inbound listener binds; port 0 takes a free one. `None`: peers connect to the app's own address, and
+    /// what they send there is redirected.
     pub listen: Option<SocketAddr>,
 }
 
@@ -121,15 +123,10 @@ pub(crate) struct Shared {
     pub(crate) allow: Vec<SpiffeId>,
     pub(crate) inbound_drain: watch::Sender<bool>,
     pub(crate) outbound_drain: watch::Sender<bool>,
-    own: RwLock<Vec<SocketAddr>>,
+    pub(crate) here: Here,
 }
 
 impl Shared {
-    /// Whether an address is one of this proxy's own listeners.
-    pub(crate) fn is_own(&self, address: SocketAddr) -> bool {
-        self.own.read().unwrap_or_else(PoisonError::into_inner).contains(&address)
-    }
-
     fn takes(&self, ours: SocketAddr, peer: SocketAddr) -> bool {
         if !self.same_user_only {
             return true;
@@ -153,43 +150,24 @@ pub struct Proxy {
     shared: Arc<Shared>,
     explicit: Option<SocketAddr>,
     admin: SocketAddr,
-    inbound: HashMap<u16, (SocketAddr, Arc<Port>)>,
+    inbound: HashMap<u16, Served>,
     registration: watch::Sender<Option<Registration>>,
     advertise: IpAddr,
     reporter: Reporter,
     tasks: Vec<tokio::task::JoinHandle<()>>,
 }
 
-/// What comes in on one listener for all ports of the app.
-struct Redirected {
-    own: SocketAddr,
-    service: String,
-    ports: HashMap<u16, Arc<Port>>,
-}
-
-impl Redirected {
-    /// The port that a connection is for. A redirected one says so by its original destination, which is also where the
-    /// app is dialed: one that is bound to the pod's address works, one bound to loopback stays private. A peer that
-    /// connects to the listener itself means the only port.
-    fn port(&self, original: Option<SocketAddr>) -> Option<Arc<Port>> {
-        match original {
-            None if self.ports.len() == 1 => self.ports.values().next().cloned(),
-            None => None,
-            Some(original) if original.port() == self.own.port() => None,
-            Some(original) => {
-                let known = self.ports.get(&original.port());
-                let name = format!("{}:{}", self.service, original.port()).into();
-                let protocol = known.map_or(AppProtocol::Detect, |port| port.protocol);
-                let app = ArcSwap::new(Port::app_at(original));
-                Some(Arc::new(Port { port: original.port(), protocol, name, app }))
-            }
-        }
-    }
+/// A port of the app, as others reach it.
+struct Served {
+    at: SocketAddr,
+    protocol: AppProtocol,
+    /// Whose app has a place of its own; `None` where it is at `at` itself.
+    app: Option<Arc<Port>>,
 }
 
 /// Work for a worker.
 enum Job {
-    Redirected(Accepted, Arc<Redirected>),
+    Redirected(Accepted),
     Explicit(Accepted),
     Fixed(Accepted, Target),
     Transparent(Accepted),
@@ -205,8 +183,7 @@ impl Proxy {
         };
         // Ports first: one that is taken is told before anybody is asked for anything.
         let explicit = config.explicit.map(bind).transpose().map_err(what("the outbound listener"))?;
-        let transparent =
-            config.transparent.map(bind).transpose().map_err(what("the redirected traffic's listener"))?;
+        let transparent = bind_each(&config.transparent).map_err(what("the redirected traffic's listener"))?;
         let mut upstreams = Vec::new();
         for (address, target) in &config.upstreams {
             let listener = bind(*address).map_err(what(&format!("the local port for {target}")))?;
@@ -218,7 +195,7 @@ impl Proxy {
             let listener = bound.map_err(what(&format!("the inbound listener of port {}", port.port)))?;
             ports.push((listener, *port));
         }
-        let redirected = config.redirected_inbound.map(bind).transpose().map_err(what("the inbound listener"))?;
+        let redirected = bind_each(config.redirected_inbound.as_slice()).map_err(what("the inbound listener"))?;
         let admin = tokio::net::TcpListener::bind(config.admin).await?;
 
         let identity = Arc::new(IdentityStore::new());
@@ -253,9 +230,39 @@ impl Proxy {
         tasks.push(tokio::spawn(reporting));
 
         let admin_address = admin.local_addr()?;
-        let mut own = vec![admin_address];
-        own.extend(explicit.iter().chain(&transparent).chain(&redirected).map(Listener::local_addr));
-        own.extend(upstreams.iter().map(|(listener, _)| listener.local_addr()));
+        let mut listeners = vec![admin_address];
+        listeners.extend(explicit.iter().chain(&redirected).map(Listener::local_addr));
+        listeners.extend(upstreams.iter().map(|(listener, _)| listener.local_addr()));
+        // Redirection leads every address of this host to these, whatever they are bound to.
+        let everywhere = |listener: &Listener| SocketAddr::from((Ipv6Addr::UNSPECIFIED, listener.local_addr().port()));
+        listeners.extend(transparent.iter().map(everywhere));
+        let mut inbound = HashMap::new();
+        let mut feeds = Vec::new();
+        let mut protocols = HashMap::new();
+        for (listener, port) in ports {
+            let served = match listener {
+                Some(listener) => {
+                    let app = ArcSwap::new(Port::app_at(SocketAddr::from((Ipv4Addr::LOCALHOST, port.port))));
+                    let name = format!("{service}:{}", port.port).into();
+                    let app = Arc::new(Port { port: port.port, protocol: port.protocol, name, app });
+                    let at = listener.local_addr();
+                    feeds.push((listener, Arc::clone(&app)));
+                    Served { at, protocol: port.protocol, app: Some(app) }
+                }
+                None => {
+                    protocols.insert(port.port, port.protocol);
+                    let at = SocketAddr::new(config.advertise, port.port);
+                    Served { at, protocol: port.protocol, app: None }
+                }
+            };
+            inbound.insert(port.port, served);
+        }
+        let here = Here {
+            listeners,
+            advertise: config.advertise,
+            ports: feeds.iter().map(|(listener, port)| (listener.local_addr(), Arc::clone(port))).collect(),
+            redirected: (!redirected.is_empty()).then(|| Redirected::new(service.to_string(), protocols)),
+        };
         let shared = Arc::new(Shared {
             identity,
             discovery,
@@ -268,7 +275,7 @@ impl Proxy {
             allow: config.allow,
             inbound_drain: watch::Sender::new(false),
             outbound_drain: watch::Sender::new(false),
-            own: RwLock::new(own),
+            here,
         });
         tasks.push(tokio::spawn(Admin::serve(admin, Arc::new(admin_state(&shared)), Scope::Everything)));
 
@@ -277,31 +284,17 @@ impl Proxy {
         if let Some(listener) = explicit {
             tasks.push(workers.feed(listener, Job::Explicit));
         }
-        if let Some(listener) = transparent {
+        for listener in transparent {
             tasks.push(workers.feed(listener, Job::Transparent));
         }
         for (listener, target) in upstreams {
             tasks.push(workers.feed(listener, move |accepted| Job::Fixed(accepted, target.clone())));
         }
-        let mut inbound = HashMap::new();
-        let common = redirected.as_ref().map(Listener::local_addr);
-        for (listener, port) in ports {
-            let app = ArcSwap::new(Port::app_at(SocketAddr::from((Ipv4Addr::LOCALHOST, port.port))));
-            let name = format!("{service}:{}", port.port).into();
-            let served = Arc::new(Port { port: port.port, protocol: port.protocol, name, app });
-            let Some(address) = listener.as_ref().map(Listener::local_addr).or(common) else { continue };
-            inbound.insert(port.port, (address, Arc::clone(&served)));
-            if let Some(listener) = listener {
-                tasks.push(workers.feed(listener, move |accepted| Job::Inbound(accepted, Arc::clone(&served))));
-            }
+        for (listener, port) in feeds {
+            tasks.push(workers.feed(listener, move |accepted| Job::Inbound(accepted, Arc::clone(&port))));
         }
-        if let Some(listener) = redirected {
-            let ports = Arc::new(Redirected {
-                own: listener.local_addr(),
-                service: service.to_string(),
-                ports: inbound.iter().map(|(port, (_, served))| (*port, Arc::clone(served))).collect(),
-            });
-            tasks.push(workers.feed(listener, move |accepted| Job::Redirected(accepted, Arc::clone(&ports))));
+        for listener in redirected {
+            tasks.push(workers.feed(listener, Job::Redirected));
         }
         let advertise = config.advertise;
         Ok(Self {
@@ -328,14 +321,17 @@ impl Proxy {
 
     /// Where traffic for a port of the app comes in.
     pub fn inbound(&self, port: u16) -> Option<SocketAddr> {
-        self.inbound.get(&port).map(|(address, _)| *address)
+        self.inbound.get(&port).map(|served| served.at)
     }
 
-    /// Tells the mesh that a port is served from now on, by the app at `app`.
+    /// Tells the mesh that a port is served from now on, by the app at `app`. What is redirected goes to the address that
+    /// its caller meant instead.
     pub fn register(&self, port: u16, app: SocketAddr) {
-        let Some((inbound, served)) = self.inbound.get(&port) else { return };
-        served.app.store(Port::app_at(app));
-        let added = RegisteredPort { port, inbound: inbound.port(), protocol: served.protocol };
+        let Some(served) = self.inbound.get(&port) else { return };
+        if let Some(port) = &served.app {
+            port.app.store(Port::app_at(app));
+        }
+        let added = RegisteredPort { port, inbound: served.at.port(), protocol: served.protocol };
         self.registration.send_modify(|registration| {
             let empty = || Registration { address: self.advertise, ports: Vec::new() };
             let registration = registration.get_or_insert_with(empty);
@@ -438,7 +434,7 @@ async fn carry(job: Job, outbound: Outbound) {
         Job::Fixed(accepted, target) => (accepted, Kind::Fixed(target)),
         Job::Transparent(accepted) => (accepted, Kind::Transparent),
         Job::Inbound(accepted, port) => (accepted, Kind::Inbound(port)),
-        Job::Redirected(accepted, ports) => (accepted, Kind::Redirected(ports)),
+        Job::Redirected(accepted) => (accepted, Kind::Redirected),
     };
     let peer = accepted.peer;
     let Ok(stream) = accepted.register() else { return };
@@ -454,13 +450,16 @@ async fn carry(job: Job, outbound: Outbound) {
             Ok(None) => outbound.shared.telemetry.count(Counter::RefusedLoop),
             Err(error) => tracing::warn!(%peer, %error, "no original destination"),
         },
-        Kind::Redirected(ports) => match ports.port(original_destination(&stream).ok().flatten()) {
-            Some(port) => {
-                let inbound = Inbound { shared: outbound.shared, pool: outbound.pool, port };
-                inbound.connection(Box::new(stream), peer).await;
+        Kind::Redirected => {
+            let original = original_destination(&stream).ok().flatten();
+            match original.and_then(|original| outbound.shared.here.port_at(original)) {
+                Some(port) => {
+                    let inbound = Inbound { shared: outbound.shared, pool: outbound.pool, port };
+                    inbound.connection(Box::new(stream), peer).await;
+                }
+                None => outbound.shared.telemetry.count(Counter::RefusedLoop),
             }
-            None => outbound.shared.telemetry.count(Counter::RefusedLoop),
-        },
+        }
         Kind::Inbound(port) => {
             let inbound = Inbound { shared: outbound.shared, pool: outbound.pool, port };
             let io: BoxIo = Box::new(stream);
@@ -470,7 +469,7 @@ async fn carry(job: Job, outbound: Outbound) {
 }
 
 enum Kind {
-    Redirected(Arc<Redirected>),
+    Redirected,
     Explicit,
     Fixed(Target),
     Transparent,

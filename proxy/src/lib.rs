@@ -6,6 +6,7 @@ pub mod client_hello;
 pub mod detect;
 pub mod first_bytes;
 mod forward;
+mod here;
 pub mod http;
 mod inbound;
 pub mod listen;

@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io::{self, ErrorKind};
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -91,11 +91,32 @@ pub fn bind(addr: SocketAddr) -> Result<Listener, BindError> {
         Some(Errno::ACCESS | Errno::PERM) => BindError::NoPermission(addr),
         Some(Errno::AFNOSUPPORT) if addr.is_ipv6() => BindError::NoIpv6(addr),
         // What the kernel says of an IPv6 address when the protocol is there and switched off.
-        Some(Errno::ADDRNOTAVAIL) if addr == SocketAddr::from(([0u16; 8], addr.port())) => BindError::NoIpv6(addr),
+        Some(Errno::ADDRNOTAVAIL) if is_everywhere(addr.ip()) => BindError::NoIpv6(addr),
         Some(Errno::ADDRNOTAVAIL) => BindError::NoSuchAddress(addr),
         Some(Errno::MFILE | Errno::NFILE) => BindError::NoDescriptors(addr),
         _ => BindError::Other { addr, source },
     })
+}
+
+/// IPv6 addresses that are there wherever IPv6 is.
+fn is_everywhere(ip: IpAddr) -> bool {
+    ip.is_ipv6() && (ip.is_unspecified() || ip.is_loopback())
+}
+
+/// Listens on every one of `addresses`, but on IPv6 only where there is IPv6; on all of IPv4 in place of `[::]`.
+pub fn bind_each(addresses: &[SocketAddr]) -> Result<Vec<Listener>, BindError> {
+    let mut listeners = Vec::new();
+    for address in addresses {
+        match bind(*address) {
+            Ok(listener) => listeners.push(listener),
+            Err(BindError::NoIpv6(_)) if address.ip().is_unspecified() => {
+                listeners.push(bind(SocketAddr::from((Ipv4Addr::UNSPECIFIED, address.port())))?);
+            }
+            Err(BindError::NoIpv6(_)) if addresses.iter().any(SocketAddr::is_ipv4) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(listeners)
 }
 
 fn listening_socket(addr: SocketAddr) -> io::Result<Socket> {

@@ -40,13 +40,17 @@ struct Args {
     #[arg(long, value_name = "PORT")]
     port: Vec<u16>,
 
-    /// Where connections of the app that were redirected come in
-    #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:15101")]
-    outbound: SocketAddr,
+    /// Where connections of the app that were redirected come in. May be repeated
+    #[arg(long, value_name = "ADDRESS", default_values = ["127.0.0.1:15101", "[::1]:15101"])]
+    outbound: Vec<SocketAddr>,
 
-    /// Where connections for the app that were redirected come in; also where peers connect
-    #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:15106")]
+    /// Where connections for the app that were redirected come in
+    #[arg(long, value_name = "ADDRESS", default_value = "[::]:15106")]
     inbound: SocketAddr,
+
+    /// Where the app is, if nothing is redirected to --inbound: peers then connect to --inbound itself, for the one --port
+    #[arg(long, value_name = "IP")]
+    app: Option<IpAddr>,
 
     /// A listener for apps that name this proxy themselves (http_proxy)
     #[arg(long, value_name = "ADDRESS")]
@@ -117,6 +121,10 @@ fn run(args: Args) -> Result<(), Failure> {
     let file = args.token_file.display();
     let token = std::fs::read_to_string(&args.token_file).map_err(|why| (2, format!("--token-file {file}: {why}")))?;
     let token: JoinToken = token.trim().parse().map_err(|why| (2, format!("--token-file {file}: {why}")))?;
+    if args.app.is_some() && args.port.len() != 1 {
+        return Err((2, format!("--app needs one --port, here are {}: --inbound leads to that one", args.port.len())));
+    }
+    let app = args.app;
     let config = Config {
         control_plane: args.control_plane,
         proof: Proof::Join(token),
@@ -124,13 +132,13 @@ fn run(args: Args) -> Result<(), Failure> {
         patience: Duration::from_secs(60),
         advertise: args.advertise,
         explicit: args.explicit,
-        transparent: Some(args.outbound),
-        redirected_inbound: Some(args.inbound),
+        transparent: args.outbound,
+        redirected_inbound: app.is_none().then_some(args.inbound),
         upstreams: args.upstream,
         ports: args
             .port
             .iter()
-            .map(|port| AppPort { port: *port, protocol: AppProtocol::Detect, listen: None })
+            .map(|port| AppPort { port: *port, protocol: AppProtocol::Detect, listen: app.map(|_| args.inbound) })
             .collect(),
         admin: args.admin,
         same_user_only: false,
@@ -142,10 +150,10 @@ fn run(args: Args) -> Result<(), Failure> {
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|why| (1, format!("cannot start: {why}")))?;
-    runtime.block_on(serve(config, args.port))
+    runtime.block_on(serve(config, args.port, app.unwrap_or(Ipv4Addr::LOCALHOST.into())))
 }
 
-async fn serve(config: Config, ports: Vec<u16>) -> Result<(), Failure> {
+async fn serve(config: Config, ports: Vec<u16>, app: IpAddr) -> Result<(), Failure> {
     /// How long others may still connect after the registration is withdrawn.
     const STILL_ACCEPTS: Duration = Duration::from_secs(5);
     /// When inbound is gone.
@@ -158,7 +166,7 @@ async fn serve(config: Config, ports: Vec<u16>) -> Result<(), Failure> {
         _ = interrupt.recv() => return Ok(()),
     };
     for port in ports {
-        proxy.register(port, SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
+        proxy.register(port, SocketAddr::new(app, port));
     }
     tracing::info!(admin = %proxy.admin(), "ready");
     tokio::select! {

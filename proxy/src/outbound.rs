@@ -52,7 +52,7 @@ impl Outbound {
     ///
     /// Boxed by its callers: a tunnel within HTTP comes back here.
     pub(crate) async fn caught(self, mut io: BoxIo, target: Target, peer: SocketAddr) {
-        if let Some(address) = target.address().filter(|address| self.shared.is_own(*address)) {
+        if let Some(address) = target.address().filter(|address| self.shared.here.is_listener(*address)) {
             self.shared.telemetry.count(Counter::RefusedLoop);
             tracing::warn!(%address, "a connection to this proxy itself is refused");
             return;
@@ -154,7 +154,7 @@ impl Outbound {
                 .map_err(|_| Error::Refused(Refusal::Malformed("the authority is not a host and a port")))?,
             (None, None) => return Err(Error::Refused(Refusal::Malformed("no authority"))),
         };
-        if let Some(address) = target.address().filter(|address| self.shared.is_own(*address)) {
+        if let Some(address) = target.address().filter(|address| self.shared.here.is_listener(*address)) {
             return Err(Error::Loop(address));
         }
         let authority = match named {
@@ -213,7 +213,7 @@ impl Outbound {
         let Ok(target) = Target::new(host(authority.host()), authority.port_u16().unwrap_or(443)) else {
             return Err(malformed);
         };
-        if let Some(address) = target.address().filter(|address| self.shared.is_own(*address)) {
+        if let Some(address) = target.address().filter(|address| self.shared.here.is_listener(*address)) {
             return Err(Error::Loop(address));
         }
         self.shared.telemetry.count(Counter::ConnectsTunnelled);

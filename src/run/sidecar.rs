@@ -113,7 +113,7 @@ fn config(plan: &Plan, token: JoinToken, control_plane: String, advertise: IpAdd
         patience: PATIENCE,
         advertise,
         explicit: Some(loopback(0)),
-        transparent: None,
+        transparent: Vec::new(),
         redirected_inbound: None,
         upstreams: upstreams.collect(),
         ports: ports.collect(),

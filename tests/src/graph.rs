@@ -48,6 +48,10 @@ impl Edge {
 /// The edges that the graph of an admin port has.
 pub async fn edges(admin: SocketAddr) -> Vec<Edge> {
     let answer = crate::http::get(admin, "/graph?format=json").await;
-    let graph = answer.unwrap_or_else(|e| panic!("the graph of {admin}: {e}")).json();
+    read_edges(&answer.unwrap_or_else(|e| panic!("the graph of {admin}: {e}")).json())
+}
+
+/// The edges of a graph as an admin port gives it.
+pub fn read_edges(graph: &Value) -> Vec<Edge> {
     graph["edges"].as_array().map(|edges| edges.iter().map(Edge::read).collect()).unwrap_or_default()
 }

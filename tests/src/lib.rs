@@ -5,6 +5,7 @@
 
 mod app;
 mod binaries;
+mod cable;
 mod graph;
 pub mod http;
 mod impostor;
@@ -12,17 +13,20 @@ mod load;
 mod mesh;
 mod need;
 mod netns;
+mod pod;
 mod process;
 pub mod tls;
 mod wait;
 
 pub use app::{AnyBody, App, full, long};
 pub use binaries::{binary, workspace};
-pub use graph::{Edge, edges};
+pub use cable::{Cable, assert_secret, shows};
+pub use graph::{Edge, edges, read_edges};
 pub use impostor::Impostor;
 pub use load::{Load, Tally};
 pub use mesh::{Mesh, Run, START, Sidecar};
 pub use need::{leave_out, namespaces, print_left_out, program, python, root, tools};
-pub use netns::{Host, two_hosts};
+pub use netns::{Host, two_hosts, two_pods};
+pub use pod::{PYTHON, Pod, PodBuilder, pods};
 pub use process::{Finished, Process, finish, raise_file_limit};
 pub use wait::{eventually, free_port, loopback, until, until_accepts};

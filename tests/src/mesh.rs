@@ -42,25 +42,49 @@ impl Mesh {
 
     /// A mesh with a CA and a control plane process on loopback; `flags` are added to `sheetbend control-plane`.
     pub fn with_control_plane(flags: &[&str]) -> Self {
-        Self::start(flags, None, loopback(free_port()))
+        Self::start(flags, None, None, loopback(free_port()))
     }
 
     /// The same on a host made of a network namespace, on 15112 of its IPv4 address.
     pub fn with_control_plane_on(host: &Host, flags: &[&str]) -> Self {
-        let address = host.v4.to_string();
-        let flags = [flags, &["--dns", &address]].concat();
-        Self::start(&flags, Some(host.name().into()), SocketAddr::new(host.v4.into(), 15112))
+        Self::on(host, None, flags)
     }
 
-    fn start(flags: &[&str], netns: Option<String>, listen: SocketAddr) -> Self {
+    /// The same, with resources for the control plane to read (YAML); [`Mesh::write_resources`] changes them.
+    pub fn with_resources_on(host: &Host, resources: &str, flags: &[&str]) -> Self {
+        Self::on(host, Some(resources), flags)
+    }
+
+    fn on(host: &Host, resources: Option<&str>, flags: &[&str]) -> Self {
+        let address = host.v4.to_string();
+        let flags = [flags, &["--dns", &address]].concat();
+        Self::start(&flags, resources, Some(host.name().into()), SocketAddr::new(host.v4.into(), 15112))
+    }
+
+    fn start(flags: &[&str], resources: Option<&str>, netns: Option<String>, listen: SocketAddr) -> Self {
         let mut mesh = Self::local();
         let ca = mesh.ca();
         mesh.finish(&[OsStr::new("certs"), "init".as_ref(), "--dir".as_ref(), ca.as_ref()]).ok();
-        let flags = flags.iter().map(ToString::to_string).collect();
+        let mut flags: Vec<String> = flags.iter().map(ToString::to_string).collect();
+        if let Some(resources) = resources {
+            mesh.write_resources(resources);
+            flags.extend(["--resources".into(), mesh.resources().display().to_string()]);
+        }
         let admin = loopback(free_port());
         mesh.control_plane = Some(ControlPlane { process: None, listen, admin, netns, flags });
         mesh.start_control_plane();
         mesh
+    }
+
+    /// Replaces what the control plane reads, which it notices by itself.
+    pub fn write_resources(&self, yaml: &str) {
+        let folder = self.resources();
+        std::fs::create_dir_all(&folder).expect("a folder for resources");
+        std::fs::write(folder.join("mesh.yaml"), yaml).expect("the resources are written");
+    }
+
+    fn resources(&self) -> PathBuf {
+        self.folder.path().join("resources")
     }
 
     /// Starts the control plane (again), and waits until it serves.
@@ -80,7 +104,7 @@ impl Mesh {
             }
             Some(netns) => until("the control plane accepts", START, || {
                 assert!(process.is_alive(), "{}", process.told());
-                listens(netns, control_plane.listen.port()).then_some(())
+                crate::netns::listens(netns, control_plane.listen.port()).then_some(())
             }),
         }
     }
@@ -135,6 +159,13 @@ impl Mesh {
     /// Runs `sheetbend ARGS…` to its end.
     pub fn finish<I: IntoIterator<Item: AsRef<OsStr>>>(&self, args: I) -> Finished {
         finish(self.sheetbend(args), START)
+    }
+
+    /// A join token for a service.
+    pub fn token(&self, service: &str) -> String {
+        let mut create = self.sheetbend(["token", "create", "--ttl", "10m", "--service", service]);
+        create.arg("--dir").arg(self.ca());
+        finish(create, START).ok()
     }
 
     /// A program beside its own sidecar, as `service`.
@@ -210,10 +241,7 @@ impl Run<'_> {
             command.args(["--port", &port.to_string()]);
         }
         if let Some(control_plane) = &self.mesh.control_plane {
-            let ca = self.mesh.ca();
-            let mut create = self.mesh.sheetbend(["token", "create", "--ttl", "10m", "--service", &self.service]);
-            create.arg("--dir").arg(&ca);
-            let token = finish(create, START).ok();
+            let token = self.mesh.token(&self.service);
             let file = tempfile::Builder::new().prefix("token-").tempfile_in(self.mesh.folder.path());
             let (_, file) = file.and_then(|f| Ok(f.keep()?)).expect("a file for the token");
             std::fs::write(&file, token).expect("the token is written");
@@ -232,7 +260,7 @@ impl Run<'_> {
                 assert!(sidecar.process.is_alive(), "{}", sidecar.process.told());
                 match &self.netns {
                     None => std::net::TcpStream::connect(loopback(port)).is_ok().then_some(()),
-                    Some(netns) => listens(netns, port).then_some(()),
+                    Some(netns) => crate::netns::listens(netns, port).then_some(()),
                 }
             });
         }
@@ -337,13 +365,17 @@ impl Sidecar {
 
     /// The sum of a counter over all of its labels that contain each of `labels` (`response_code="200"`).
     pub async fn counter(&self, name: &str, labels: &[&str]) -> f64 {
-        let metrics = self.page("/metrics").await.text();
-        let lines = metrics.lines().filter(|line| {
-            line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']))
-                && labels.iter().all(|label| line.contains(label))
-        });
-        lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+        counter(&self.page("/metrics").await.text(), name, labels)
     }
+}
+
+/// The sum of a counter of a `/metrics` page over all of its labels that contain each of `labels`.
+pub(crate) fn counter(metrics: &str, name: &str, labels: &[&str]) -> f64 {
+    let lines = metrics.lines().filter(|line| {
+        line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']))
+            && labels.iter().all(|label| line.contains(label))
+    });
+    lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
 }
 
 fn in_namespace(netns: Option<&str>, program: &Path) -> Command {
@@ -351,17 +383,6 @@ fn in_namespace(netns: Option<&str>, program: &Path) -> Command {
     let mut command = Command::new("ip");
     command.args(["netns", "exec", netns]).arg(program);
     command
-}
-
-/// Whether anything listens on a TCP port in a namespace; from outside one cannot connect.
-fn listens(netns: &str, port: u16) -> bool {
-    let out = Command::new("ip").args(["netns", "exec", netns, "cat", "/proc/net/tcp", "/proc/net/tcp6"]).output();
-    let table = out.map(|out| String::from_utf8_lossy(&out.stdout).into_owned()).unwrap_or_default();
-    let (port, listen) = (format!(":{port:04X}"), "0A");
-    table.lines().any(|line| {
-        let mut words = line.split_whitespace().skip(1);
-        words.next().is_some_and(|local| local.ends_with(&port)) && words.nth(1) == Some(listen)
-    })
 }
 
 /// The IPv4 addresses on which a process listens.

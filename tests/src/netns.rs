@@ -1,4 +1,4 @@
-//! Hosts made of network namespaces: two of them and a cable are two machines.
+//! Hosts made of network namespaces: two of them and a cable are two machines, two on a third are pods on a node.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
@@ -21,13 +21,29 @@ pub fn two_hosts() -> (Host, Host) {
     let right = Host::new(2);
     let (a, b) = (left.interface(), right.interface());
     ip(&["link", "add", &a, "netns", &left.name, "type", "veth", "peer", "name", &b, "netns", &right.name]);
-    for (host, end) in [(&left, &a), (&right, &b)] {
-        ip(&["-n", &host.name, "addr", "add", &format!("{}/24", host.v4), "dev", end]);
-        // Duplicate address detection would keep the address unusable for a second or two.
-        ip(&["-n", &host.name, "addr", "add", &format!("{}/64", host.v6), "dev", end, "nodad"]);
-        ip(&["-n", &host.name, "link", "set", end, "up"]);
-    }
+    left.give_addresses(&a);
+    right.give_addresses(&b);
     (left, right)
+}
+
+/// Two pods on a node: each has a cable to the node's bridge, whose end there is called as the pod's own, and its default
+/// route leads to the node. 10.77.0.1 and .2, and .3 is the node; fd77::1 to ::3. Needs [`crate::namespaces`].
+pub fn two_pods() -> (Host, Host, Host) {
+    const BRIDGE: &str = "pods";
+    let node = Host::new(3);
+    ip(&["-n", &node.name, "link", "add", BRIDGE, "type", "bridge"]);
+    node.give_addresses(BRIDGE);
+    let pods = [1, 2].map(Host::new);
+    for pod in &pods {
+        let end = pod.interface();
+        ip(&["link", "add", &end, "netns", &pod.name, "type", "veth", "peer", "name", &end, "netns", &node.name]);
+        ip(&["-n", &node.name, "link", "set", &end, "master", BRIDGE, "up"]);
+        pod.give_addresses(&end);
+        ip(&["-n", &pod.name, "route", "add", "default", "via", &node.v4.to_string()]);
+        ip(&["-n", &pod.name, "route", "add", "default", "via", &node.v6.to_string()]);
+    }
+    let [one, other] = pods;
+    (one, other, node)
 }
 
 impl Host {
@@ -38,6 +54,13 @@ impl Host {
         ip(&["netns", "add", &name]);
         ip(&["-n", &name, "link", "set", "lo", "up"]);
         Self { name, v4: Ipv4Addr::new(10, 77, 0, number), v6: Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, number.into()) }
+    }
+
+    fn give_addresses(&self, interface: &str) {
+        ip(&["-n", &self.name, "addr", "add", &format!("{}/24", self.v4), "dev", interface]);
+        // Duplicate address detection would keep the address unusable for a second or two.
+        ip(&["-n", &self.name, "addr", "add", &format!("{}/64", self.v6), "dev", interface, "nodad"]);
+        ip(&["-n", &self.name, "link", "set", interface, "up"]);
     }
 
     /// The name of its namespace, for `ip netns exec`.
@@ -65,6 +88,11 @@ impl Host {
         command
     }
 
+    /// Whether anything listens on a TCP port here; from outside one cannot tell by connecting.
+    pub fn listens(&self, port: u16) -> bool {
+        listens(&self.name, port)
+    }
+
     /// The name of its end of the cable.
     pub fn interface(&self) -> String {
         // Interface names are at most 15 bytes long.
@@ -81,6 +109,17 @@ impl Drop for Host {
     fn drop(&mut self) {
         let _ = Command::new("ip").args(["netns", "delete", &self.name]).output();
     }
+}
+
+/// Whether anything listens on a TCP port in a namespace; from outside one cannot connect.
+pub(crate) fn listens(netns: &str, port: u16) -> bool {
+    let out = Command::new("ip").args(["netns", "exec", netns, "cat", "/proc/net/tcp", "/proc/net/tcp6"]).output();
+    let table = out.map(|out| String::from_utf8_lossy(&out.stdout).into_owned()).unwrap_or_default();
+    let (port, listen) = (format!(":{port:04X}"), "0A");
+    table.lines().any(|line| {
+        let mut words = line.split_whitespace().skip(1);
+        words.next().is_some_and(|local| local.ends_with(&port)) && words.nth(1) == Some(listen)
+    })
 }
 
 #[track_caller]

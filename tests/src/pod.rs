@@ -1,0 +1,167 @@
+//! A pod of a story's own: a host whose traffic is redirected to a real sidecar, and an app, each under its own user.
+
+use std::fs;
+use std::net::IpAddr;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use tempfile::TempDir;
+
+use crate::graph::{Edge, read_edges};
+use crate::mesh::{Mesh, START};
+use crate::need::{namespaces, program};
+use crate::netns::Host;
+use crate::process::{Finished, Process, finish};
+use crate::wait::until;
+
+/// The user of the sidecar.
+const PROXY: u32 = 1515;
+/// The user of the app.
+const APP: u32 = 2000;
+/// A Python that every user may run; the one that is first on the PATH may be root's own.
+pub const PYTHON: &str = "/usr/bin/python3";
+
+/// What pods need of the machine.
+pub fn pods() -> Result<(), String> {
+    namespaces()?;
+    ["nft", "curl", "setpriv"].into_iter().try_for_each(|name| program(name).map(drop))?;
+    match Path::new(PYTHON).exists() {
+        true => Ok(()),
+        false => Err(format!("no {PYTHON} on this machine; as root, `make test` installs it")),
+    }
+}
+
+/// How a pod is to be made.
+#[derive(Debug)]
+pub struct PodBuilder<'a> {
+    mesh: &'a Mesh,
+    host: &'a Host,
+    service: String,
+    flags: Vec<String>,
+    intercept: Vec<String>,
+}
+
+/// A pod. Dropping it ends its sidecar.
+#[derive(Debug)]
+pub struct Pod<'a> {
+    /// Its network namespace.
+    pub host: &'a Host,
+    /// The sidecar.
+    pub proxy: Process,
+    folder: TempDir,
+}
+
+impl Mesh {
+    /// A pod of `service` on a host made of a network namespace, which must reach the control plane.
+    pub fn pod<'a>(&'a self, service: &str, host: &'a Host) -> PodBuilder<'a> {
+        PodBuilder { mesh: self, host, service: service.into(), flags: Vec::new(), intercept: Vec::new() }
+    }
+}
+
+impl<'a> PodBuilder<'a> {
+    /// A port of the app, known to others by `address`.
+    pub fn port(self, address: IpAddr, port: u16) -> Self {
+        self.flag(&["--advertise", &address.to_string(), "--port", &port.to_string()])
+    }
+
+    /// Flags of `sheetbend-proxy`.
+    pub fn flag(mut self, words: &[&str]) -> Self {
+        self.flags.extend(words.iter().map(ToString::to_string));
+        self
+    }
+
+    /// Flags of `sheetbend intercept install`.
+    pub fn intercept(mut self, words: &[&str]) -> Self {
+        self.intercept.extend(words.iter().map(ToString::to_string));
+        self
+    }
+
+    /// Redirects the host's traffic, starts the sidecar and waits until it is ready.
+    pub fn start(self) -> Pod<'a> {
+        let mut install = self.host.command(crate::binary("sheetbend"));
+        install.args(["intercept", "install"]).args(&self.intercept);
+        finish(install, START).ok();
+        let folder = readable_folder();
+        let token = folder.path().join("token");
+        fs::write(&token, self.mesh.token(&self.service)).expect("the token is written");
+        let mut command = self.host.command_as(PROXY, copy_of_the_proxy(folder.path()));
+        command.args(["--control-plane", &format!("https://{}", self.mesh.control_plane_address()), "--token-file"]);
+        command.arg(&token).args(&self.flags);
+        let mut proxy = Process::spawn(&format!("proxy-{}", self.service), folder.path(), command);
+        proxy.wait_for("ready", START);
+        Pod { host: self.host, proxy, folder }
+    }
+}
+
+impl Pod<'_> {
+    /// A command of the app's user.
+    pub fn command(&self, program: impl AsRef<Path>) -> Command {
+        self.host.command_as(APP, program)
+    }
+
+    /// Runs [`PYTHON`]` -c SCRIPT ARGS…` as the app for as long as this value lives, and waits until it accepts on `port`.
+    pub fn serve(&self, script: &str, args: &[&str], port: u16) -> Process {
+        let mut command = self.command(PYTHON);
+        command.args(["-u", "-c", script]).args(args);
+        let process = Process::spawn(&format!("app-{port}"), self.folder.path(), command);
+        until(&format!("the app accepts on {port}"), START, || self.host.listens(port).then_some(()));
+        process
+    }
+
+    /// Runs `curl` as the app, with what a script wants of it: no progress, but errors; 20 s at most.
+    pub fn curl(&self, args: &[&str]) -> Finished {
+        let mut command = self.command("curl");
+        command.args(["-sS", "-m", "20"]).args(args);
+        finish(command, Duration::from_secs(30))
+    }
+
+    /// One of the sidecar's admin pages.
+    pub fn page(&self, path: &str) -> String {
+        self.curl(&[&format!("http://127.0.0.1:15100{path}")]).ok()
+    }
+
+    /// The edges that the sidecar has seen.
+    pub fn edges(&self) -> Vec<Edge> {
+        read_edges(&serde_json::from_str(&self.page("/graph?format=json")).expect("JSON"))
+    }
+
+    /// The sum of a counter of the sidecar over all of its labels that contain each of `labels`.
+    pub fn counter(&self, name: &str, labels: &[&str]) -> f64 {
+        crate::mesh::counter(&self.page("/metrics"), name, labels)
+    }
+
+    /// Waits until the app gets a good answer for these arguments of `curl`, and gives it: what was registered just now is
+    /// known a moment later.
+    pub fn first_answer(&self, args: &[&str]) -> String {
+        let args = [&["--fail"], args].concat();
+        let mut last = String::new();
+        let answer = (0..600).find_map(|_| {
+            let said = self.curl(&args);
+            if said.status.success() {
+                return Some(said.stdout);
+            }
+            last = said.stderr;
+            std::thread::sleep(Duration::from_millis(50));
+            None
+        });
+        answer.unwrap_or_else(|| panic!("no good answer for {args:?}: {last}\n{}", self.proxy.told()))
+    }
+}
+
+/// A folder that every user may look into.
+fn readable_folder() -> TempDir {
+    let folder = tempfile::Builder::new().prefix("sheetbend-pod-").tempdir().expect("a temporary folder");
+    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).expect("a folder of ours");
+    folder
+}
+
+/// The workspace may lie where the sidecar's user cannot go.
+fn copy_of_the_proxy(folder: &Path) -> std::path::PathBuf {
+    let (from, to) = (crate::binary("sheetbend-proxy"), folder.join("sheetbend-proxy"));
+    if fs::hard_link(&from, &to).is_err() {
+        fs::copy(&from, &to).expect("a copy of the sidecar's program");
+    }
+    to
+}
