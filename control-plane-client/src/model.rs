@@ -174,6 +174,12 @@ pub struct Mesh {
 }
 
 impl Mesh {
+    /// Whether a name can only be a service of the mesh, so that nobody else is asked for it: one below `svc`.
+    pub fn owns(&self, target: &Target) -> bool {
+        let of_services = self.domains.iter().filter(|domain| domain.split('.').next() == Some("svc"));
+        target.address().is_none() && of_services.into_iter().any(|domain| is_below(target.host(), domain))
+    }
+
     /// Whether a target is the mesh's by its name or address alone, before anybody answered.
     pub fn claims(&self, target: &Target) -> bool {
         match target.address() {

@@ -102,6 +102,19 @@ pub enum StartError {
         /// Why.
         source: NoIdentity,
     },
+    /// Nobody said what the mesh is.
+    #[error(
+        "the control plane at {control_plane} has not said within {} s what the mesh is{}", patience.as_secs(),
+        why.as_ref().map(|why| format!(": {why}")).unwrap_or_default()
+    )]
+    NoDiscovery {
+        /// Who was asked.
+        control_plane: String,
+        /// How long.
+        patience: Duration,
+        /// What went wrong last, if anything did.
+        why: Option<Arc<str>>,
+    },
     /// The identity names no service.
     #[error("{0} names no workload: expected spiffe://TRUST-DOMAIN/ns/NAMESPACE/sa/SERVICE")]
     NoWorkload(SpiffeId),
@@ -175,7 +188,7 @@ enum Job {
 }
 
 impl Proxy {
-    /// Starts everything and waits for the first certificate. Ready when it returns.
+    /// Starts everything; waits for the first certificate, and until it is known what the mesh is. Ready when it returns.
     pub async fn start(config: Config) -> Result<Self, StartError> {
         let what = |what: &str| {
             let what = what.to_string();
@@ -220,6 +233,12 @@ impl Proxy {
         let (discovery, discovering) =
             Discovery::start(DiscoveryConfig { connector: connector.clone(), node, registration: registered });
         tasks.push(tokio::spawn(discovering));
+        // Without it, names of the mesh would be taken for those of strangers.
+        if tokio::time::timeout(config.patience, discovery.mesh_known()).await.is_err() {
+            let why = discovery.status().borrow().last_error.clone();
+            let (control_plane, patience) = (config.control_plane, config.patience);
+            return Err(StartError::NoDiscovery { control_plane, patience, why });
+        }
         let reported = Arc::clone(&telemetry);
         let (reporter, reporting) = Reporter::start(ReportConfig {
             connector,

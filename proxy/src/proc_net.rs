@@ -1,8 +1,7 @@
 //! The kernel's table of TCP sockets, `/proc/net/tcp` and `/proc/net/tcp6`.
 //!
-//! It answers two questions: who listens on a port, and, where the kernel cannot be asked for a single socket, whose the
-//! other end of a loopback connection is. [`parse`] is pure; [`sockets`] and [`owner_of_peer`] are about this process's
-//! network namespace.
+//! Two questions are asked of it: whose is the other end of a loopback connection, and who listens on a port. The kernel is
+//! asked for just that; the whole table is read only where it takes no such questions (a seccomp filter).
 
 use std::fs;
 use std::io;
@@ -45,7 +44,19 @@ pub fn sockets() -> io::Result<Vec<Socket>> {
 /// `None`: the peer's socket is not in this network namespace, or no process holds it any more.
 pub fn owner_of_peer(ours: SocketAddr, peer: SocketAddr) -> io::Result<Option<u32>> {
     let (ours, peer) = (canonical(ours), canonical(peer));
-    sock_diag::owner(peer, ours).or_else(|_| owner_in_table(ours, peer))
+    match sock_diag::connected(peer, ours) {
+        Ok(socket) => Ok(socket.map(|socket| socket.uid)),
+        Err(_) => owner_in_table(ours, peer),
+    }
+}
+
+/// What listens on a port in this network namespace.
+pub fn listeners(port: u16) -> io::Result<Vec<SocketAddr>> {
+    if let Ok(listeners) = sock_diag::listeners(port) {
+        return Ok(listeners);
+    }
+    let listens = |socket: &Socket| socket.listens && socket.local.port() == port;
+    Ok(sockets()?.into_iter().filter(listens).map(|socket| socket.local).collect())
 }
 
 /// The same where the kernel takes no questions about single sockets.
@@ -155,7 +166,7 @@ mod tests {
             let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
             let (accepted, peer) = listener.accept().unwrap();
             let (ours, me) = (accepted.local_addr().unwrap(), Some(rustix::process::getuid().as_raw()));
-            assert_eq!(sock_diag::owner(peer, ours).unwrap(), me, "{address}");
+            assert_eq!(sock_diag::connected(peer, ours).unwrap().map(|s| s.uid), me, "{address}");
             assert_eq!(owner_in_table(ours, peer).unwrap(), me, "{address}");
             drop((client, accepted));
         }
@@ -164,7 +175,7 @@ mod tests {
     #[test]
     fn a_connection_that_nobody_holds_has_no_owner() {
         let nobody: SocketAddr = "127.0.0.1:1".parse().unwrap();
-        assert_eq!(sock_diag::owner(nobody, nobody).unwrap(), None);
+        assert_eq!(sock_diag::connected(nobody, nobody).unwrap(), None);
         assert_eq!(owner_in_table(nobody, nobody).unwrap(), None);
     }
 
@@ -173,7 +184,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let here = listener.local_addr().unwrap();
         let nobody: SocketAddr = "127.0.0.1:1".parse().unwrap();
-        assert_eq!(sock_diag::owner(here, nobody).unwrap(), None);
+        assert_eq!(sock_diag::connected(here, nobody).unwrap(), None);
         let mapped: SocketAddr = format!("[::ffff:127.0.0.1]:{}", here.port()).parse().unwrap();
         let Ok(_client) = TcpStream::connect(mapped) else { return };
         let (accepted, peer) = listener.accept().unwrap();

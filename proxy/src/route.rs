@@ -105,6 +105,10 @@ impl Routes {
                 }
             },
         };
+        let resolution = match resolution {
+            Resolution::NotMesh if !deny_unknown && !self.led_elsewhere(target) => outside(target, discovery).await?,
+            resolution => resolution,
+        };
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let old = known.get(target);
         let route = match resolution {
@@ -129,5 +133,42 @@ impl Routes {
         let route = Arc::new(route);
         known.insert(target.clone(), Arc::clone(&route));
         Ok(route)
+    }
+
+    fn led_elsewhere(&self, target: &Target) -> bool {
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.get(target).is_some_and(|route| route.destination.is_none())
+    }
+}
+
+/// What follows from "no part of the mesh". A name that looks like one of the mesh's (`web`) may be somebody else's, of
+/// `/etc/hosts` say, and then passes; if nobody has it, it is a service without an endpoint. One that registers meanwhile
+/// ends the wait: look-ups of names that nobody has can take seconds.
+async fn outside(target: &Target, discovery: &Discovery) -> Result<Resolution, Error> {
+    if target.address().is_some() || !discovery.snapshot().claims(target) {
+        return Ok(Resolution::NotMesh);
+    }
+    let nobody = || Error::NoEndpoint(target.to_string());
+    if discovery.snapshot().owns(target) {
+        return Err(nobody());
+    }
+    let mut changes = discovery.subscribe();
+    let registered = async {
+        loop {
+            if let Some(mesh @ Resolution::Mesh(_)) = discovery.lookup(target) {
+                return mesh;
+            }
+            if changes.changed().await.is_err() {
+                return std::future::pending().await;
+            }
+        }
+    };
+    // Either may be lost: the one looks at what is kept elsewhere, the other's answer would come too late.
+    tokio::select! {
+        mesh = registered => Ok(mesh),
+        found = tokio::net::lookup_host((target.host(), target.port())) => match found {
+            Ok(_) => Ok(Resolution::NotMesh),
+            Err(_) => Err(nobody()),
+        },
     }
 }

@@ -1,38 +1,47 @@
 //! When the program's port first accepts, and who can reach it past the sidecar.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use sheetbend_proxy::proc_net::{self, Socket};
+use sheetbend_proxy::proc_net;
 use tokio::net::TcpStream;
 
-/// How often the kernel's table is looked at.
-const LOOK: Duration = Duration::from_millis(20);
-/// Every so many looks, a connection is tried too: a port that packet filters lead elsewhere (a container's) is in no
-/// table of ours.
-const LOOKS_A_TRY: u32 = 50;
+/// The first pause between two looks, and the longest: most programs serve soon after their start.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(50));
+/// Looking takes one part in so many of a CPU at most, should the kernel's whole table have to be read.
+const SHARE: u32 = 20;
+/// How often a connection is tried too: a port that packet filters lead elsewhere (a container's) is in no table of ours.
+const TRY: Duration = Duration::from_secs(1);
 
 /// Waits until something accepts on `port`, and gives the addresses to call it by and to judge it by.
 pub(super) async fn accepts(port: u16) -> Vec<SocketAddr> {
-    for look in 1u32.. {
-        let sockets = proc_net::sockets().unwrap_or_default();
-        let listeners = listeners(&sockets, port);
+    let (mut pause, mut tried) = (PAUSES.0, Instant::now());
+    loop {
+        let looked = Instant::now();
+        let listeners = proc_net::listeners(port).unwrap_or_default();
         if !listeners.is_empty() {
             return listeners;
         }
-        if look % LOOKS_A_TRY == 0
-            && let Some(address) = connects(port).await
-        {
-            return vec![address];
+        let took = looked.elapsed();
+        if tried.elapsed() >= TRY {
+            tried = Instant::now();
+            if let Some(address) = connects(port).await {
+                return vec![address];
+            }
         }
-        tokio::time::sleep(LOOK).await;
+        tokio::time::sleep(pause.max(took * SHARE)).await;
+        pause = longer(pause);
     }
-    unreachable!("the loop above has no end but its returns")
+}
+
+/// The pause after a look that found nothing: 2 % more, so that the longest is reached after some 2 s.
+fn longer(pause: Duration) -> Duration {
+    (pause + pause / 50).min(PAUSES.1)
 }
 
 /// Who listens on a port already, before the program is started.
 pub(super) fn taken(port: u16) -> bool {
-    !listeners(&proc_net::sockets().unwrap_or_default(), port).is_empty()
+    !proc_net::listeners(port).unwrap_or_default().is_empty()
 }
 
 async fn connects(port: u16) -> Option<SocketAddr> {
@@ -44,10 +53,6 @@ async fn connects(port: u16) -> Option<SocketAddr> {
         }
     }
     None
-}
-
-fn listeners(sockets: &[Socket], port: u16) -> Vec<SocketAddr> {
-    sockets.iter().filter(|socket| socket.listens && socket.local.port() == port).map(|socket| socket.local).collect()
 }
 
 /// Where the sidecar calls the program: on loopback if that works, else on the address that it chose.
@@ -94,6 +99,14 @@ mod tests {
         assert!(warning(80, &addresses(&["127.0.0.1:80", "[::1]:80"])).is_none());
         assert!(warning(80, &addresses(&["127.0.0.1:80", "0.0.0.0:80"])).unwrap().contains("0.0.0.0:80"));
         assert!(warning(80, &addresses(&["192.0.2.7:80"])).unwrap().contains("127.0.0.1:80"));
+    }
+
+    #[test]
+    fn looks_are_close_together_for_two_seconds_and_twenty_a_second_from_then_on() {
+        let mut pauses = std::iter::successors(Some(PAUSES.0), |pause| Some(longer(*pause)));
+        let quick: Duration = pauses.by_ref().take_while(|pause| *pause < PAUSES.1).sum();
+        assert!((2.0..3.0).contains(&quick.as_secs_f64()), "{quick:?}");
+        assert_eq!(pauses.nth(1_000), Some(PAUSES.1));
     }
 
     #[tokio::test]

@@ -112,7 +112,12 @@ fn a_port_is_registered_only_once_the_program_accepts_on_it() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
         let before = http::get(caller.proxy(), "http://late/").await.unwrap();
-        assert_ne!(before.status, 200);
+        assert_eq!(before.status, 503, "{}", before.text());
+        let why = before.headers.get("proxy-status").and_then(|value| value.to_str().ok()).unwrap_or_default();
+        assert!(why.contains("late:80 has no endpoint"), "{why}");
+        // Nobody else can have a name of this form: nothing is looked up for it.
+        let whole = http::get(caller.proxy(), "http://late.default.svc.cluster.local/").await.unwrap();
+        assert_eq!(whole.status, 503, "{}", whole.text());
         std::fs::write(&go, "").unwrap();
         eventually("late answers", START, || says(&caller, "http://late/", "this is late")).await;
     });

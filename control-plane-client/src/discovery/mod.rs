@@ -151,6 +151,15 @@ impl Discovery {
         self.shared.changes.subscribe()
     }
 
+    /// Waits until the control plane has said what the mesh is: its names, its address ranges. Before that, a name of the
+    /// mesh cannot be told from a stranger's.
+    pub async fn mesh_known(&self) {
+        // An error means that the task is gone; nothing will be said any more, and whoever waits has a deadline.
+        if self.subscribe().wait_for(|snapshot| snapshot.mesh().is_some()).await.is_err() {
+            std::future::pending().await
+        }
+    }
+
     /// How things stand with the control plane, and every change of that.
     pub fn status(&self) -> watch::Receiver<Status> {
         self.shared.status.subscribe()

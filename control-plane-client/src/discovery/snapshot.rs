@@ -45,6 +45,11 @@ impl Snapshot {
         }
     }
 
+    /// Whether nobody but the mesh can have this name ([`Mesh::owns`]).
+    pub fn owns(&self, target: &Target) -> bool {
+        self.mesh.as_ref().is_some_and(|mesh| mesh.owns(target))
+    }
+
     /// Everything known, in no order. Does not count as a use.
     pub fn iter(&self) -> impl Iterator<Item = (&Target, &Resolution)> {
         self.entries.iter().map(|(target, entry)| (target, &entry.resolution))
