@@ -185,19 +185,16 @@ fn records(random: &mut StdRng) -> Vec<u8> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "open defect: the sidecar survives and answers, but holds 68 to 82 MiB where 64 are promised"]
 async fn ten_seconds_of_raw_bytes_and_spoilt_requests_change_nothing() {
     Pair::start().await.survives(raw).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "open defect: the sidecar survives and answers, but holds 68 to 82 MiB where 64 are promised"]
 async fn ten_seconds_of_http2_frames_change_nothing() {
     Pair::start().await.survives(frames).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "open defect: the sidecar survives and answers, but holds 68 to 82 MiB where 64 are promised"]
 async fn ten_seconds_of_tls_records_change_nothing() {
     Pair::start().await.survives(records).await;
 }
