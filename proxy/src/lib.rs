@@ -1,4 +1,51 @@
-//! The Sheetbend data plane.
+//! The Sheetbend data plane: the small proxy that sits beside every service.
+//!
+//! # The way of a request
+//!
+//! ```text
+//!  app ──► listen ──► first_bytes ──► outbound ──► route ──► forward ──► upstream ══ mutual TLS ══► the peer's proxy
+//!          accept     what is         who is it    known     attempts,   a shared
+//!                     spoken?         for?         endpoints retries     connection
+//!
+//!  app ◄── upstream ◄── forward ◄── inbound ◄── client_hello ◄── listen ◄══ mutual TLS ══ the caller's proxy
+//!          kept         one         who calls,  ours, the
+//!          connection   attempt     may they?   app's, plain?
+//! ```
+//!
+//! 1. [`listen`] accepts, and asks the kernel where a redirected connection was on its way to. A worker takes it over: a
+//!    thread with a runtime and connections of its own, so that no lock is shared on this way.
+//! 2. [`first_bytes`] reads just enough for [`detect`] to say what is spoken. Where the server has to speak first, both
+//!    sides are listened to, and nobody waits for a timer. [`rewind`] gives back what was read.
+//! 3. `outbound` finds whom a request is for: caught traffic by its original destination, explicit traffic by its
+//!    authority. [`route`] holds what the control plane said of that destination; only the first request to a new
+//!    destination ever asks for it.
+//! 4. `forward` makes one attempt, or another where nothing can have happened yet: [`traffic`] chooses the endpoint and
+//!    decides about the retry, [`upstream`] gives a connection to it, [`http`] takes care of headers, bodies and errors.
+//! 5. `inbound` knows its caller by the certificate, asks whether they may call, and hands over to the app.
+//! 6. What is no HTTP is carried by [`tcp`], byte for byte, with half-closes and resets.
+//! 7. However it ends, it is reported once, to [`telemetry`]: metrics, the service graph, the access log.
+//!
+//! # The rooms
+//!
+//! | module | its one job |
+//! |---|---|
+//! | [`app`] | the one place that knows every part: wiring, order of start and stop |
+//! | [`listen`], [`proc_net`], `sock_diag` | where connections come in, and whose they are |
+//! | [`detect`], [`client_hello`] | pure: first bytes in, a verdict out |
+//! | [`first_bytes`], [`rewind`] | reading a connection just far enough, and giving it back whole |
+//! | `outbound`, `inbound`, `here`, [`tcp`] | app → mesh; mesh → app; what leads back to ourselves; opaque bytes |
+//! | `forward`, [`http`] | attempts and retries; hyper, and the one table from an error to an answer |
+//! | [`route`], [`policy`] | what the control plane said, ready for requests |
+//! | [`traffic`] | pure: state and `now` in, a decision out: balancing, retries |
+//! | [`upstream`] | endpoints that outlive a change of configuration, connections to them, mutual TLS |
+//! | [`telemetry`], [`admin`] | what happened, and how to ask for it |
+//!
+//! # What always holds
+//!
+//! * A destination in the mesh is never dialed in plain, whatever fails.
+//! * A request that may have had an effect is not sent twice.
+//! * What one caller does (hangs up, stops reading, sends noise) costs no other caller a request.
+//! * When the control plane is away, what is known goes on.
 
 pub mod admin;
 pub mod app;
