@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
+use bytes::BytesMut;
 use sheetbend_certs::{IdentityStore, SpiffeId, format_time};
 use sheetbend_control_plane_client::channel::{ConnectError, Connector};
 use sheetbend_control_plane_client::discovery::{Discovery, DiscoveryConfig, NodeInfo};
@@ -17,17 +18,20 @@ use sheetbend_control_plane_client::identity::{IdentityClient, IdentityConfig, N
 use sheetbend_control_plane_client::model::{AppProtocol, ServiceName, Target};
 use sheetbend_control_plane_client::registration::{RegisteredPort, Registration};
 use sheetbend_control_plane_client::report::{self, ReportConfig, Reporter};
+use tokio::net::TcpStream;
 use tokio::sync::{mpsc, watch};
 
 use crate::admin::{Admin, AdminState, Scope};
 use crate::here::{Here, Redirected};
+use crate::http::error::Error;
 use crate::inbound::{Inbound, Port};
 use crate::listen::{Accepted, BindError, Listener, bind, bind_each, original_destination};
 use crate::outbound::Outbound;
 use crate::proc_net;
+use crate::refuse::refuse;
 use crate::route::Routes;
-use crate::telemetry::{AccessLogSettings, Counter, Settings, Telemetry};
-use crate::upstream::{BoxIo, Endpoints, Pool};
+use crate::telemetry::{AccessLogSettings, Counter, Reporter as Side, Settings, Telemetry};
+use crate::upstream::{BoxIo, Endpoints, Entering, Own, Pool};
 
 /// What a proxy is started with.
 #[derive(Debug)]
@@ -136,7 +140,7 @@ pub(crate) struct Shared {
     pub(crate) allow: Vec<SpiffeId>,
     pub(crate) inbound_drain: watch::Sender<bool>,
     pub(crate) outbound_drain: watch::Sender<bool>,
-    pub(crate) here: Here,
+    pub(crate) here: Arc<Here>,
 }
 
 impl Shared {
@@ -276,12 +280,12 @@ impl Proxy {
             };
             inbound.insert(port.port, served);
         }
-        let here = Here {
+        let here = Arc::new(Here {
             listeners,
             advertise: config.advertise,
             ports: feeds.iter().map(|(listener, port)| (listener.local_addr(), Arc::clone(port))).collect(),
             redirected: (!redirected.is_empty()).then(|| Redirected::new(service.to_string(), protocols)),
-        };
+        });
         let shared = Arc::new(Shared {
             identity,
             discovery,
@@ -408,15 +412,28 @@ impl Workers {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             let shared = Arc::clone(shared);
             std::thread::Builder::new().name(format!("worker-{number}")).spawn(move || {
-                let (pool, routes) = (Arc::new(Pool::default()), Arc::new(Routes::default()));
+                // What this worker sends to the app beside it. Bounded as the connections that ask for it are.
+                let (entrance, mut entering) = mpsc::unbounded_channel::<Entering>();
+                let pool = Arc::new(Pool::new(Own::new(Arc::clone(&shared.here), &entrance)));
+                let routes = Arc::new(Routes::default());
                 runtime.block_on(async {
-                    while let Some(job) = jobs.recv().await {
-                        let outbound = Outbound {
-                            shared: Arc::clone(&shared),
-                            pool: Arc::clone(&pool),
-                            routes: Arc::clone(&routes),
-                        };
-                        tokio::spawn(carry(job, outbound));
+                    loop {
+                        // In no order, and nothing is lost: a queue keeps what is not taken.
+                        tokio::select! {
+                            job = jobs.recv() => {
+                                let Some(job) = job else { return };
+                                let outbound = Outbound {
+                                    shared: Arc::clone(&shared),
+                                    pool: Arc::clone(&pool),
+                                    routes: Arc::clone(&routes),
+                                };
+                                tokio::spawn(carry(job, outbound));
+                            }
+                            Some(Entering { io, port, alpn }) = entering.recv() => {
+                                let (shared, pool) = (Arc::clone(&shared), Arc::clone(&pool));
+                                tokio::spawn(Inbound { shared, pool, port }.entered(io, alpn));
+                            }
+                        }
                     }
                 });
             })?;
@@ -464,25 +481,43 @@ async fn carry(job: Job, outbound: Outbound) {
             outbound.caught(Box::new(stream), target, peer).await;
         }
         Kind::Explicit | Kind::Fixed(_) => {}
-        Kind::Transparent => match original_destination(&stream) {
-            Ok(Some(original)) => outbound.caught(Box::new(stream), Target::from(original), peer).await,
-            Ok(None) => outbound.shared.telemetry.count(Counter::RefusedLoop),
-            Err(error) => tracing::warn!(%peer, %error, "no original destination"),
+        Kind::Transparent => match original(&stream) {
+            Ok(original) => outbound.caught(Box::new(stream), Target::from(original), peer).await,
+            Err(error) => {
+                let nothing = BytesMut::new();
+                refuse(&outbound.shared, Side::Source, Box::new(stream), nothing, error, peer).await;
+            }
         },
         Kind::Redirected => {
-            let original = original_destination(&stream).ok().flatten();
-            match original.and_then(|original| outbound.shared.here.port_at(original)) {
-                Some(port) => {
+            let here = &outbound.shared.here;
+            match original(&stream).and_then(|original| here.port_at(original).ok_or(Error::Loop(original))) {
+                Ok(port) => {
                     let inbound = Inbound { shared: outbound.shared, pool: outbound.pool, port };
                     inbound.connection(Box::new(stream), peer).await;
                 }
-                None => outbound.shared.telemetry.count(Counter::RefusedLoop),
+                Err(error) => {
+                    let nothing = BytesMut::new();
+                    refuse(&outbound.shared, Side::Destination, Box::new(stream), nothing, error, peer).await;
+                }
             }
         }
         Kind::Inbound(port) => {
             let inbound = Inbound { shared: outbound.shared, pool: outbound.pool, port };
             let io: BoxIo = Box::new(stream);
             inbound.connection(io, peer).await;
+        }
+    }
+}
+
+/// Where a redirected connection was going.
+fn original(stream: &TcpStream) -> Result<SocketAddr, Error> {
+    let ours = stream.local_addr().unwrap_or(SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)));
+    let unknown = || Error::NotRedirected(SocketAddr::new(ours.ip().to_canonical(), ours.port()));
+    match original_destination(stream) {
+        Ok(original) => original.ok_or_else(unknown),
+        Err(error) => {
+            tracing::warn!(%ours, %error, "the kernel does not say where a connection was going");
+            Err(unknown())
         }
     }
 }

@@ -97,11 +97,7 @@ impl Way<'_> {
         let began = Instant::now();
         let failed = |source: DialError| {
             endpoint.load.sample(FAILURE_COST, self.epoch.elapsed());
-            let endpoint = endpoint.place.clone();
-            match source {
-                DialError::Overflow => Error::Overflow(endpoint),
-                source => Error::Connect { endpoint, source },
-            }
+            Error::unreachable(endpoint.place.clone(), source)
         };
         let checkout = self.pool.checkout(endpoint, wire, fresh, self.identity, self.telemetry);
         let (mut sender, checkout) = checkout.await.map_err(failed)?;

@@ -26,7 +26,7 @@ use crate::http::serve::serve;
 use crate::rewind::Rewind;
 use crate::tcp::{Abort, splice};
 use crate::telemetry::{Counter, Edge, EdgeKey, Peer, Protocol, Reporter};
-use crate::upstream::{BoxIo, EndpointState, Place, Pool, Wire, dial_app};
+use crate::upstream::{BoxIo, EndpointState, Place, Pool, Wire, dial};
 
 /// For a ClientHello, and for the handshake after it.
 const HANDSHAKE: Duration = Duration::from_secs(2);
@@ -45,7 +45,7 @@ pub(crate) struct Port {
 
 impl Port {
     pub(crate) fn app_at(address: SocketAddr) -> Arc<EndpointState> {
-        Arc::new(EndpointState::new(Place::Address(address), Transport::Plain, None))
+        Arc::new(EndpointState::new(Place::App(address), Transport::Plain, None))
     }
 }
 
@@ -146,18 +146,31 @@ impl Inbound {
             }
         };
         let alpn = connection.alpn_protocol().and_then(MeshAlpn::from_wire);
+        let Some(alpn) = alpn else { return telemetry.count(Counter::RefusedHandshake) };
         let caller = Caller { id: Some(id), ours: true, peer, edges: Default::default() };
-        if alpn == Some(MeshAlpn::Tcp) && !self.allows(&caller) {
-            telemetry.count(Counter::RefusedNotAllowed);
-            let id = caller.id.as_ref().map(ToString::to_string).unwrap_or_default();
-            tracing::warn!(%peer, id, "a peer is not on the list of those who may call");
-            return;
-        }
+        self.of_peer(Box::new(stream), alpn, caller).await;
+    }
+
+    /// A connection of this proxy itself, with its own identity and under the same rules as everybody's.
+    pub(crate) async fn entered(self, io: BoxIo, alpn: MeshAlpn) {
+        let Some(material) = self.shared.identity.current() else { return };
+        let peer = SocketAddr::new(self.shared.here.advertise, 0);
+        let id = Some(material.identity.id.clone());
+        self.of_peer(io, alpn, Caller { id, ours: true, peer, edges: Default::default() }).await;
+    }
+
+    /// A connection of a proxy of ours.
+    async fn of_peer(self, mut io: BoxIo, alpn: MeshAlpn, caller: Caller) {
         match alpn {
-            Some(MeshAlpn::H2) => self.http(Box::new(stream), true, caller).await,
-            Some(MeshAlpn::Http1) => self.http(Box::new(stream), false, caller).await,
-            Some(MeshAlpn::Tcp) => self.opaque(Box::new(stream), caller).await,
-            None => telemetry.count(Counter::RefusedHandshake),
+            MeshAlpn::H2 => self.http(io, true, caller).await,
+            MeshAlpn::Http1 => self.http(io, false, caller).await,
+            MeshAlpn::Tcp if self.allows(&caller) => self.opaque(io, caller).await,
+            MeshAlpn::Tcp => {
+                self.shared.telemetry.count(Counter::RefusedNotAllowed);
+                let id = caller.id.as_ref().map(ToString::to_string).unwrap_or_default();
+                tracing::warn!(peer = %caller.peer, id, "a peer is not on the list of those who may call");
+                io.abort();
+            }
         }
     }
 
@@ -248,7 +261,8 @@ impl Inbound {
         let edge = self.edge(&caller, Protocol::Tcp);
         let app = self.port.app.load_full();
         let Some(address) = app.socket_address() else { return };
-        let mut server = match dial_app(address, &self.shared.telemetry).await {
+        let (identity, telemetry) = (&self.shared.identity, &self.shared.telemetry);
+        let mut server = match dial(&app, MeshAlpn::Tcp, identity, telemetry, &self.pool.own).await {
             Ok(server) => server,
             Err(error) => {
                 edge.connection_failed();

@@ -19,6 +19,7 @@ use crate::http::error::{Error, Refusal};
 use crate::http::exchange::Exchange;
 use crate::http::headers::{self, X_REQUEST_ID};
 use crate::http::serve::{PATIENCE, serve};
+use crate::refuse::refuse;
 use crate::rewind::Rewind;
 use crate::route::{Route, Routes};
 use crate::tcp::{Abort, splice};
@@ -52,27 +53,26 @@ impl Outbound {
     ///
     /// Boxed by its callers: a tunnel within HTTP comes back here.
     pub(crate) async fn caught(self, mut io: BoxIo, target: Target, peer: SocketAddr) {
-        if let Some(address) = target.address().filter(|address| self.shared.here.is_listener(*address)) {
-            self.shared.telemetry.count(Counter::RefusedLoop);
-            tracing::warn!(%address, "a connection to this proxy itself is refused");
-            return;
-        }
+        let mut bytes = BytesMut::new();
         let route = match self.route(&target).await {
             Ok(route) => route,
-            Err(error) => return self.refuse(io, &error),
+            Err(error) => return self.refuse(io, bytes, error, peer).await,
         };
-        let said = route.destination().map_or(AppProtocol::Detect, |destination| destination.protocol);
-        let opaque = matches!(said, AppProtocol::Tcp | AppProtocol::Tls) || is_known_opaque(target.port());
-        let mut bytes = BytesMut::new();
+        let opaque = match route.destination().map(|destination| destination.protocol) {
+            // Untouched: nobody asked us to read what is no part of the mesh.
+            None => true,
+            Some(AppProtocol::Tcp | AppProtocol::Tls) => true,
+            Some(_) => is_known_opaque(target.port()),
+        };
         if opaque {
-            return self.opaque(io, bytes, &route, None).await;
+            return self.opaque(io, bytes, &route, None, peer).await;
         }
         let mut first = read_first(&mut io, &mut bytes, Patience::default()).await;
         let mut dialed = None;
         if matches!(first, Ok(FirstBytes::ServerFirst)) {
             let mut server = match self.connect(&route).await {
                 Ok(server) => server,
-                Err(error) => return self.refuse(io, &error),
+                Err(error) => return self.refuse(io, bytes, error, peer).await,
             };
             let mut server_bytes = BytesMut::new();
             let speaker = who_speaks_first(&mut io, &mut bytes, &mut server.1, &mut server_bytes).await;
@@ -83,8 +83,9 @@ impl Outbound {
                     first = read_first(&mut io, &mut bytes, Patience::default()).await;
                     dialed = Some((endpoint, stream));
                 }
-                Ok(_) => return self.opaque(io, bytes, &route, Some((endpoint, stream))).await,
-                Err(_) => return,
+                Ok(_) => return self.opaque(io, bytes, &route, Some((endpoint, stream)), peer).await,
+                // Half a conversation is not a whole one: whoever is left sees it break.
+                Err(_) => return io.abort(),
             }
         }
         match first {
@@ -95,7 +96,7 @@ impl Outbound {
                 self.http(Box::new(Rewind::new(bytes.freeze(), io)), true, Some(target), peer).await;
             }
             Ok(FirstBytes::Closed) | Err(_) => {}
-            Ok(_) => self.opaque(io, bytes, &route, dialed).await,
+            Ok(_) => self.opaque(io, bytes, &route, dialed, peer).await,
         }
     }
 
@@ -154,9 +155,6 @@ impl Outbound {
                 .map_err(|_| Error::Refused(Refusal::Malformed("the authority is not a host and a port")))?,
             (None, None) => return Err(Error::Refused(Refusal::Malformed("no authority"))),
         };
-        if let Some(address) = target.address().filter(|address| self.shared.here.is_listener(*address)) {
-            return Err(Error::Loop(address));
-        }
         let authority = match named {
             Some(authority) => authority,
             None => target.to_string().parse().map_err(|_| Error::Refused(Refusal::Malformed("no authority")))?,
@@ -213,9 +211,7 @@ impl Outbound {
         let Ok(target) = Target::new(host(authority.host()), authority.port_u16().unwrap_or(443)) else {
             return Err(malformed);
         };
-        if let Some(address) = target.address().filter(|address| self.shared.here.is_listener(*address)) {
-            return Err(Error::Loop(address));
-        }
+        self.check_loop(&target)?;
         self.shared.telemetry.count(Counter::ConnectsTunnelled);
         let this = self.clone();
         tokio::spawn(async move {
@@ -228,7 +224,16 @@ impl Outbound {
         Ok(Response::new(ResponseBody::empty()))
     }
 
+    /// What would come back to this proxy goes nowhere.
+    fn check_loop(&self, target: &Target) -> Result<(), Error> {
+        match target.address().filter(|address| self.shared.here.is_listener(*address)) {
+            Some(address) => Err(Error::Loop(address)),
+            None => Ok(()),
+        }
+    }
+
     async fn route(&self, target: &Target) -> Result<Arc<Route>, Error> {
+        self.check_loop(target)?;
         let shared = &self.shared;
         self.routes.to(target, &shared.discovery, &shared.endpoints, shared.deny_unknown, &shared.telemetry).await
     }
@@ -242,26 +247,33 @@ impl Outbound {
         let mut tried = None;
         loop {
             let endpoint = route.pick(route.endpoints(None), tried.as_ref(), self.shared.epoch.elapsed())?;
-            match dial(&endpoint, MeshAlpn::Tcp, &self.shared.identity, &self.shared.telemetry).await {
+            match dial(&endpoint, MeshAlpn::Tcp, &self.shared.identity, &self.shared.telemetry, &self.pool.own).await {
                 Ok(io) => return Ok((endpoint, io)),
                 // Nothing was sent yet: another endpoint may be tried, once.
                 Err(_) if tried.is_none() && route.endpoints(None).len() > 1 => tried = Some(endpoint),
                 Err(source) => {
                     endpoint.edge(&self.shared.telemetry, Protocol::Tcp).connection_failed();
-                    return Err(Error::Connect { endpoint: endpoint.place.clone(), source });
+                    return Err(Error::unreachable(endpoint.place.clone(), source));
                 }
             }
         }
     }
 
     /// Bytes that nobody looks into.
-    async fn opaque(&self, io: BoxIo, bytes: BytesMut, route: &Route, dialed: Option<(Arc<EndpointState>, BoxIo)>) {
+    async fn opaque(
+        &self,
+        io: BoxIo,
+        bytes: BytesMut,
+        route: &Route,
+        dialed: Option<(Arc<EndpointState>, BoxIo)>,
+        peer: SocketAddr,
+    ) {
         self.shared.telemetry.count(Counter::DetectedOpaque);
         let (endpoint, mut server) = match dialed {
             Some(dialed) => dialed,
             None => match self.connect(route).await {
                 Ok(dialed) => dialed,
-                Err(error) => return self.refuse(io, &error),
+                Err(error) => return self.refuse(io, bytes, error, peer).await,
             },
         };
         let edge = endpoint.edge(&self.shared.telemetry, Protocol::Tcp);
@@ -271,13 +283,8 @@ impl Outbound {
         splice(&mut client, &mut server, moved).await;
     }
 
-    /// Ends a connection that cannot be told why.
-    fn refuse(&self, mut io: BoxIo, error: &Error) {
-        if let Some(counter) = error.counter() {
-            self.shared.telemetry.count(counter);
-        }
-        tracing::warn!(%error, "a connection is refused");
-        io.abort();
+    async fn refuse(&self, io: BoxIo, bytes: BytesMut, error: Error, peer: SocketAddr) {
+        refuse(&self.shared, Reporter::Source, io, bytes, error, peer).await;
     }
 }
 

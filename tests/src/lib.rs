@@ -27,6 +27,6 @@ pub use load::{Load, Tally};
 pub use mesh::{Mesh, Run, START, Sidecar};
 pub use need::{leave_out, namespaces, print_left_out, program, python, root, tools};
 pub use netns::{Host, two_hosts, two_pods};
-pub use pod::{PYTHON, Pod, PodBuilder, pods};
+pub use pod::{PYTHON, Pod, PodBuilder, lines_on, pods};
 pub use process::{Finished, Process, finish, raise_file_limit};
 pub use wait::{eventually, free_port, loopback, until, until_accepts};

@@ -16,6 +16,8 @@ use crate::netns::Host;
 use crate::process::{Finished, Process, finish};
 use crate::wait::until;
 
+mod scripts;
+
 /// The user of the sidecar.
 const PROXY: u32 = 1515;
 /// The user of the app.
@@ -101,13 +103,31 @@ impl Pod<'_> {
         self.host.command_as(APP, program)
     }
 
-    /// Runs [`PYTHON`]` -c SCRIPT ARGS…` as the app for as long as this value lives, and waits until it accepts on `port`.
-    pub fn serve(&self, script: &str, args: &[&str], port: u16) -> Process {
+    /// An HTTP server on an address and a port. It answers with `plain-text-of-the-answer PATH from CLIENT on NUMBER`, where
+    /// the number is that of its own connection.
+    pub fn http(&self, address: &str, port: u16) -> Process {
+        serve(self.host, self.folder.path(), scripts::HTTP, &[address, &port.to_string()], port)
+    }
+
+    /// A TCP server that greets first, unless the greeting is empty, and then says back each line as `heard: LINE`.
+    pub fn lines(&self, address: &str, port: u16, greeting: &str) -> Process {
+        serve(self.host, self.folder.path(), scripts::LINES, &[address, &port.to_string(), greeting], port)
+    }
+
+    /// What the app hears when it connects, says a line, and reads to the end.
+    pub fn says(&self, to: IpAddr, port: u16, line: &str) -> Finished {
+        self.speak(to, port, "speak", line)
+    }
+
+    /// The same, when it waits for the server's first line before it says anything.
+    pub fn listens_then_says(&self, to: IpAddr, port: u16, line: &str) -> Finished {
+        self.speak(to, port, "listen", line)
+    }
+
+    fn speak(&self, to: IpAddr, port: u16, how: &str, line: &str) -> Finished {
         let mut command = self.command(PYTHON);
-        command.args(["-u", "-c", script]).args(args);
-        let process = Process::spawn(&format!("app-{port}"), self.folder.path(), command);
-        until(&format!("the app accepts on {port}"), START, || self.host.listens(port).then_some(()));
-        process
+        command.args(["-c", scripts::SPEAK, &to.to_string(), &port.to_string(), how, line]);
+        finish(command, Duration::from_secs(30))
     }
 
     /// Runs `curl` as the app, with what a script wants of it: no progress, but errors; 20 s at most.
@@ -148,6 +168,20 @@ impl Pod<'_> {
         });
         answer.unwrap_or_else(|| panic!("no good answer for {args:?}: {last}\n{}", self.proxy.told()))
     }
+}
+
+/// A server outside the mesh, as [`Pod::lines`] makes one.
+pub fn lines_on(host: &Host, folder: &Path, port: u16, greeting: &str) -> Process {
+    serve(host, folder, scripts::LINES, &["::", &port.to_string(), greeting], port)
+}
+
+/// Runs a script as the app's user for as long as the value lives, and waits until it accepts on `port`.
+fn serve(host: &Host, folder: &Path, script: &str, args: &[&str], port: u16) -> Process {
+    let mut command = host.command_as(APP, PYTHON);
+    command.args(["-u", "-c", script]).args(args);
+    let process = Process::spawn(&format!("app-{port}"), folder, command);
+    until(&format!("the app accepts on {port}"), START, || host.listens(port).then_some(()));
+    process
 }
 
 /// A folder that every user may look into.

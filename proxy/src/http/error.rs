@@ -66,11 +66,22 @@ pub enum Error {
     Denied,
     /// The request would come back to this proxy.
     Loop(SocketAddr),
+    /// Nobody knows where the connection was going before it came to this listener.
+    NotRedirected(SocketAddr),
     /// This proxy has no valid certificate of its own.
     NoIdentity,
 }
 
 impl Error {
+    /// An endpoint that could not be reached.
+    pub fn unreachable(endpoint: Place, why: DialError) -> Self {
+        match why {
+            DialError::Overflow => Self::Overflow(endpoint),
+            DialError::Loop(own) => Self::Loop(own),
+            source => Self::Connect { endpoint, source },
+        }
+    }
+
     /// Whether the request may have been processed.
     pub fn processed(&self) -> Processed {
         match self {
@@ -84,6 +95,7 @@ impl Error {
             | Self::Deadline
             | Self::Denied
             | Self::Loop(_)
+            | Self::NotRedirected(_)
             | Self::NoIdentity => Processed::Maybe,
         }
     }
@@ -112,7 +124,7 @@ impl Error {
             }
             Self::Deadline => (StatusCode::GATEWAY_TIMEOUT, "http_response_timeout", Flags::UPSTREAM_TIMEOUT),
             Self::Denied => (StatusCode::FORBIDDEN, "http_request_denied", Flags::DENIED),
-            Self::Loop(_) => (StatusCode::LOOP_DETECTED, "proxy_loop_detected", Flags::LOOP),
+            Self::Loop(_) | Self::NotRedirected(_) => (StatusCode::LOOP_DETECTED, "proxy_loop_detected", Flags::LOOP),
             Self::NoIdentity => (StatusCode::SERVICE_UNAVAILABLE, "tls_certificate_error", Flags::NO_IDENTITY),
         }
     }
@@ -128,6 +140,7 @@ impl Error {
             Self::Overflow(_) => Some(Counter::RejectedPending),
             Self::Denied => Some(Counter::RefusedNotAllowed),
             Self::Loop(_) => Some(Counter::RefusedLoop),
+            Self::NotRedirected(_) => Some(Counter::RefusedNotRedirected),
             Self::NoIdentity => Some(Counter::RefusedNoIdentity),
             Self::Connect { .. } | Self::Broken { .. } | Self::Deadline => None,
         }
@@ -218,6 +231,11 @@ impl fmt::Display for Error {
             Self::Deadline => f.write_str("the deadline set by grpc-timeout has passed"),
             Self::Denied => f.write_str("the caller is not allowed"),
             Self::Loop(own) => write!(f, "{own} is this proxy itself"),
+            Self::NotRedirected(own) => write!(
+                f,
+                "{own} is this proxy itself, which takes redirected connections only: this one came to it directly, or the \
+                 kernel does not track connections (nf_conntrack)"
+            ),
             Self::NoIdentity => f.write_str("this proxy has no valid certificate"),
         }
     }

@@ -57,6 +57,7 @@ metrics_of_the_process! {
     RefusedPolicy "sheetbend_refused_total" { reason: "outbound_policy" } "Connections and requests refused, by why.";
     RefusedNoIdentity "sheetbend_refused_total" { reason: "no_own_certificate" } "Connections and requests refused, by why.";
     RefusedLoop "sheetbend_refused_total" { reason: "loop" } "Connections and requests refused, by why.";
+    RefusedNotRedirected "sheetbend_refused_total" { reason: "not_redirected" } "Connections and requests refused, by why.";
     RefusedOverload "sheetbend_refused_total" { reason: "overload" } "Connections and requests refused, by why.";
 
     MalformedRequest "sheetbend_rejected_requests_total" { reason: "malformed" } "Requests this proxy answered itself, by why.";
@@ -76,6 +77,7 @@ metrics_of_the_process! {
     AcceptedInbound "sheetbend_connections_total" { side: "inbound" } "Connections accepted.";
     DialedMesh "sheetbend_dials_total" { to: "mesh" } "Connections made.";
     DialedApp "sheetbend_dials_total" { to: "app" } "Connections made.";
+    DialedSelf "sheetbend_dials_total" { to: "self" } "Connections made.";
     DialedExternal "sheetbend_dials_total" { to: "external" } "Connections made.";
     AcceptErrors "sheetbend_accept_errors_total" {} "Accepts that failed; a full file table is the usual cause.";
 

@@ -13,7 +13,7 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
-use super::{EndpointState, Place};
+use super::{EndpointState, Own, Place};
 use crate::listen::tune;
 use crate::tcp::Abort;
 use crate::telemetry::{Counter, Flags, Telemetry};
@@ -65,6 +65,9 @@ pub enum DialError {
     /// The HTTP connection could not be begun.
     #[error("HTTP could not be begun: {0}")]
     Http(#[source] hyper::Error),
+    /// The endpoint is a listener of this proxy.
+    #[error("{0} is this proxy itself")]
+    Loop(SocketAddr),
     /// Too many requests wait for a connection.
     #[error("too many requests wait for a connection")]
     Overflow,
@@ -88,29 +91,51 @@ impl DialError {
                 (StatusCode::BAD_GATEWAY, "tls_certificate_error", Flags::PEER_REFUSED)
             }
             Self::NoIdentity => (StatusCode::SERVICE_UNAVAILABLE, "tls_certificate_error", Flags::NO_IDENTITY),
+            Self::Loop(_) => (StatusCode::LOOP_DETECTED, "proxy_loop_detected", Flags::LOOP),
             Self::Overflow => (StatusCode::SERVICE_UNAVAILABLE, "connection_limit_reached", Flags::UPSTREAM_OVERFLOW),
         }
     }
 }
 
 /// Connects to an endpoint; between our proxies `alpn` says what will be spoken.
-pub async fn dial(
+pub(crate) async fn dial(
     endpoint: &EndpointState,
     alpn: MeshAlpn,
     identity: &IdentityStore,
     telemetry: &Telemetry,
+    own: &Own,
 ) -> Result<BoxIo, DialError> {
+    if let Some(address) = endpoint.socket_address().filter(|address| own.is_listener(*address)) {
+        return Err(DialError::Loop(address));
+    }
     let (expected, ours) = match &endpoint.transport {
         Transport::Sheetbend(id) => (id, true),
         Transport::MutualTls(id) => (id, false),
         Transport::Plain => {
-            telemetry.count(Counter::DialedExternal);
-            return Ok(Box::new(connect(&endpoint.place, CONNECT_ELSEWHERE).await?));
+            let (counter, within) = match endpoint.place {
+                Place::App(_) => (Counter::DialedApp, CONNECT_MESH),
+                Place::Address(_) | Place::Name(_) => (Counter::DialedExternal, CONNECT_ELSEWHERE),
+            };
+            telemetry.count(counter);
+            let stream = connect(&endpoint.place, within).await?;
+            // A name may lead here as well; only its look-up tells.
+            return match stream.peer_addr() {
+                Ok(address) if own.is_listener(address) => Err(DialError::Loop(address)),
+                _ => Ok(Box::new(stream)),
+            };
         }
     };
     let material = identity.current().ok_or(DialError::NoIdentity)?;
     if material.identity.not_after <= SystemTime::now() {
         return Err(DialError::NoIdentity);
+    }
+    let here = || own.enter(endpoint.socket_address()?, alpn);
+    if ours
+        && *expected == material.identity.id
+        && let Some(io) = here()
+    {
+        telemetry.count(Counter::DialedSelf);
+        return Ok(io);
     }
     telemetry.count(Counter::DialedMesh);
     let stream = connect(&endpoint.place, CONNECT_MESH).await?;
@@ -135,16 +160,10 @@ pub async fn dial(
     }
 }
 
-/// Connects to the app beside this proxy.
-pub async fn dial_app(app: SocketAddr, telemetry: &Telemetry) -> Result<BoxIo, DialError> {
-    telemetry.count(Counter::DialedApp);
-    Ok(Box::new(connect(&Place::Address(app), CONNECT_MESH).await?))
-}
-
 async fn connect(place: &Place, within: Duration) -> Result<TcpStream, DialError> {
     let attempt = async {
         match place {
-            Place::Address(address) => TcpStream::connect(address).await,
+            Place::Address(address) | Place::App(address) => TcpStream::connect(address).await,
             Place::Name(target) => TcpStream::connect((target.host(), target.port())).await,
         }
     };

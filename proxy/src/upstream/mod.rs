@@ -3,9 +3,11 @@
 //! - [`EndpointState`]: one place that can answer, with what is learned about it. Shared by all workers, kept across
 //!   snapshots.
 //! - `dial`: TCP, and mutual TLS where the endpoint is meshed. A meshed endpoint is never dialed in plain.
+//! - `own`: endpoints that are this proxy itself, handed to its inbound side.
 //! - [`Pool`]: the HTTP connections of one worker.
 
 mod dial;
+mod own;
 mod pool;
 
 use std::collections::HashMap;
@@ -17,7 +19,9 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use sheetbend_certs::SpiffeId;
 use sheetbend_control_plane_client::model::{ServicePort, Target, Transport};
 
-pub use dial::{BoxIo, DialError, Io, dial, dial_app};
+pub(crate) use dial::dial;
+pub use dial::{BoxIo, DialError, Io};
+pub(crate) use own::{Entering, Own};
 pub(crate) use pool::{CONNECTION_WINDOW, HEADERS, STREAM_WINDOW};
 pub use pool::{Checkout, Pool, SendError, Sender, Wire};
 
@@ -31,12 +35,14 @@ pub enum Place {
     Address(SocketAddr),
     /// A name that is no part of the mesh: looked up for every connection.
     Name(Target),
+    /// The app beside this proxy.
+    App(SocketAddr),
 }
 
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Address(address) => address.fmt(f),
+            Self::Address(address) | Self::App(address) => address.fmt(f),
             Self::Name(target) => target.fmt(f),
         }
     }
@@ -76,7 +82,7 @@ impl EndpointState {
     /// Its address, where it has one.
     pub fn socket_address(&self) -> Option<SocketAddr> {
         match &self.place {
-            Place::Address(address) => Some(*address),
+            Place::Address(address) | Place::App(address) => Some(*address),
             Place::Name(_) => None,
         }
     }

@@ -11,7 +11,7 @@ use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use sheetbend_certs::{IdentityStore, MeshAlpn};
 
-use super::{DialError, EndpointState, dial};
+use super::{DialError, EndpointState, Own, dial};
 use crate::http::body::RequestBody;
 use crate::http::error::{Processed, h2_error};
 use crate::telemetry::{Counter, Telemetry};
@@ -100,9 +100,10 @@ struct Connections {
 type Key = (u64, Wire);
 
 /// The connections of one worker. The lock is never contended: one thread uses it.
-#[derive(Default)]
 pub struct Pool {
     connections: Mutex<HashMap<Key, Connections>>,
+    /// What this proxy itself serves.
+    pub(crate) own: Own,
 }
 
 /// One use of a connection.
@@ -149,6 +150,11 @@ fn key(endpoint: &Arc<EndpointState>, wire: Wire) -> Key {
 }
 
 impl Pool {
+    /// Without a connection yet.
+    pub(crate) fn new(own: Own) -> Self {
+        Self { connections: Mutex::default(), own }
+    }
+
     /// A connection to `endpoint`, kept or new. `fresh` asks for one on which nothing was sent before.
     pub async fn checkout(
         self: &Arc<Self>,
@@ -166,7 +172,7 @@ impl Pool {
             let kept = if fresh { None } else { self.take_kept(endpoint) };
             let sender = match kept {
                 Some(sender) => sender,
-                None => connect_h1(dial(endpoint, MeshAlpn::Http1, identity, telemetry).await?).await?,
+                None => connect_h1(dial(endpoint, MeshAlpn::Http1, identity, telemetry, &self.own).await?).await?,
             };
             return Ok((Sender::Http1(sender), checkout));
         }
@@ -184,7 +190,8 @@ impl Pool {
             checkout.streams = Some(streams);
             return Ok((Sender::Http2(sender), checkout));
         }
-        let sender = connect_h2(dial(endpoint, MeshAlpn::H2, identity, telemetry).await?, endpoint.is_ours()).await?;
+        let sender =
+            connect_h2(dial(endpoint, MeshAlpn::H2, identity, telemetry, &self.own).await?, endpoint.is_ours()).await?;
         let streams = Arc::new(AtomicUsize::new(1));
         checkout.streams = Some(Arc::clone(&streams));
         let mut all = self.connections.lock().unwrap_or_else(PoisonError::into_inner);

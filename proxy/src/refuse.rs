@@ -1,0 +1,56 @@
+//! Connections that go nowhere: an HTTP client is told why, any other sees its connection break.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use bytes::BytesMut;
+use tokio::sync::watch;
+
+use crate::app::Shared;
+use crate::detect::Detected;
+use crate::first_bytes::{FirstBytes, Patience, read_first};
+use crate::http::error::Error;
+use crate::http::exchange::Exchange;
+use crate::http::serve::serve;
+use crate::rewind::Rewind;
+use crate::tcp::Abort;
+use crate::telemetry::Reporter;
+use crate::upstream::BoxIo;
+
+/// Ends a connection for the reason in `error`. `bytes` are those that were read from it already.
+pub(crate) async fn refuse(
+    shared: &Shared,
+    side: Reporter,
+    mut io: BoxIo,
+    mut bytes: BytesMut,
+    error: Error,
+    peer: SocketAddr,
+) {
+    let http2 = match read_first(&mut io, &mut bytes, Patience::default()).await {
+        Ok(FirstBytes::Detected(Detected::Http1)) => false,
+        Ok(FirstBytes::Detected(Detected::Http2)) => true,
+        // Whoever waits for the server to speak first, or speaks what we do not, cannot be told.
+        _ => {
+            if let Some(counter) = error.counter() {
+                shared.telemetry.count(counter);
+            }
+            tracing::warn!(%peer, %error, "a connection is refused");
+            io.abort();
+            return;
+        }
+    };
+    let (error, telemetry) = (Arc::new(error), Arc::clone(&shared.telemetry));
+    // The first answer is the last one: another connection may find things changed.
+    let (goodbye, told) = watch::channel(false);
+    let handle = move |request: http::Request<hyper::body::Incoming>| {
+        let (error, telemetry) = (Arc::clone(&error), Arc::clone(&telemetry));
+        goodbye.send_replace(true);
+        async move {
+            let (head, _) = request.into_parts();
+            let mut exchange = Exchange::begin(&telemetry, side, &head, peer, None);
+            exchange.failed(&error);
+            error.respond(&head.headers, false).map(|body| body.reporting(exchange))
+        }
+    };
+    serve(Box::new(Rewind::new(bytes.freeze(), io)), http2, told, handle).await;
+}

@@ -1,0 +1,47 @@
+//! Endpoints that are this proxy itself: handed to its inbound side in process, and never dialed.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use sheetbend_certs::MeshAlpn;
+use tokio::sync::mpsc;
+
+use super::BoxIo;
+use crate::here::Here;
+use crate::in_process;
+use crate::inbound::Port;
+
+/// A connection of this proxy to itself, at the end that the app is behind. Who is at the other end needs no proof.
+pub(crate) struct Entering {
+    pub(crate) io: BoxIo,
+    pub(crate) port: Arc<Port>,
+    /// What a handshake would have agreed on.
+    pub(crate) alpn: MeshAlpn,
+}
+
+/// One worker's way to what this proxy itself serves.
+pub(crate) struct Own {
+    here: Arc<Here>,
+    /// Weak, since the worker ends when nobody else can give it work.
+    entrance: mpsc::WeakUnboundedSender<Entering>,
+}
+
+impl Own {
+    pub(crate) fn new(here: Arc<Here>, entrance: &mpsc::UnboundedSender<Entering>) -> Self {
+        Self { here, entrance: entrance.downgrade() }
+    }
+
+    /// Whether a connection to `address` would only come back.
+    pub(super) fn is_listener(&self, address: SocketAddr) -> bool {
+        self.here.is_listener(address)
+    }
+
+    /// A connection to the app at `address`, if it is the one beside this proxy.
+    pub(super) fn enter(&self, address: SocketAddr, alpn: MeshAlpn) -> Option<BoxIo> {
+        let port = self.here.port_at(address)?;
+        let (ours, theirs) = in_process::connection();
+        // Unbounded as the connections of a worker are: each is one that the app asked for.
+        self.entrance.upgrade()?.send(Entering { io: Box::new(theirs), port, alpn }).ok()?;
+        Some(Box::new(ours))
+    }
+}
