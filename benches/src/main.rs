@@ -12,6 +12,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 mod frames;
+mod late;
 mod load;
 mod machine;
 mod mesh;
@@ -80,7 +81,9 @@ fn run(args: &Args) -> io::Result<bool> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let outcome = runtime.block_on(async {
         let origin = origin::serve().await?;
-        let bench = Bench { programs: &programs, pki: &pki, mesh: &mesh, scratch: scratch.path(), origin };
+        let authority = load::authority("web", origin.port());
+        let scratch = scratch.path();
+        let bench = Bench { authority: &authority, programs: &programs, pki: &pki, mesh: &mesh, scratch, origin };
         let plan = Plan::new(args.quick, args.rounds, &args.makes);
         rows::measure(&bench, &plan, &args.only).await
     })?;

@@ -14,10 +14,9 @@ pub(crate) const SMALL: usize = 128;
 /// Bytes of a large answer's body.
 pub(crate) const LARGE: usize = 1 << 20;
 
-/// Listens on loopback, and answers there as long as the current runtime lives. A sidecar's app listens on the service's
-/// own port: it is the one that [`AUTHORITY`](crate::load::AUTHORITY) names.
+/// Listens on loopback, and answers there as long as the current runtime lives.
 pub(crate) async fn serve() -> io::Result<SocketAddr> {
-    let listener = TcpListener::bind("127.0.0.1:8000").await?;
+    let listener = TcpListener::bind("127.0.0.1:0").await?;
     let address = listener.local_addr()?;
     tokio::spawn(async move {
         while let Ok((stream, _)) = listener.accept().await {

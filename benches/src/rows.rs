@@ -3,8 +3,10 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
+use crate::late;
 use crate::load::{self, handshake, http1, http2, idle};
 use crate::origin::LARGE;
 use crate::systems::{Bench, Http, Make, Pair, System, systems};
@@ -32,6 +34,8 @@ pub(crate) enum Row {
     Start,
     /// Size of the binary.
     Size,
+    /// A registration to the first request that it routes.
+    Registered,
 }
 
 /// Idle connections opened for [`Row::IdleConnection`].
@@ -140,6 +144,14 @@ pub(crate) async fn measure(bench: &Bench<'_>, plan: &Plan, only: &[Row]) -> io:
     if wanted(Row::Start) || wanted(Row::Idle) || wanted(Row::IdleConnection) {
         measure_starts(bench, plan, wanted(Row::IdleConnection), &mut outcome).await?;
     }
+    if wanted(Row::Registered) && plan.makes.contains(&Make::Sheetbend) {
+        eprintln!("{:?}", Row::Registered);
+        let taken = late::registrations(bench).await?;
+        let p99 = taken.get(taken.len() * 99 / 100).map(Duration::as_nanos);
+        if let (Some(p99), Some(system)) = (p99, systems(Http::One).last()) {
+            outcome.add(Row::Registered, *system, p99 as f64);
+        }
+    }
     if wanted(Row::Size) {
         let program = &bench.programs;
         for (make, path) in [(Make::Envoy, &program.envoy), (Make::Sheetbend, &program.sheetbend)] {
@@ -173,6 +185,10 @@ async fn measure_row(
     outcome: &mut Outcome,
 ) -> io::Result<()> {
     eprintln!("{row:?}");
+    // The first round is thrown away: those that open a connection a stream do it there.
+    for pair in pairs {
+        measure_cell(bench, plan, row, pair, &mut Outcome::default()).await?;
+    }
     for round in 0..plan.rounds {
         for at in 0..pairs.len() {
             if let Some(pair) = pairs.get((at + round) % pairs.len()) {
@@ -185,7 +201,7 @@ async fn measure_row(
 
 async fn measure_cell(bench: &Bench<'_>, plan: &Plan, row: Row, pair: &Pair, outcome: &mut Outcome) -> io::Result<()> {
     let (entry, system) = (pair.entry, pair.system);
-    let small = http1::get("/small");
+    let small = http1::get("/small", bench.authority);
     let both = || pair.cpu();
     match row {
         Row::Small => {
@@ -194,7 +210,7 @@ async fn measure_cell(bench: &Bench<'_>, plan: &Plan, row: Row, pair: &Pair, out
             outcome.add_window(row, system, window, 1.0);
         }
         Row::Large => {
-            let request = http1::get("/large");
+            let request = http1::get("/large", bench.authority);
             let load = |shared| http1::kept(entry, request.clone(), shared);
             let window = load::measure(8, plan.warm, plan.window, both, load).await;
             outcome.add_window(row, system, window, LARGE as f64);
@@ -205,16 +221,19 @@ async fn measure_cell(bench: &Bench<'_>, plan: &Plan, row: Row, pair: &Pair, out
             outcome.add_window(row, system, window, 1.0);
         }
         Row::Http2 => {
-            let load = |shared| http2::kept(entry, 32, shared);
+            let authority: Arc<str> = bench.authority.into();
+            let load = |shared| http2::kept(entry, authority.clone(), 32, shared);
             let window = load::measure(16, plan.warm, plan.window, both, load).await;
             outcome.add_window(row, system, window, 1.0);
         }
         Row::Handshake if system.between == Http::Two || system.make == Make::Nginx => {
             let ours = system.make == Make::Sheetbend;
-            let (name, alpn) =
-                if ours { ("8000.web.default.cluster.local", "sheetbend/h2") } else { ("web.default", "h2") };
+            let (name, alpn) = match ours {
+                true => (format!("{}.web.default.cluster.local", bench.origin.port()), "sheetbend/h2"),
+                false => ("web.default".to_string(), "h2"),
+            };
             let path = |file: &str| if ours { bench.mesh.path(file) } else { bench.pki.path(file) };
-            let caller = handshake::Caller::new(path, name, alpn)?;
+            let caller = handshake::Caller::new(path, &name, alpn)?;
             let group = caller.shake(pair.middle).await?;
             let note = format!("Key exchange of a handshake with {:?}: {group}.", system.make);
             if !outcome.notes.contains(&note) {
@@ -249,7 +268,7 @@ async fn measure_starts(bench: &Bench<'_>, plan: &Plan, with_idle: bool, outcome
             let idle = pair.resident() as f64;
             outcome.add(Row::Idle, system, idle);
             if round == 0 && with_idle {
-                let clients = idle::open(pair.entry, IDLE).await?;
+                let clients = idle::open(pair.entry, &http1::get("/small", bench.authority), IDLE).await?;
                 outcome.add(Row::IdleConnection, system, (pair.resident() as f64 - idle) / IDLE as f64);
                 drop(clients);
             }

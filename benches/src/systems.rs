@@ -82,6 +82,8 @@ pub(crate) struct Programs {
 
 /// What every pair shares.
 pub(crate) struct Bench<'a> {
+    /// What requests name.
+    pub(crate) authority: &'a str,
     pub(crate) programs: &'a Programs,
     pub(crate) pki: &'a Pki,
     pub(crate) mesh: &'a Mesh,
@@ -112,7 +114,7 @@ impl Pair {
         let [inbound, outbound] = sides.map(|(name, mut command)| Proc::start(&mut command, &dir.join(name)));
         let mut pair =
             Self { system, inbound: inbound?, outbound: outbound?, entry, middle, started_in: Duration::ZERO };
-        pair.first_answer(start).await.map_err(|error| {
+        pair.first_answer(start, bench.authority).await.map_err(|error| {
             let said = |name| fs::read_to_string(dir.join(name)).unwrap_or_default();
             let name = system.name();
             io::Error::other(format!("{name}: {error}\n{}{}", said("inbound.log"), said("outbound.log")))
@@ -120,13 +122,13 @@ impl Pair {
         Ok(pair)
     }
 
-    async fn first_answer(&mut self, start: Instant) -> io::Result<()> {
-        let request = get("/small");
+    async fn first_answer(&mut self, start: Instant, authority: &str) -> io::Result<()> {
+        let request = get("/small", authority);
         loop {
             let ask = async {
                 match self.system.client {
                     Http::One => Client::connect(self.entry).await?.ask(&request).await.map(drop),
-                    Http::Two => http2::once(self.entry).await,
+                    Http::Two => http2::once(self.entry, authority).await,
                 }
             };
             let answer = tokio::time::timeout(Duration::from_millis(100), ask).await;
@@ -209,29 +211,36 @@ fn sides(bench: &Bench<'_>, system: System, dir: &Path, entry: SocketAddr, middl
                 command.arg(write(&format!("envoy.{side}.yaml"))?);
             }
             Make::Sheetbend => {
-                // Everything is on as usual: identity and discovery from a control plane, reports to it, metrics.
-                command = Command::new(&programs.sheetbend);
-                command.args(["--control-plane", &bench.mesh.url, "--admin", "127.0.0.1:0", "--strict"]);
-                let service = if side == "inbound" { "web" } else { "caller" };
-                command.arg("--token-file").arg(bench.mesh.token(service, dir)?);
                 if side == "inbound" {
-                    let (port, inbound) = (bench.origin.port().to_string(), middle.to_string());
-                    command.args(["--port", &port, "--inbound", &inbound, "--app", "127.0.0.1"]);
+                    command = sheetbend(bench, dir, "web", &middle.to_string())?;
+                    command.args(["--port", &bench.origin.port().to_string(), "--app", "127.0.0.1"]);
                     command.args(["--allow", pki::CALLER]);
-                    command.args(["--outbound", "127.0.0.1:0"]);
                 } else {
-                    command.args([
-                        "--explicit",
-                        &entry.to_string(),
-                        "--outbound",
-                        "127.0.0.1:0",
-                        "--inbound",
-                        "127.0.0.1:0",
-                    ]);
+                    command = sheetbend(bench, dir, "caller", "127.0.0.1:0")?;
+                    command.args(["--explicit", &entry.to_string()]);
                 }
             }
         }
         io::Result::Ok(command)
     };
     Ok([("inbound.log", command("inbound")?), ("outbound.log", command("outbound")?)])
+}
+
+/// One sidecar of ours. Everything is on as usual: identity and discovery from a control plane, reports to it, metrics.
+fn sheetbend(bench: &Bench<'_>, dir: &Path, service: &str, inbound: &str) -> io::Result<Command> {
+    let mut command = Command::new(&bench.programs.sheetbend);
+    command.args(["--control-plane", &bench.mesh.url, "--admin", "127.0.0.1:0", "--strict"]);
+    command.args(["--outbound", "127.0.0.1:0", "--inbound", inbound]);
+    command.arg("--token-file").arg(bench.mesh.token(service, dir)?);
+    Ok(command)
+}
+
+/// A sidecar of ours that calls others, and where its clients connect.
+pub(crate) fn start_caller(bench: &Bench<'_>) -> io::Result<(Proc, SocketAddr)> {
+    let dir = tempfile::tempdir_in(bench.scratch)?.keep();
+    let entry = free_port()?;
+    let mut command = sheetbend(bench, &dir, "caller", "127.0.0.1:0")?;
+    // Whoever is not registered yet is not looked for elsewhere.
+    command.args(["--explicit", &entry.to_string(), "--deny-unknown"]);
+    Ok((Proc::start(&mut command, &dir.join("caller.log"))?, entry))
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use super::{AUTHORITY, Shared};
+use super::Shared;
 use crate::origin::head_end;
 
 /// One connection of a client.
@@ -25,7 +25,8 @@ impl Client {
         Ok(Self { stream, buffer: Vec::new() })
     }
 
-    /// Sends `request` and reads the whole answer, which must be a 200 with a `content-length`. Gives the body's length.
+    /// Sends `request` and reads the whole answer, which must have a `content-length`. Gives the body's length, or an
+    /// error for anything but a 200.
     pub(crate) async fn ask(&mut self, request: &[u8]) -> io::Result<usize> {
         self.stream.write_all(request).await?;
         self.buffer.clear();
@@ -37,7 +38,9 @@ impl Client {
                 break end;
             }
         };
-        let length = body_length(&self.buffer[..head])?;
+        let text = String::from_utf8_lossy(&self.buffer[..head]);
+        let length = body_length(&text).ok_or_else(|| io::Error::other(format!("no content-length: {text}")))?;
+        let unexpected = (!text.starts_with("HTTP/1.1 200")).then(|| text.into_owned());
         let mut got = self.buffer.len() - head;
         if got < length && self.buffer.capacity() < 256 * 1024 {
             self.buffer.reserve(256 * 1024);
@@ -49,26 +52,23 @@ impl Client {
                 n => got += n,
             }
         }
-        Ok(length)
+        match unexpected {
+            None => Ok(length),
+            Some(head) => Err(io::Error::other(format!("unexpected answer: {head}"))),
+        }
     }
 }
 
-fn body_length(head: &[u8]) -> io::Result<usize> {
-    let wrong = || io::Error::other(format!("unexpected answer: {}", String::from_utf8_lossy(head)));
-    if !head.starts_with(b"HTTP/1.1 200") {
-        return Err(wrong());
-    }
-    let text = std::str::from_utf8(head).map_err(|_| wrong())?;
-    text.lines()
+fn body_length(head: &str) -> Option<usize> {
+    head.lines()
         .filter_map(|line| line.split_once(':'))
         .find(|(name, _)| name.eq_ignore_ascii_case("content-length"))
         .and_then(|(_, value)| value.trim().parse().ok())
-        .ok_or_else(wrong)
 }
 
 /// A GET as an ordinary client sends it.
-pub(crate) fn get(path: &str) -> Arc<[u8]> {
-    format!("GET {path} HTTP/1.1\r\nHost: {AUTHORITY}\r\nUser-Agent: sheetbend-bench/1\r\nAccept: */*\r\n\r\n")
+pub(crate) fn get(path: &str, authority: &str) -> Arc<[u8]> {
+    format!("GET {path} HTTP/1.1\r\nHost: {authority}\r\nUser-Agent: sheetbend-bench/1\r\nAccept: */*\r\n\r\n")
         .into_bytes()
         .into()
 }

@@ -8,21 +8,21 @@ use std::sync::atomic::Ordering;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
-use super::{AUTHORITY, Shared};
+use super::Shared;
 use crate::frames::{self, Frames};
 use crate::origin::SMALL;
 
-/// One connection with `streams` requests in flight.
-pub(crate) async fn kept(to: SocketAddr, streams: usize, shared: Arc<Shared>) {
-    shared.note(run(to, streams, &shared).await);
+/// One connection with `streams` requests to `authority` in flight.
+pub(crate) async fn kept(to: SocketAddr, authority: Arc<str>, streams: usize, shared: Arc<Shared>) {
+    shared.note(run(to, &authority, streams, &shared).await);
 }
 
 /// One request on a connection of its own.
-pub(crate) async fn once(to: SocketAddr) -> io::Result<()> {
+pub(crate) async fn once(to: SocketAddr, authority: &str) -> io::Result<()> {
     let shared = Shared::default();
     tokio::select! {
         // Losing `run` closes its connection, which is all that is left of it.
-        outcome = run(to, 1, &shared) => outcome,
+        outcome = run(to, authority, 1, &shared) => outcome,
         () = async {
             while shared.done.load(Ordering::Relaxed) == 0 {
                 tokio::task::yield_now().await;
@@ -31,10 +31,10 @@ pub(crate) async fn once(to: SocketAddr) -> io::Result<()> {
     }
 }
 
-async fn run(to: SocketAddr, streams: usize, shared: &Shared) -> io::Result<()> {
+async fn run(to: SocketAddr, authority: &str, streams: usize, shared: &Shared) -> io::Result<()> {
     let mut stream = TcpStream::connect(to).await?;
     stream.set_nodelay(true)?;
-    let mut requests = Requests { next: 1 };
+    let mut requests = Requests { authority, next: 1 };
     let mut out = frames::PREFACE.to_vec();
     // ENABLE_PUSH 0, INITIAL_WINDOW_SIZE 1 MiB; the connection's window of 2^30 outlasts any load here.
     frames::push(&mut out, frames::SETTINGS, 0, 0, &[0, 2, 0, 0, 0, 0, 0, 4, 0, 16, 0, 0]);
@@ -90,18 +90,19 @@ fn expect_ok(block: &[u8]) -> io::Result<()> {
     }
 }
 
-struct Requests {
+struct Requests<'a> {
+    authority: &'a str,
     next: u32,
 }
 
-impl Requests {
+impl Requests<'_> {
     /// GET http, the path in full; authority, user-agent and accept enter the peer's table with the first request.
     fn push(&mut self, out: &mut Vec<u8>) {
         let mut block = b"\x82\x86\x04\x06/small".to_vec();
         match self.next {
             1 => {
-                block.extend_from_slice(&[0x41, AUTHORITY.len() as u8]);
-                block.extend_from_slice(AUTHORITY.as_bytes());
+                block.extend_from_slice(&[0x41, self.authority.len() as u8]);
+                block.extend_from_slice(self.authority.as_bytes());
                 block.extend_from_slice(b"\x7a\x11sheetbend-bench/1\x53\x03*/*");
             }
             _ => block.extend_from_slice(&[0x80 | 64, 0x80 | 63, 0x80 | 62]),

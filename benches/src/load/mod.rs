@@ -10,8 +10,10 @@ pub(crate) mod http1;
 pub(crate) mod http2;
 pub(crate) mod idle;
 
-/// The name that requests carry.
-pub(crate) const AUTHORITY: &str = "web.default:8000";
+/// The service that requests name, with the port of its app: `web.default:8000`.
+pub(crate) fn authority(service: &str, port: u16) -> String {
+    format!("{service}.default:{port}")
+}
 
 /// What the tasks of one load share.
 #[derive(Default)]
