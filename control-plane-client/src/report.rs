@@ -4,6 +4,7 @@
 //! comes after, and told on the next one.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -39,13 +40,20 @@ pub struct ReportConfig {
 #[derive(Clone)]
 pub struct Reporter {
     flushes: mpsc::Sender<oneshot::Sender<()>>,
+    failures: Arc<AtomicU64>,
 }
 
 impl Reporter {
     /// Starts reporting: a handle, and a task to spawn that reports for as long as it is polled.
     pub fn start(config: ReportConfig) -> (Self, impl Future<Output = ()> + Send + 'static) {
         let (flushes, asked) = mpsc::channel(1);
-        (Self { flushes }, run_until_flushed(config, asked))
+        let failures = Arc::new(AtomicU64::new(0));
+        (Self { flushes, failures: Arc::clone(&failures) }, run_until_flushed(config, asked, failures))
+    }
+
+    /// How often reports could not be delivered since the start.
+    pub fn failures(&self) -> u64 {
+        self.failures.load(Ordering::Relaxed)
     }
 
     /// Tells what happened since the last report, and waits until it was read, 1 s at most. For the end of a process.
@@ -66,7 +74,11 @@ pub async fn run(config: ReportConfig) {
     task.await;
 }
 
-async fn run_until_flushed(mut config: ReportConfig, flushes: mpsc::Receiver<oneshot::Sender<()>>) {
+async fn run_until_flushed(
+    mut config: ReportConfig,
+    flushes: mpsc::Receiver<oneshot::Sender<()>>,
+    failed: Arc<AtomicU64>,
+) {
     let connector = config.connector.clone();
     let mut rotations = connector.rotations();
     let mut failures = 0u32;
@@ -93,6 +105,7 @@ async fn run_until_flushed(mut config: ReportConfig, flushes: mpsc::Receiver<one
         feed.pending.put_back(unsent);
         let Some(reason) = ended else { continue };
         failures = failures.saturating_add(1);
+        failed.fetch_add(1, Ordering::Relaxed);
         let wait = backoff::wait(failures, rand::random());
         tracing::debug!(
             reason,

@@ -10,28 +10,24 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use bytes::BytesMut;
-use sheetbend_certs::{IdentityStore, SpiffeId, format_time};
+use sheetbend_certs::{IdentityStore, SpiffeId};
 use sheetbend_control_plane_client::channel::{ConnectError, Connector};
 use sheetbend_control_plane_client::discovery::{Discovery, DiscoveryConfig, NodeInfo};
-use sheetbend_control_plane_client::identity::{IdentityClient, IdentityConfig, NoIdentity, Proof};
+use sheetbend_control_plane_client::identity::{self, IdentityClient, IdentityConfig, NoIdentity, Proof};
 use sheetbend_control_plane_client::model::{AppProtocol, ServiceName, Target};
 use sheetbend_control_plane_client::registration::{RegisteredPort, Registration};
 use sheetbend_control_plane_client::report::{self, ReportConfig, Reporter};
-use tokio::net::TcpStream;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 
-use crate::admin::{Admin, AdminState, Scope};
+use crate::admin::{Admin, Scope};
 use crate::here::{Here, Redirected};
-use crate::http::error::Error;
-use crate::inbound::{Inbound, Port};
-use crate::listen::{Accepted, BindError, Listener, bind, bind_each, original_destination};
-use crate::outbound::Outbound;
+use crate::inbound::Port;
+use crate::listen::{BindError, Listener, bind, bind_each};
+use crate::observe::admin_state;
 use crate::proc_net;
-use crate::refuse::refuse;
-use crate::route::Routes;
-use crate::telemetry::{AccessLogSettings, Counter, Reporter as Side, Settings, Telemetry};
-use crate::upstream::{BoxIo, Endpoints, Entering, Own, Pool};
+use crate::telemetry::{AccessLogSettings, Counter, Settings, Telemetry};
+use crate::upstream::Endpoints;
+use crate::worker::{Job, Worker, Workers};
 
 /// What a proxy is started with.
 #[derive(Debug)]
@@ -141,10 +137,14 @@ pub(crate) struct Shared {
     pub(crate) inbound_drain: watch::Sender<bool>,
     pub(crate) outbound_drain: watch::Sender<bool>,
     pub(crate) here: Arc<Here>,
+    pub(crate) workers: Vec<Arc<Worker>>,
+    pub(crate) reporter: Reporter,
+    pub(crate) renewal: watch::Receiver<identity::Status>,
 }
 
 impl Shared {
-    fn takes(&self, ours: SocketAddr, peer: SocketAddr) -> bool {
+    /// Whether a connection may come in on an explicit listener.
+    pub(crate) fn takes(&self, ours: SocketAddr, peer: SocketAddr) -> bool {
         if !self.same_user_only {
             return true;
         }
@@ -170,7 +170,6 @@ pub struct Proxy {
     inbound: HashMap<u16, Served>,
     registration: watch::Sender<Option<Registration>>,
     advertise: IpAddr,
-    reporter: Reporter,
     tasks: Vec<tokio::task::JoinHandle<()>>,
 }
 
@@ -180,15 +179,6 @@ struct Served {
     protocol: AppProtocol,
     /// Whose app has a place of its own; `None` where it is at `at` itself.
     app: Option<Arc<Port>>,
-}
-
-/// Work for a worker.
-enum Job {
-    Redirected(Accepted),
-    Explicit(Accepted),
-    Fixed(Accepted, Target),
-    Transparent(Accepted),
-    Inbound(Accepted, Arc<Port>),
 }
 
 impl Proxy {
@@ -299,10 +289,13 @@ impl Proxy {
             inbound_drain: watch::Sender::new(false),
             outbound_drain: watch::Sender::new(false),
             here,
+            workers: std::iter::repeat_with(Arc::default).take(config.workers.max(1)).collect(),
+            reporter,
+            renewal: client.status(),
         });
         tasks.push(tokio::spawn(Admin::serve(admin, Arc::new(admin_state(&shared)), Scope::Everything)));
 
-        let workers = Workers::start(config.workers.max(1), &shared)?;
+        let workers = Workers::start(&shared)?;
         let explicit_address = explicit.as_ref().map(Listener::local_addr);
         if let Some(listener) = explicit {
             tasks.push(workers.feed(listener, Job::Explicit));
@@ -320,16 +313,7 @@ impl Proxy {
             tasks.push(workers.feed(listener, Job::Redirected));
         }
         let advertise = config.advertise;
-        Ok(Self {
-            shared,
-            explicit: explicit_address,
-            admin: admin_address,
-            inbound,
-            registration,
-            advertise,
-            reporter,
-            tasks,
-        })
+        Ok(Self { shared, explicit: explicit_address, admin: admin_address, inbound, registration, advertise, tasks })
     }
 
     /// The explicit outbound listener.
@@ -384,7 +368,7 @@ impl Proxy {
         };
         let _ = tokio::time::timeout(deadline, idle).await;
         // What happened since the last report: a process may be shorter than the pause between two.
-        self.reporter.flush().await;
+        self.shared.reporter.flush().await;
         self.shared.telemetry.access_log().flush(Duration::from_millis(500));
         self.tasks.drain(..).for_each(|task| task.abort());
     }
@@ -393,188 +377,5 @@ impl Proxy {
 impl Drop for Proxy {
     fn drop(&mut self) {
         self.tasks.drain(..).for_each(|task| task.abort());
-    }
-}
-
-/// Threads that carry traffic, each with a runtime and pools of its own.
-struct Workers {
-    senders: Vec<mpsc::UnboundedSender<Job>>,
-    shared: Arc<Shared>,
-}
-
-impl Workers {
-    fn start(count: usize, shared: &Arc<Shared>) -> Result<Self, StartError> {
-        let mut senders = Vec::new();
-        for number in 0..count {
-            // Bounded by the file table: every job is an accepted connection.
-            let (sender, mut jobs) = mpsc::unbounded_channel();
-            senders.push(sender);
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-            let shared = Arc::clone(shared);
-            std::thread::Builder::new().name(format!("worker-{number}")).spawn(move || {
-                // What this worker sends to the app beside it. Bounded as the connections that ask for it are.
-                let (entrance, mut entering) = mpsc::unbounded_channel::<Entering>();
-                let pool = Arc::new(Pool::new(Own::new(Arc::clone(&shared.here), &entrance)));
-                let routes = Arc::new(Routes::default());
-                runtime.block_on(async {
-                    loop {
-                        // In no order, and nothing is lost: a queue keeps what is not taken.
-                        tokio::select! {
-                            job = jobs.recv() => {
-                                let Some(job) = job else { return };
-                                let outbound = Outbound {
-                                    shared: Arc::clone(&shared),
-                                    pool: Arc::clone(&pool),
-                                    routes: Arc::clone(&routes),
-                                };
-                                tokio::spawn(carry(job, outbound));
-                            }
-                            Some(Entering { io, port, alpn }) = entering.recv() => {
-                                let (shared, pool) = (Arc::clone(&shared), Arc::clone(&pool));
-                                tokio::spawn(Inbound { shared, pool, port }.entered(io, alpn));
-                            }
-                        }
-                    }
-                });
-            })?;
-        }
-        Ok(Self { senders, shared: Arc::clone(shared) })
-    }
-
-    /// Accepts, and gives each connection to the next worker.
-    fn feed(
-        &self,
-        mut listener: Listener,
-        job: impl Fn(Accepted) -> Job + Send + Sync + 'static,
-    ) -> tokio::task::JoinHandle<()> {
-        let senders = self.senders.clone();
-        let telemetry = Arc::clone(&self.shared.telemetry);
-        tokio::spawn(async move {
-            for next in (0..senders.len()).cycle() {
-                let job = job(listener.accept().await);
-                telemetry.count(match job {
-                    Job::Inbound(..) | Job::Redirected(..) => Counter::AcceptedInbound,
-                    _ => Counter::AcceptedOutbound,
-                });
-                if let Some(sender) = senders.get(next) {
-                    let _ = sender.send(job);
-                }
-            }
-        })
-    }
-}
-
-async fn carry(job: Job, outbound: Outbound) {
-    let (accepted, job) = match job {
-        Job::Explicit(accepted) => (accepted, Kind::Explicit),
-        Job::Fixed(accepted, target) => (accepted, Kind::Fixed(target)),
-        Job::Transparent(accepted) => (accepted, Kind::Transparent),
-        Job::Inbound(accepted, port) => (accepted, Kind::Inbound(port)),
-        Job::Redirected(accepted) => (accepted, Kind::Redirected),
-    };
-    let peer = accepted.peer;
-    let Ok(stream) = accepted.register() else { return };
-    let Ok(ours) = stream.local_addr() else { return };
-    match job {
-        Kind::Explicit if outbound.shared.takes(ours, peer) => outbound.explicit(Box::new(stream), peer).await,
-        Kind::Fixed(target) if outbound.shared.takes(ours, peer) => {
-            outbound.caught(Box::new(stream), target, peer).await;
-        }
-        Kind::Explicit | Kind::Fixed(_) => {}
-        Kind::Transparent => match original(&stream) {
-            Ok(original) => outbound.caught(Box::new(stream), Target::from(original), peer).await,
-            Err(error) => {
-                let nothing = BytesMut::new();
-                refuse(&outbound.shared, Side::Source, Box::new(stream), nothing, error, peer).await;
-            }
-        },
-        Kind::Redirected => {
-            let here = &outbound.shared.here;
-            match original(&stream).and_then(|original| here.port_at(original).ok_or(Error::Loop(original))) {
-                Ok(port) => {
-                    let inbound = Inbound { shared: outbound.shared, pool: outbound.pool, port };
-                    inbound.connection(Box::new(stream), peer).await;
-                }
-                Err(error) => {
-                    let nothing = BytesMut::new();
-                    refuse(&outbound.shared, Side::Destination, Box::new(stream), nothing, error, peer).await;
-                }
-            }
-        }
-        Kind::Inbound(port) => {
-            let inbound = Inbound { shared: outbound.shared, pool: outbound.pool, port };
-            let io: BoxIo = Box::new(stream);
-            inbound.connection(io, peer).await;
-        }
-    }
-}
-
-/// Where a redirected connection was going.
-fn original(stream: &TcpStream) -> Result<SocketAddr, Error> {
-    let ours = stream.local_addr().unwrap_or(SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)));
-    let unknown = || Error::NotRedirected(SocketAddr::new(ours.ip().to_canonical(), ours.port()));
-    match original_destination(stream) {
-        Ok(original) => original.ok_or_else(unknown),
-        Err(error) => {
-            tracing::warn!(%ours, %error, "the kernel does not say where a connection was going");
-            Err(unknown())
-        }
-    }
-}
-
-enum Kind {
-    Redirected,
-    Explicit,
-    Fixed(Target),
-    Transparent,
-    Inbound(Arc<Port>),
-}
-
-fn admin_state(shared: &Arc<Shared>) -> AdminState {
-    let of = |shared: &Arc<Shared>| Arc::clone(shared);
-    let (ready, dump, clusters, certs) = (of(shared), of(shared), of(shared), of(shared));
-    AdminState {
-        telemetry: Arc::clone(&shared.telemetry),
-        ready: Box::new(move || match ready.identity.current() {
-            Some(_) if *ready.inbound_drain.borrow() => Err("draining".to_string()),
-            Some(_) => Ok(()),
-            None => Err("no certificate yet".to_string()),
-        }),
-        config_dump: Box::new(move || {
-            let snapshot = dump.discovery.snapshot();
-            let known = snapshot.iter().map(|(target, resolution)| match resolution {
-                sheetbend_control_plane_client::model::Resolution::Mesh(destination) => {
-                    serde_json::json!({ "target": target.to_string(), "destination": &**destination })
-                }
-                sheetbend_control_plane_client::model::Resolution::NotMesh => {
-                    serde_json::json!({ "target": target.to_string(), "destination": null })
-                }
-            });
-            serde_json::json!({ "strict": dump.strict, "known": known.collect::<Vec<_>>() })
-        }),
-        clusters: Box::new(move || {
-            let snapshot = clusters.discovery.snapshot();
-            let found = snapshot.iter().filter_map(|(_, resolution)| match resolution {
-                sheetbend_control_plane_client::model::Resolution::Mesh(destination) => {
-                    Some(serde_json::json!(destination.clusters))
-                }
-                sheetbend_control_plane_client::model::Resolution::NotMesh => None,
-            });
-            serde_json::Value::Array(found.collect())
-        }),
-        certs: Box::new(move || match certs.identity.current() {
-            Some(material) => serde_json::json!({
-                "id": material.identity.id.to_string(),
-                "not_before": format_time(material.identity.not_before),
-                "not_after": format_time(material.identity.not_after),
-                "roots": material.bundle.roots().iter().map(|root| root.sha256().to_string()).collect::<Vec<_>>(),
-            }),
-            None => serde_json::Value::Null,
-        }),
-        server_info: Box::new(
-            || serde_json::json!({ "version": env!("CARGO_PKG_VERSION"), "pid": std::process::id() }),
-        ),
-        log_filter: Box::new(crate::admin::logging::filter),
-        set_log_filter: Box::new(crate::admin::logging::set_filter),
     }
 }

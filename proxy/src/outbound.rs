@@ -24,7 +24,9 @@ use crate::rewind::Rewind;
 use crate::route::{Route, Routes};
 use crate::tcp::{Abort, splice};
 use crate::telemetry::{Counter, Protocol, Reporter};
+use crate::traffic::retry::Retrying;
 use crate::upstream::{BoxIo, EndpointState, Pool, Wire, dial};
+use crate::worker::Live;
 
 /// One worker's way out. Cheap to clone.
 #[derive(Clone)]
@@ -32,6 +34,8 @@ pub(crate) struct Outbound {
     pub(crate) shared: Arc<Shared>,
     pub(crate) pool: Arc<Pool>,
     pub(crate) routes: Arc<Routes>,
+    /// The connection counts for as long as this is held, by a tunnel within it too.
+    pub(crate) live: Arc<Live>,
 }
 
 impl Outbound {
@@ -181,6 +185,8 @@ impl Outbound {
         let way = self.way();
         let mut tried: Option<Arc<EndpointState>> = None;
         let mut before = 0;
+        // Until the answer's head is here.
+        let mut retrying = None;
         loop {
             let endpoint = route.pick(endpoints, tried.as_ref(), self.shared.epoch.elapsed())?;
             exchange.on(Arc::clone(endpoint.edge(&self.shared.telemetry, protocol)));
@@ -191,6 +197,7 @@ impl Outbound {
             let result = way.attempt(&endpoint, wire, fresh, &mut outgoing).await;
             let again = way.again(&result, &outgoing, before, endpoint.is_ours(), &route.budget);
             let Some(after) = again else { return result.map(|answer| (answer, client)) };
+            drop(retrying.replace(Retrying(&route.budget)));
             drop(result);
             tokio::time::sleep(after).await;
             before += 1;

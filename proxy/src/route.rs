@@ -19,11 +19,41 @@ use crate::upstream::{EndpointState, Endpoints, Place};
 pub struct Route {
     target: Target,
     destination: Option<Arc<Destination>>,
-    clusters: BTreeMap<ClusterName, Vec<Arc<EndpointState>>>,
-    /// Where it goes when it is no part of the mesh.
-    elsewhere: Vec<Arc<EndpointState>>,
+    clusters: BTreeMap<ClusterName, Candidates>,
+    /// Where it goes when it is no part of the mesh, and where it goes when there is nowhere to go.
+    elsewhere: Candidates,
     /// How many retries there may be.
     pub budget: Arc<Budget>,
+}
+
+/// Endpoints that may answer a request.
+#[derive(Default)]
+pub struct Candidates {
+    endpoints: Vec<Arc<EndpointState>>,
+    /// Running sums of their weights, where those differ.
+    shares: Option<Vec<u64>>,
+}
+
+impl Candidates {
+    fn new(endpoints: Vec<Arc<EndpointState>>, weights: &[u32]) -> Self {
+        let differ = weights.windows(2).any(|pair| pair[0] != pair[1]);
+        let sums = weights.iter().scan(0, |sum, weight| {
+            *sum += u64::from(*weight);
+            Some(*sum)
+        });
+        let shares = differ.then(|| sums.collect());
+        Self { endpoints, shares }
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.endpoints.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.endpoints.is_empty()
+    }
 }
 
 impl Route {
@@ -33,14 +63,16 @@ impl Route {
             let all = cluster.endpoints.iter().map(|endpoint| {
                 endpoints.at(Place::Address(endpoint.address), endpoint.transport.clone(), service.clone())
             });
-            (name.clone(), all.collect())
+            let weights: Vec<u32> = cluster.endpoints.iter().map(|endpoint| endpoint.weight).collect();
+            (name.clone(), Candidates::new(all.collect(), &weights))
         });
-        Self { target, clusters: clusters.collect(), destination: Some(destination), elsewhere: Vec::new(), budget }
+        let clusters = clusters.collect();
+        Self { target, clusters, destination: Some(destination), elsewhere: Candidates::default(), budget }
     }
 
     fn elsewhere(target: Target, endpoints: &Endpoints) -> Self {
         let place = target.address().map_or_else(|| Place::Name(target.clone()), Place::Address);
-        let elsewhere = vec![endpoints.at(place, Transport::Plain, None)];
+        let elsewhere = Candidates::new(vec![endpoints.at(place, Transport::Plain, None)], &[1]);
         Self { target, destination: None, clusters: BTreeMap::new(), elsewhere, budget: Arc::default() }
     }
 
@@ -50,25 +82,30 @@ impl Route {
     }
 
     /// The endpoints that may answer a request; without one, those of an opaque connection.
-    pub fn endpoints(&self, head: Option<&request::Parts>) -> &[Arc<EndpointState>] {
+    pub fn endpoints(&self, head: Option<&request::Parts>) -> &Candidates {
         let Some(destination) = &self.destination else { return &self.elsewhere };
         let name = match head {
             Some(head) => policy::cluster(destination, head, rand::random()),
             None => &destination.default_cluster,
         };
-        self.clusters.get(name).map_or(&[], Vec::as_slice)
+        // Of the mesh, and therefore never elsewhere: that is empty here.
+        self.clusters.get(name).unwrap_or(&self.elsewhere)
     }
 
     /// Picks one of [`Route::endpoints`], another one than `tried` where there is another.
     pub fn pick(
         &self,
-        endpoints: &[Arc<EndpointState>],
+        candidates: &Candidates,
         tried: Option<&Arc<EndpointState>>,
         now: std::time::Duration,
     ) -> Result<Arc<EndpointState>, Error> {
+        let endpoints = &candidates.endpoints;
         let excluded = tried.and_then(|tried| endpoints.iter().position(|endpoint| Arc::ptr_eq(endpoint, tried)));
         let cost = |at: usize| endpoints.get(at).map_or(f64::MAX, |endpoint| endpoint.load.cost(now));
-        let picked = balance::pick(endpoints.len(), excluded, rand::random(), cost);
+        let picked = match &candidates.shares {
+            None => balance::pick(endpoints.len(), excluded, rand::random(), cost),
+            Some(shares) => balance::pick_weighted(shares, excluded, rand::random(), cost),
+        };
         let endpoint = picked.and_then(|at| endpoints.get(at));
         endpoint.cloned().ok_or_else(|| Error::NoEndpoint(self.target.to_string()))
     }

@@ -66,6 +66,8 @@ pub struct Status {
     pub issued: u64,
     /// Attempts in a row that failed.
     pub failures: u32,
+    /// Attempts that failed since the start.
+    pub failed: u64,
     /// Why the last one failed; `None` after one that worked.
     pub last_error: Option<Arc<str>>,
     /// Whether asking again the same way cannot help.
@@ -329,6 +331,7 @@ impl Task {
         let nothing_in_force = self.store.current().is_none();
         self.status.send_modify(|status| {
             status.failures = status.failures.saturating_add(1);
+            status.failed += 1;
             status.last_error = Some(error.to_string().into());
             status.refused = nothing_in_force && matches!(error, AskError::Refused(_));
             failures = status.failures;

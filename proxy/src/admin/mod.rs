@@ -31,6 +31,8 @@ pub struct AdminState {
     pub telemetry: Arc<Telemetry>,
     /// `Ok` once traffic is taken; otherwise why it is not.
     pub ready: Box<dyn Fn() -> Result<(), String> + Send + Sync>,
+    /// Brings levels up to date that are measured only when they are asked for.
+    pub measure: Box<dyn Fn() + Send + Sync>,
     /// `/config_dump`: the configuration, and the snapshot in use.
     pub config_dump: Document,
     /// `/clusters`: clusters and the state of their endpoints.
@@ -89,10 +91,13 @@ fn answer(state: &AdminState, scope: Scope, asked: &Asked) -> Answer {
             Ok(()) => Answer::text(StatusCode::OK, "ready\n"),
             Err(why) => Answer::text(StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {why}\n")),
         },
-        ("/metrics" | "/stats/prometheus", _) => Answer {
-            content_type: "text/plain; version=0.0.4; charset=utf-8",
-            ..Answer::text(StatusCode::OK, state.telemetry.render_metrics())
-        },
+        ("/metrics" | "/stats/prometheus", _) => {
+            (state.measure)();
+            Answer {
+                content_type: "text/plain; version=0.0.4; charset=utf-8",
+                ..Answer::text(StatusCode::OK, state.telemetry.render_metrics())
+            }
+        }
         (_, Scope::Health) => Answer::not_found("/ready /live /metrics"),
         ("/config_dump", _) => Answer::json(&(state.config_dump)()),
         ("/clusters", _) => Answer::json(&(state.clusters)()),

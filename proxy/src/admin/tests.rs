@@ -27,6 +27,7 @@ async fn started(scope: Scope) -> Proxy {
             true => Ok(()),
             false => Err("no certificate yet".into()),
         }),
+        measure: Box::new(|| ()),
         config_dump: Box::new(|| json!({"listen": "127.0.0.1:1"})),
         clusters: Box::new(|| json!([])),
         certs: Box::new(|| json!({"chain": []})),

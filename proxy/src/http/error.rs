@@ -76,8 +76,12 @@ impl Error {
     /// An endpoint that could not be reached.
     pub fn unreachable(endpoint: Place, why: DialError) -> Self {
         match why {
-            DialError::Overflow => Self::Overflow(endpoint),
+            DialError::Overflow | DialError::WaitedTooLong => Self::Overflow(endpoint),
             DialError::Loop(own) => Self::Loop(own),
+            DialError::Shared(why) => match *why {
+                DialError::Loop(own) => Self::Loop(own),
+                _ => Self::Connect { endpoint, source: DialError::Shared(why) },
+            },
             source => Self::Connect { endpoint, source },
         }
     }
@@ -223,7 +227,9 @@ impl fmt::Display for Error {
                 write!(f, "{target} is not in the mesh, and outboundPolicy Deny allows nothing else")
             }
             Self::NoEndpoint(cluster) => write!(f, "{cluster} has no endpoint"),
-            Self::Overflow(endpoint) => write!(f, "too many requests wait for a connection to {endpoint}"),
+            Self::Overflow(endpoint) => {
+                write!(f, "too many requests wait for a connection to {endpoint}, or one waited for too long")
+            }
             Self::Connect { endpoint, source } => write!(f, "cannot connect to {endpoint}: {source}"),
             Self::Broken { endpoint, source, .. } => {
                 write!(f, "the connection to {endpoint} broke before an answer: {}", Causes(source))

@@ -42,8 +42,6 @@ metrics_of_the_process! {
     NotRetriedBudget "sheetbend_not_retried_total" { reason: "budget" } "Failures that were not tried again, by why not.";
     NotRetriedAttempts "sheetbend_not_retried_total" { reason: "attempts" } "Failures that were not tried again, by why not.";
     NotRetriedDeadline "sheetbend_not_retried_total" { reason: "deadline" } "Failures that were not tried again, by why not.";
-    NotRetriedEndpoint "sheetbend_not_retried_total" { reason: "no_other_endpoint" } "Failures that were not tried again, by why not.";
-    NotRetriedStarted "sheetbend_not_retried_total" { reason: "response_started" } "Failures that were not tried again, by why not.";
 
     RefusedNoCertificate "sheetbend_refused_total" { reason: "no_certificate" } "Connections and requests refused, by why.";
     RefusedCertificate "sheetbend_refused_total" { reason: "certificate" } "Connections and requests refused, by why.";
@@ -79,7 +77,6 @@ metrics_of_the_process! {
     DialedApp "sheetbend_dials_total" { to: "app" } "Connections made.";
     DialedSelf "sheetbend_dials_total" { to: "self" } "Connections made.";
     DialedExternal "sheetbend_dials_total" { to: "external" } "Connections made.";
-    AcceptErrors "sheetbend_accept_errors_total" {} "Accepts that failed; a full file table is the usual cause.";
 
     HandshakesFull "sheetbend_tls_handshakes_total" { kind: "full" } "TLS handshakes completed.";
     HandshakesResumed "sheetbend_tls_handshakes_total" { kind: "resumed" } "TLS handshakes completed.";
@@ -107,8 +104,7 @@ metrics_of_the_process! {
     OpenOutbound "sheetbend_open_connections" { side: "outbound" } "Connections open now.";
     OpenInbound "sheetbend_open_connections" { side: "inbound" } "Connections open now.";
     PooledMesh "sheetbend_pooled_connections" { to: "mesh" } "Connections kept for reuse now.";
-    PooledApp "sheetbend_pooled_connections" { to: "app" } "Connections kept for reuse now.";
-    RequestsInFlight "sheetbend_requests_in_flight" {} "Requests begun and not ended.";
+    PooledPlain "sheetbend_pooled_connections" { to: "plain" } "Connections kept for reuse now.";
     Destinations "sheetbend_destinations" {} "Destinations known from the control plane.";
     ControlPlaneConnected "sheetbend_control_plane_connected" {} "1 while the discovery stream is up.";
     CertificateExpiry "sheetbend_certificate_expiry_timestamp_seconds" {} "When this proxy's own certificate expires, in Unix time.";

@@ -137,10 +137,10 @@ impl Telemetry {
         }
     }
 
-    /// Moves a level by `by`.
-    pub fn gauge_add(&self, gauge: Gauge, by: f64) {
-        if let Some(gauge) = self.gauges.get(gauge as usize) {
-            gauge.increment(by);
+    /// Takes over a count that is kept elsewhere.
+    pub fn count_is(&self, counter: Counter, total: u64) {
+        if let Some(counter) = self.counters.get(counter as usize) {
+            counter.absolute(total);
         }
     }
 

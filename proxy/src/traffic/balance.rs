@@ -97,6 +97,31 @@ pub fn pick(len: usize, excluded: Option<usize>, chance: u64, cost: impl Fn(usiz
     }
 }
 
+/// Picks where shares differ. `shares` are running sums of weights. Each of the two choices falls on an endpoint as often as
+/// its share says, on the same one twice too: shares hold when all cost the same, and give way when one costs more.
+pub fn pick_weighted(
+    shares: &[u64],
+    excluded: Option<usize>,
+    chance: u64,
+    cost: impl Fn(usize) -> f64,
+) -> Option<usize> {
+    let all = shares.last().copied().filter(|all| *all > 0)?;
+    let share = |at: usize| {
+        let below = at.checked_sub(1).and_then(|before| shares.get(before)).copied().unwrap_or(0);
+        (below, shares.get(at).copied().unwrap_or(below))
+    };
+    // What is excluded is cut out of the line, unless nothing is left of it then.
+    let (from, to) = excluded.map_or((0, 0), share);
+    let (from, to) = if to - from < all { (from, to) } else { (0, 0) };
+    let choose = |bits: u64| {
+        let at = ((bits & 0xffff_ffff) * (all - (to - from))) >> 32;
+        let at = if at >= from { at + (to - from) } else { at };
+        shares.partition_point(|sum| *sum <= at)
+    };
+    let (first, second) = (choose(chance), choose(chance >> 32));
+    Some(if cost(second) < cost(first) { second } else { first })
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -122,6 +147,23 @@ mod tests {
         assert_eq!(load.cost(Duration::ZERO), idle);
     }
 
+    #[test]
+    fn equal_endpoints_get_what_their_weights_say_and_a_dear_one_gets_less() {
+        let count = |cost: fn(usize) -> f64| {
+            let mut chance = 1u64;
+            let picks = (0..100_000).filter(|_| {
+                chance = chance.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                // The low bits of such a generator are poor.
+                let chance = chance.rotate_left(24) ^ chance;
+                pick_weighted(&[9, 10], None, chance, cost) == Some(0)
+            });
+            picks.count()
+        };
+        assert!((88_000..92_000).contains(&count(|_| 1.0)), "{}", count(|_| 1.0));
+        let dear = count(|at| if at == 0 { 2.0 } else { 1.0 });
+        assert!((79_000..83_000).contains(&dear), "{dear}");
+    }
+
     proptest! {
         #[test]
         fn a_pick_is_in_range_and_avoids_what_is_excluded(
@@ -132,6 +174,23 @@ mod tests {
                 Some(at) => {
                     prop_assert!(at < len);
                     prop_assert!(len == 1 || Some(at) != excluded);
+                }
+            }
+        }
+
+        #[test]
+        fn a_weighted_pick_is_one_with_a_share_and_avoids_what_is_excluded(
+            weights in proptest::collection::vec(0u32..5, 0..20),
+            excluded in proptest::option::of(0usize..20), chance in any::<u64>()
+        ) {
+            let sums = weights.iter().scan(0, |sum, weight| { *sum += u64::from(*weight); Some(*sum) });
+            let shares: Vec<u64> = sums.collect();
+            match pick_weighted(&shares, excluded, chance, |at| at as f64) {
+                None => prop_assert!(weights.iter().all(|weight| *weight == 0)),
+                Some(at) => {
+                    prop_assert!(weights[at] > 0);
+                    let others = weights.iter().enumerate().any(|(at, weight)| Some(at) != excluded && *weight > 0);
+                    prop_assert!(Some(at) != excluded || !others);
                 }
             }
         }

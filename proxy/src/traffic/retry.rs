@@ -165,6 +165,20 @@ impl Budget {
     pub fn retried(&self) {
         self.retrying.fetch_sub(1, Relaxed);
     }
+
+    /// Requests under way.
+    pub fn in_flight(&self) -> u64 {
+        self.in_flight.load(Relaxed)
+    }
+}
+
+/// A retry that was taken out of a budget; it has ended when this is dropped.
+pub struct Retrying<'a>(pub &'a Budget);
+
+impl Drop for Retrying<'_> {
+    fn drop(&mut self) {
+        self.0.retried();
+    }
 }
 
 #[cfg(test)]

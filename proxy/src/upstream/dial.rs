@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use http::StatusCode;
@@ -14,7 +15,7 @@ use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
 use super::{EndpointState, Own, Place};
-use crate::listen::tune;
+use crate::listen::{expect_steady_reader, tune};
 use crate::tcp::Abort;
 use crate::telemetry::{Counter, Flags, Telemetry};
 
@@ -71,6 +72,12 @@ pub enum DialError {
     /// Too many requests wait for a connection.
     #[error("too many requests wait for a connection")]
     Overflow,
+    /// This one waited for too long.
+    #[error("no connection became free in time")]
+    WaitedTooLong,
+    /// What somebody else met who wanted the same connection.
+    #[error("{0}")]
+    Shared(#[source] Arc<DialError>),
 }
 
 impl DialError {
@@ -92,7 +99,10 @@ impl DialError {
             }
             Self::NoIdentity => (StatusCode::SERVICE_UNAVAILABLE, "tls_certificate_error", Flags::NO_IDENTITY),
             Self::Loop(_) => (StatusCode::LOOP_DETECTED, "proxy_loop_detected", Flags::LOOP),
-            Self::Overflow => (StatusCode::SERVICE_UNAVAILABLE, "connection_limit_reached", Flags::UPSTREAM_OVERFLOW),
+            Self::Shared(error) => error.verdict(),
+            Self::Overflow | Self::WaitedTooLong => {
+                (StatusCode::SERVICE_UNAVAILABLE, "connection_limit_reached", Flags::UPSTREAM_OVERFLOW)
+            }
         }
     }
 }
@@ -139,6 +149,10 @@ pub(crate) async fn dial(
     }
     telemetry.count(Counter::DialedMesh);
     let stream = connect(&endpoint.place, CONNECT_MESH).await?;
+    if ours && alpn == MeshAlpn::H2 {
+        // Both ends of it always read, so that silence means that one is gone.
+        expect_steady_reader(&stream).map_err(DialError::Tcp)?;
+    }
     let config = if ours { material.mesh_client(alpn) } else { &material.foreign_client };
     let handshake = TlsConnector::from(config.clone()).connect(server_name(endpoint), stream);
     let stream = match timeout(HANDSHAKE, handshake).await {

@@ -22,6 +22,7 @@ use sheetbend_control_plane_client::model::{ServicePort, Target, Transport};
 pub(crate) use dial::dial;
 pub use dial::{BoxIo, DialError, Io};
 pub(crate) use own::{Entering, Own};
+pub(crate) use pool::Pooled;
 pub(crate) use pool::{CONNECTION_WINDOW, HEADERS, STREAM_WINDOW};
 pub use pool::{Checkout, Pool, SendError, Sender, Wire};
 

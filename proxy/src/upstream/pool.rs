@@ -1,6 +1,7 @@
 //! The HTTP connections of one worker: shared HTTP/2 between our proxies, kept HTTP/1.1 elsewhere.
 
 use std::collections::HashMap;
+use std::future::Future;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -16,8 +17,13 @@ use crate::http::body::RequestBody;
 use crate::http::error::{Processed, h2_error};
 use crate::telemetry::{Counter, Telemetry};
 
-/// Streams on one shared connection before another is dialed: 80 % of the 128 that our proxies allow.
+/// Streams on one shared connection before another is dialed: 80 % of the 128 that our proxies allow. Where a peer allows
+/// fewer, 80 % of those: hyper would queue the rest without saying so.
 const FULL: usize = 128 * 80 / 100;
+/// Requests that wait for a connection to one endpoint, for all workers of two together 10,000.
+const MOST_WAITING: usize = 5_000;
+/// How long one waits at most: for somebody else's TCP connection (1 s) and handshake (2 s), and then some.
+const WAITS: Duration = Duration::from_secs(5);
 /// Shared connections to one endpoint that one worker keeps though nothing is under way on them. While something is,
 /// there are as many as it takes: a request that waits for another's stream would be coupled to a stranger.
 const IDLE_SHARED: usize = 2;
@@ -91,10 +97,67 @@ fn processed(error: &hyper::Error) -> Processed {
 
 #[derive(Default)]
 struct Connections {
-    shared: Vec<(http2::SendRequest<RequestBody>, Arc<AtomicUsize>)>,
+    shared: Vec<SharedConnection>,
     kept: Vec<(http1::SendRequest<RequestBody>, Instant)>,
-    /// Held while a shared connection is dialed, so that a burst does not dial one each.
-    dialing: Arc<tokio::sync::Mutex<()>>,
+    turn: Arc<Turn>,
+    /// Whether the endpoint is of the mesh.
+    mesh: bool,
+}
+
+/// A connection that many requests share.
+struct SharedConnection {
+    sender: http2::SendRequest<RequestBody>,
+    /// Under way on it.
+    streams: Arc<AtomicUsize>,
+    /// As many as the peer allows at the moment.
+    allowed: Arc<AtomicUsize>,
+}
+
+impl SharedConnection {
+    fn is_full(&self) -> bool {
+        let allowed = (self.allowed.load(Relaxed) / 5).saturating_mul(4).clamp(1, FULL);
+        self.streams.load(Relaxed) >= allowed
+    }
+}
+
+/// Who may dial a shared connection: one at a time, so that a burst does not dial one each. The others wait, not too many
+/// and not for long, and a failure is theirs too: they do not fail one after the other.
+#[derive(Default)]
+struct Turn {
+    waiting: AtomicUsize,
+    /// Counts failures, so that one who waited sees whether there was one meanwhile.
+    failures: AtomicUsize,
+    last: tokio::sync::Mutex<Option<Arc<DialError>>>,
+}
+
+/// One who waits for the turn.
+struct Waiting<'a>(&'a Turn);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Relaxed);
+    }
+}
+
+impl Turn {
+    /// Waits for the turn. `Err` when there are too many, or it takes too long.
+    async fn take(&self) -> Result<tokio::sync::MutexGuard<'_, Option<Arc<DialError>>>, DialError> {
+        if self.waiting.fetch_add(1, Relaxed) >= MOST_WAITING {
+            self.waiting.fetch_sub(1, Relaxed);
+            return Err(DialError::Overflow);
+        }
+        let _waiting = Waiting(self);
+        tokio::time::timeout(WAITS, self.last.lock()).await.map_err(|_| DialError::WaitedTooLong)
+    }
+}
+
+/// How many connections are kept or shared.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Pooled {
+    /// To endpoints of the mesh.
+    pub(crate) mesh: usize,
+    /// To the app, and outside the mesh.
+    pub(crate) plain: usize,
 }
 
 type Key = (u64, Wire);
@@ -120,7 +183,9 @@ impl Checkout {
     pub fn give_back(mut self) {
         if let Some(sender) = self.sender.take().filter(|sender| !sender.is_closed()) {
             let mut all = self.pool.connections.lock().unwrap_or_else(PoisonError::into_inner);
-            let kept = &mut all.entry(key(&self.endpoint, Wire::Http1)).or_default().kept;
+            let connections = all.entry(key(&self.endpoint, Wire::Http1)).or_default();
+            connections.mesh = self.endpoint.identity().is_some();
+            let kept = &mut connections.kept;
             if kept.len() < MOST_KEPT {
                 kept.push((sender, Instant::now()));
             }
@@ -180,23 +245,60 @@ impl Pool {
             checkout.streams = Some(streams);
             return Ok((Sender::Http2(sender), checkout));
         }
-        let dialing = {
+        let turn = {
             let mut all = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
-            Arc::clone(&all.entry(key(endpoint, wire)).or_default().dialing)
+            let connections = all.entry(key(endpoint, wire)).or_default();
+            connections.mesh = endpoint.identity().is_some();
+            Arc::clone(&connections.turn)
         };
-        let _turn = dialing.lock().await;
-        // Whoever had the turn before may have dialed what serves us too.
+        let before = turn.failures.load(Relaxed);
+        let mut last = turn.take().await?;
+        // Whoever had the turn before may have dialed what serves us too, or may have failed for us too.
         if let Some((sender, streams)) = self.take_shared(endpoint) {
             checkout.streams = Some(streams);
             return Ok((Sender::Http2(sender), checkout));
         }
-        let sender =
-            connect_h2(dial(endpoint, MeshAlpn::H2, identity, telemetry, &self.own).await?, endpoint.is_ours()).await?;
+        if let Some(failure) = last.as_ref().filter(|_| turn.failures.load(Relaxed) != before) {
+            return Err(DialError::Shared(Arc::clone(failure)));
+        }
+        let (sender, allowed) = match self.dial_shared(endpoint, identity, telemetry).await {
+            Ok(dialed) => dialed,
+            Err(error) => {
+                let error = Arc::new(error);
+                turn.failures.fetch_add(1, Relaxed);
+                *last = Some(Arc::clone(&error));
+                return Err(DialError::Shared(error));
+            }
+        };
         let streams = Arc::new(AtomicUsize::new(1));
         checkout.streams = Some(Arc::clone(&streams));
         let mut all = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
-        all.entry(key(endpoint, wire)).or_default().shared.push((sender.clone(), streams));
+        let shared = SharedConnection { sender: sender.clone(), streams, allowed };
+        all.entry(key(endpoint, wire)).or_default().shared.push(shared);
         Ok((Sender::Http2(sender), checkout))
+    }
+
+    async fn dial_shared(
+        &self,
+        endpoint: &Arc<EndpointState>,
+        identity: &IdentityStore,
+        telemetry: &Telemetry,
+    ) -> Result<(http2::SendRequest<RequestBody>, Arc<AtomicUsize>), DialError> {
+        connect_h2(dial(endpoint, MeshAlpn::H2, identity, telemetry, &self.own).await?, endpoint.is_ours()).await
+    }
+
+    /// How many connections there are now. For the admin port: takes the worker's lock for a moment.
+    pub(crate) fn pooled(&self) -> Pooled {
+        let all = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut pooled = Pooled::default();
+        for connections in all.values() {
+            let shared = connections.shared.iter().filter(|shared| !shared.sender.is_closed()).count();
+            let fresh = |since: &Instant| since.elapsed() < KEPT_FOR;
+            let kept = connections.kept.iter().filter(|(sender, since)| sender.is_ready() && fresh(since)).count();
+            let count = if connections.mesh { &mut pooled.mesh } else { &mut pooled.plain };
+            *count += shared + kept;
+        }
+        pooled
     }
 
     /// Lets go of endpoints that are gone, once there are many.
@@ -206,7 +308,7 @@ impl Pool {
         if all.len() >= MANY {
             all.retain(|_, connections| {
                 connections.kept.retain(|(sender, since)| !sender.is_closed() && since.elapsed() < KEPT_FOR);
-                connections.shared.retain(|(sender, _)| !sender.is_closed());
+                connections.shared.retain(|shared| !shared.sender.is_closed());
                 !connections.kept.is_empty() || !connections.shared.is_empty()
             });
         }
@@ -228,16 +330,17 @@ impl Pool {
         let mut all = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
         let shared = &mut all.get_mut(&key(endpoint, Wire::Http2))?.shared;
         let mut idle = 0;
-        shared.retain(|(sender, streams)| {
-            idle += usize::from(streams.load(Relaxed) == 0);
-            !sender.is_closed() && (streams.load(Relaxed) > 0 || idle <= IDLE_SHARED)
+        shared.retain(|shared| {
+            let unused = shared.streams.load(Relaxed) == 0;
+            idle += usize::from(unused);
+            !shared.sender.is_closed() && (!unused || idle <= IDLE_SHARED)
         });
-        let (sender, streams) = shared.iter().min_by_key(|(_, streams)| streams.load(Relaxed))?;
-        if streams.load(Relaxed) >= FULL {
+        let emptiest = shared.iter().min_by_key(|shared| shared.streams.load(Relaxed))?;
+        if emptiest.is_full() {
             return None;
         }
-        streams.fetch_add(1, Relaxed);
-        Some((sender.clone(), Arc::clone(streams)))
+        emptiest.streams.fetch_add(1, Relaxed);
+        Some((emptiest.sender.clone(), Arc::clone(&emptiest.streams)))
     }
 }
 
@@ -251,7 +354,11 @@ pub(crate) async fn connect_h1(io: super::BoxIo) -> Result<http1::SendRequest<Re
     Ok(sender)
 }
 
-pub(crate) async fn connect_h2(io: super::BoxIo, ours: bool) -> Result<http2::SendRequest<RequestBody>, DialError> {
+/// A shared connection, and how many streams its peer allows, kept up to date.
+pub(crate) async fn connect_h2(
+    io: super::BoxIo,
+    ours: bool,
+) -> Result<(http2::SendRequest<RequestBody>, Arc<AtomicUsize>), DialError> {
     let mut builder = http2::Builder::new(TokioExecutor::new());
     builder
         .timer(TokioTimer::new())
@@ -265,8 +372,16 @@ pub(crate) async fn connect_h2(io: super::BoxIo, ours: bool) -> Result<http2::Se
         builder.keep_alive_interval(Duration::from_secs(10)).keep_alive_timeout(Duration::from_secs(10));
     }
     let (sender, connection) = builder.handshake(TokioIo::new(io)).await.map_err(DialError::Http)?;
+    let allowed = Arc::new(AtomicUsize::new(connection.current_max_send_streams()));
+    let told = Arc::clone(&allowed);
     tokio::spawn(async move {
-        let _ = connection.await;
+        let mut connection = std::pin::pin!(connection);
+        let _ = std::future::poll_fn(|cx| {
+            let ended = connection.as_mut().poll(cx);
+            told.store(connection.current_max_send_streams(), Relaxed);
+            ended
+        })
+        .await;
     });
-    Ok(sender)
+    Ok((sender, allowed))
 }

@@ -1,0 +1,101 @@
+//! What a running proxy shows of itself on its admin port, and the levels that are measured when somebody asks.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::SystemTime;
+
+use serde_json::json;
+use sheetbend_certs::format_time;
+use sheetbend_control_plane_client::model::Resolution;
+
+use crate::admin::{AdminState, logging};
+use crate::app::Shared;
+use crate::telemetry::{Counter, Gauge};
+
+/// What the admin port needs of a running proxy.
+pub(crate) fn admin_state(shared: &Arc<Shared>) -> AdminState {
+    let of = || Arc::clone(shared);
+    let (ready, measured, dump, clusters, certs, info) = (of(), of(), of(), of(), of(), of());
+    AdminState {
+        telemetry: Arc::clone(&shared.telemetry),
+        ready: Box::new(move || match *ready.inbound_drain.borrow() {
+            true => Err("draining".to_string()),
+            false => Ok(()),
+        }),
+        measure: Box::new(move || measure(&measured)),
+        config_dump: Box::new(move || {
+            let snapshot = dump.discovery.snapshot();
+            let known = snapshot.iter().map(|(target, resolution)| match resolution {
+                Resolution::Mesh(destination) => {
+                    json!({ "target": target.to_string(), "destination": &**destination })
+                }
+                Resolution::NotMesh => json!({ "target": target.to_string(), "destination": null }),
+            });
+            json!({ "strict": dump.strict, "mesh": snapshot.mesh(), "known": known.collect::<Vec<_>>() })
+        }),
+        clusters: Box::new(move || {
+            let snapshot = clusters.discovery.snapshot();
+            let found = snapshot.iter().filter_map(|(_, resolution)| match resolution {
+                Resolution::Mesh(destination) => Some(json!(destination.clusters)),
+                Resolution::NotMesh => None,
+            });
+            serde_json::Value::Array(found.collect())
+        }),
+        certs: Box::new(move || match certs.identity.current() {
+            Some(material) => json!({
+                "id": material.identity.id.to_string(),
+                "not_before": format_time(material.identity.not_before),
+                "not_after": format_time(material.identity.not_after),
+                "roots": material.bundle.roots().iter().map(|root| root.sha256().to_string()).collect::<Vec<_>>(),
+            }),
+            None => serde_json::Value::Null,
+        }),
+        server_info: Box::new(move || {
+            json!({
+                "version": env!("CARGO_PKG_VERSION"),
+                "pid": std::process::id(),
+                "uptime_seconds": info.epoch.elapsed().as_secs(),
+                "state": if *info.inbound_drain.borrow() { "draining" } else { "serving" },
+            })
+        }),
+        log_filter: Box::new(logging::filter),
+        set_log_filter: Box::new(logging::set_filter),
+    }
+}
+
+/// Levels that somebody else keeps, taken over when they are asked for: nothing is paid for them on a request's way.
+fn measure(shared: &Shared) {
+    let telemetry = &shared.telemetry;
+    let gauge = |gauge, value: usize| telemetry.gauge_set(gauge, value as f64);
+    let (mut outbound, mut inbound, mut pooled) = (0, 0, crate::upstream::Pooled::default());
+    for worker in &shared.workers {
+        outbound += worker.outbound.load(Relaxed);
+        inbound += worker.inbound.load(Relaxed);
+        let of_worker = worker.pool.get().map(|pool| pool.pooled()).unwrap_or_default();
+        pooled.mesh += of_worker.mesh;
+        pooled.plain += of_worker.plain;
+    }
+    gauge(Gauge::OpenOutbound, outbound);
+    gauge(Gauge::OpenInbound, inbound);
+    gauge(Gauge::PooledMesh, pooled.mesh);
+    gauge(Gauge::PooledPlain, pooled.plain);
+    gauge(Gauge::Draining, usize::from(*shared.inbound_drain.borrow()));
+    let snapshot = shared.discovery.snapshot();
+    let destinations = snapshot.iter().filter(|(_, resolution)| matches!(resolution, Resolution::Mesh(_))).count();
+    gauge(Gauge::Destinations, destinations);
+
+    let discovery = shared.discovery.status().borrow().clone();
+    gauge(Gauge::ControlPlaneConnected, usize::from(discovery.connected));
+    telemetry.count_is(Counter::DiscoveryConnected, discovery.streams);
+    telemetry.count_is(Counter::DiscoveryFailed, discovery.failures);
+    telemetry.count_is(Counter::DiscoveryRefused, discovery.refused);
+    telemetry.count_is(Counter::ReportsFailed, shared.reporter.failures());
+
+    let identity = shared.renewal.borrow().clone();
+    telemetry.count_is(Counter::CertificatesInstalled, identity.issued);
+    telemetry.count_is(Counter::CertificatesFailed, identity.failed);
+    if let Some(material) = shared.identity.current() {
+        let expiry = material.identity.not_after.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        telemetry.gauge_set(Gauge::CertificateExpiry, expiry.as_secs_f64());
+    }
+}
