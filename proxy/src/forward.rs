@@ -12,6 +12,7 @@ use sheetbend_certs::IdentityStore;
 use crate::http::body::{Keeper, RequestBody, ResponseBody};
 use crate::http::error::{Error, Processed};
 use crate::http::exchange::Exchange;
+use crate::http::expect::{self, Ask};
 use crate::http::headers::{self, SENT_VERSION, UNSENT};
 use crate::http::upgrade;
 use crate::telemetry::{Counter, Protocol, Telemetry};
@@ -43,35 +44,53 @@ pub(crate) enum Body1 {
     None,
     Kept(Keeper),
     Once(Option<(Incoming, Arc<AtomicU64>)>),
+    WhenAsked(Option<(Incoming, Arc<AtomicU64>)>),
+}
+
+/// How a body may be sent.
+pub(crate) enum Sending {
+    /// More than once, while it is short.
+    Again,
+    /// Once.
+    Once,
+    /// Once, and only when the server asks for it.
+    WhenAsked,
 }
 
 impl Body1 {
     /// `exchange` hears how many bytes pass.
-    pub(crate) fn new(body: Incoming, keep: bool, exchange: &mut Exchange) -> Self {
+    pub(crate) fn new(body: Incoming, sending: Sending, exchange: &mut Exchange) -> Self {
         if body.is_end_stream() {
             return Self::None;
         }
         let count = Arc::new(AtomicU64::new(0));
         exchange.request_bytes = Some(Arc::clone(&count));
-        match keep {
-            true => Self::Kept(Keeper::new(body, count)),
-            false => Self::Once(Some((body, count))),
+        match sending {
+            Sending::Again => Self::Kept(Keeper::new(body, count)),
+            Sending::Once => Self::Once(Some((body, count))),
+            Sending::WhenAsked => Self::WhenAsked(Some((body, count))),
         }
     }
 
-    fn attempt(&mut self) -> Option<RequestBody> {
-        match self {
+    fn attempt(&mut self) -> Option<(RequestBody, Option<Ask>)> {
+        let body = match self {
             Self::None => Some(RequestBody::Empty),
             Self::Kept(keeper) => keeper.attempt(),
             Self::Once(body) => body.take().map(|(body, count)| RequestBody::Streamed(body, count)),
-        }
+            Self::WhenAsked(body) => {
+                let (ask, asked) = expect::ask();
+                let body = body.take().map(|(body, count)| RequestBody::Asked(asked, body, count));
+                return body.map(|body| (body, Some(ask)));
+            }
+        };
+        body.map(|body| (body, None))
     }
 
     pub(crate) fn is_whole(&self) -> bool {
         match self {
             Self::None => true,
             Self::Kept(keeper) => keeper.is_whole(),
-            Self::Once(body) => body.is_some(),
+            Self::Once(body) | Self::WhenAsked(body) => body.is_some(),
         }
     }
 }
@@ -101,10 +120,13 @@ impl Way<'_> {
         };
         let checkout = self.pool.checkout(endpoint, wire, fresh, self.identity, self.telemetry);
         let (mut sender, checkout) = checkout.await.map_err(failed)?;
-        let Some(body) = outgoing.body.attempt() else {
+        let Some((body, ask)) = outgoing.body.attempt() else {
             return Err(Error::Refused(crate::http::error::Refusal::Malformed("the body cannot be sent again")));
         };
-        let request = Request::from_parts(outgoing.for_wire(wire, endpoint.is_ours())?, body);
+        let mut request = Request::from_parts(outgoing.for_wire(wire, endpoint.is_ours())?, body);
+        if wire == Wire::Http1 {
+            expect::listen(&mut request, ask, self.telemetry);
+        }
         let answer = sender.send(request).await.map_err(|failed| {
             endpoint.load.sample(FAILURE_COST, self.epoch.elapsed());
             Error::Broken { endpoint: endpoint.place.clone(), source: failed.source, processed: failed.processed }

@@ -17,12 +17,12 @@ use crate::app::Shared;
 use crate::client_hello::Hello;
 use crate::detect::Detected;
 use crate::first_bytes::{FirstBytes, Patience, read_first, read_hello};
-use crate::forward::{Body1, Outgoing, Way, finish, protocol};
+use crate::forward::{Body1, Outgoing, Sending, Way, finish, protocol};
 use crate::http::body::ResponseBody;
 use crate::http::error::{Error, Refusal};
 use crate::http::exchange::Exchange;
 use crate::http::headers::{self, SENT_VERSION};
-use crate::http::serve::serve;
+use crate::http::serve::{fault, serve};
 use crate::rewind::Rewind;
 use crate::tcp::{Abort, splice};
 use crate::telemetry::{Counter, Edge, EdgeKey, Peer, Protocol, Reporter};
@@ -195,12 +195,15 @@ impl Inbound {
 
     async fn http(self, io: BoxIo, http2: bool, caller: Caller) {
         let drain = self.shared.inbound_drain.subscribe();
+        let telemetry = Arc::clone(&self.shared.telemetry);
         let this = Arc::new((self, caller));
         let handle = move |request| {
             let this = Arc::clone(&this);
             async move { this.0.request(request, &this.1).await }
         };
-        serve(io, http2, drain, handle).await;
+        if let Err(error) = serve(io, http2, drain, handle).await {
+            fault(&error).into_iter().for_each(|counter| telemetry.count(counter));
+        }
     }
 
     async fn request(&self, request: Request<Incoming>, caller: &Caller) -> Response<ResponseBody> {
@@ -244,7 +247,8 @@ impl Inbound {
             head.headers.insert(http::header::CONNECTION, HeaderValue::from_static("upgrade"));
         }
         let fresh = upgrade || !headers::is_idempotent(&head);
-        let body = Body1::new(body, false, exchange);
+        let sending = if headers::expects_continue(&head) { Sending::WhenAsked } else { Sending::Once };
+        let body = Body1::new(body, sending, exchange);
         let mut outgoing = Outgoing { head, authority, sent, body, upgrade };
         let app = self.port.app.load_full();
         exchange.attempt(&app);

@@ -13,12 +13,12 @@ use sheetbend_control_plane_client::model::{AppProtocol, Target};
 use crate::app::Shared;
 use crate::detect::{Detected, is_known_opaque};
 use crate::first_bytes::{FirstBytes, Patience, Speaker, read_first, who_speaks_first};
-use crate::forward::{Body1, Outgoing, Way, finish, protocol};
+use crate::forward::{Body1, Outgoing, Sending, Way, finish, protocol};
 use crate::http::body::ResponseBody;
 use crate::http::error::{Error, Refusal};
 use crate::http::exchange::Exchange;
 use crate::http::headers::{self, X_REQUEST_ID};
-use crate::http::serve::{PATIENCE, serve};
+use crate::http::serve::{PATIENCE, fault, serve};
 use crate::refuse::refuse;
 use crate::rewind::Rewind;
 use crate::route::{Route, Routes};
@@ -106,12 +106,15 @@ impl Outbound {
 
     async fn http(self, io: BoxIo, http2: bool, target: Option<Target>, peer: SocketAddr) {
         let drain = self.shared.outbound_drain.subscribe();
+        let telemetry = Arc::clone(&self.shared.telemetry);
         let this = Arc::new((self, target));
         let handle = move |request| {
             let this = Arc::clone(&this);
             async move { this.0.clone().request(request, this.1.as_ref(), peer).await }
         };
-        serve(io, http2, drain, handle).await;
+        if let Err(error) = serve(io, http2, drain, handle).await {
+            fault(&error).into_iter().for_each(|counter| telemetry.count(counter));
+        }
     }
 
     /// One request of the app.
@@ -180,7 +183,12 @@ impl Outbound {
             head.headers.insert(http::header::UPGRADE, to);
             head.headers.insert(http::header::CONNECTION, HeaderValue::from_static("upgrade"));
         }
-        let body = Body1::new(body, !upgrade && !expects, exchange);
+        let sending = match (upgrade, expects) {
+            (_, true) => Sending::WhenAsked,
+            (true, false) => Sending::Once,
+            (false, false) => Sending::Again,
+        };
+        let body = Body1::new(body, sending, exchange);
         let mut outgoing = Outgoing { head, authority, sent, body, upgrade };
         let way = self.way();
         let mut tried: Option<Arc<EndpointState>> = None;

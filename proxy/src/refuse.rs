@@ -52,5 +52,6 @@ pub(crate) async fn refuse(
             error.respond(&head.headers, false).map(|body| body.reporting(exchange))
         }
     };
-    serve(Box::new(Rewind::new(bytes.freeze(), io)), http2, told, handle).await;
+    // However it ends: its end was refused anyway.
+    let _ = serve(Box::new(Rewind::new(bytes.freeze(), io)), http2, told, handle).await;
 }

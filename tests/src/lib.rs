@@ -15,6 +15,7 @@ mod need;
 mod netns;
 mod pod;
 mod process;
+mod scripted;
 pub mod tls;
 mod wait;
 
@@ -29,4 +30,5 @@ pub use need::{leave_out, namespaces, print_left_out, program, python, root, too
 pub use netns::{Host, two_hosts, two_pods};
 pub use pod::{PYTHON, Pod, PodBuilder, lines_on, pods};
 pub use process::{Finished, Process, finish, raise_file_limit};
+pub use scripted::{Line, Scripted, dialogue, hear};
 pub use wait::{eventually, free_port, loopback, until, until_accepts};

@@ -14,6 +14,7 @@ use hyper::body::Incoming;
 use tokio::time::Sleep;
 
 use super::exchange::Exchange;
+use super::expect::Asked;
 use super::headers::grpc_status;
 use crate::traffic::retry::BODY_COPY;
 use crate::upstream::Checkout;
@@ -59,6 +60,8 @@ pub enum RequestBody {
     Streamed(Incoming, Arc<AtomicU64>),
     /// As it comes, while what came is kept for another attempt.
     Kept(Attempt),
+    /// As it comes, once the server has asked for it.
+    Asked(Asked, Incoming, Arc<AtomicU64>),
 }
 
 impl Body for RequestBody {
@@ -76,13 +79,20 @@ impl Body for RequestBody {
                 Poll::Ready(frame.map(|frame| frame.map_err(BodyError::Hyper)))
             }
             Self::Kept(attempt) => attempt.poll_frame(cx),
+            Self::Asked(asked, ..) => {
+                ready!(asked.as_mut().poll(cx));
+                if let Self::Asked(_, body, count) = std::mem::take(&mut *self) {
+                    *self = Self::Streamed(body, count);
+                }
+                self.poll_frame(cx)
+            }
         }
     }
 
     fn is_end_stream(&self) -> bool {
         match self {
             Self::Empty => true,
-            Self::Streamed(body, _) => body.is_end_stream(),
+            Self::Streamed(body, _) | Self::Asked(_, body, _) => body.is_end_stream(),
             Self::Kept(attempt) => attempt.is_end_stream(),
         }
     }
@@ -90,7 +100,7 @@ impl Body for RequestBody {
     fn size_hint(&self) -> SizeHint {
         match self {
             Self::Empty => SizeHint::with_exact(0),
-            Self::Streamed(body, _) => body.size_hint(),
+            Self::Streamed(body, _) | Self::Asked(_, body, _) => body.size_hint(),
             Self::Kept(attempt) => attempt.size_hint(),
         }
     }

@@ -173,6 +173,10 @@ impl Error {
         if to_peer && matches!(self.processed(), Processed::No(_)) {
             headers.insert(UNSENT, HeaderValue::from_static("?1"));
         }
+        if matches!(self, Self::Refused(_)) {
+            // Where such a message ends, nobody can be sure. (HTTP/2 frames its messages; hyper leaves this out there.)
+            headers.insert(http::header::CONNECTION, HeaderValue::from_static("close"));
+        }
         response
     }
 

@@ -110,9 +110,13 @@ pub fn asks_upgrade(head: &request::Parts) -> bool {
         && !head.headers.get_all(UPGRADE).iter().any(|value| lists(value, "h2c"))
 }
 
-/// Whether the client waits for `100 Continue` before it sends the body.
+/// Whether the client waits for `100 Continue` before it sends the body. On HTTP/2 hyper has no way to tell it.
 pub fn expects_continue(head: &request::Parts) -> bool {
-    head.headers.get(http::header::EXPECT).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"))
+    head.version < Version::HTTP_2
+        && head
+            .headers
+            .get(http::header::EXPECT)
+            .is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"))
 }
 
 /// The authority a request names: its target's, or its Host.

@@ -3,6 +3,7 @@
 pub mod body;
 pub mod error;
 pub mod exchange;
+pub mod expect;
 pub mod headers;
 pub mod serve;
 pub mod upgrade;

@@ -12,6 +12,8 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::sync::watch;
 
 use super::body::ResponseBody;
+use super::error::h2_error;
+use crate::telemetry::Counter;
 use crate::upstream::{BoxIo, CONNECTION_WINDOW, HEADERS, STREAM_WINDOW};
 
 /// Headers of an app's request.
@@ -21,7 +23,16 @@ const HEADER_TIME: Duration = Duration::from_secs(10);
 
 /// Serves until the connection ends. When `drain` turns true it says goodbye (GOAWAY, `connection: close`) and ends after
 /// what has been begun.
-pub async fn serve<F, R>(io: BoxIo, http2: bool, mut drain: watch::Receiver<bool>, handle: F)
+///
+/// # Errors
+///
+/// Why it ended before its time; [`fault`] says whether the peer is to blame.
+pub async fn serve<F, R>(
+    io: BoxIo,
+    http2: bool,
+    mut drain: watch::Receiver<bool>,
+    handle: F,
+) -> Result<(), hyper::Error>
 where
     F: Fn(Request<Incoming>) -> R + Send + Sync + 'static,
     R: Future<Output = Response<ResponseBody>> + Send + 'static,
@@ -48,14 +59,13 @@ where
         let connection = builder.serve_connection(io, service);
         tokio::pin!(connection);
         // The connection first: whatever it still has to say comes before the goodbye.
-        tokio::select! {
-            _ = connection.as_mut() => {}
+        return tokio::select! {
+            ended = connection.as_mut() => ended,
             () = &mut told => {
                 connection.as_mut().graceful_shutdown();
-                let _ = connection.await;
+                connection.await
             }
-        }
-        return;
+        };
     }
     let mut builder = http1::Builder::new();
     // No timer: hyper's counts from the end of the request before, and would cut idle connections.
@@ -68,11 +78,23 @@ where
     let connection = builder.serve_connection(io, service).with_upgrades();
     tokio::pin!(connection);
     tokio::select! {
-        _ = connection.as_mut() => {}
+        ended = connection.as_mut() => ended,
         () = &mut told => {
             connection.as_mut().graceful_shutdown();
-            let _ = connection.await;
+            connection.await
         }
+    }
+}
+
+/// What to count when a connection ended because of what its peer sent; none where it merely went away.
+pub fn fault(error: &hyper::Error) -> Option<Counter> {
+    let too_large = |error: &h2::Error| error.reason() == Some(h2::Reason::ENHANCE_YOUR_CALM);
+    match h2_error(error) {
+        _ if error.is_parse_too_large() => Some(Counter::HeadersTooLarge),
+        _ if error.is_parse() => Some(Counter::MalformedRequest),
+        Some(error) if too_large(error) => Some(Counter::RefusedOverload),
+        Some(error) if error.is_library() && error.is_go_away() => Some(Counter::MalformedRequest),
+        _ => None,
     }
 }
 

@@ -130,6 +130,11 @@ impl Telemetry {
         self.count_by(counter, 1);
     }
 
+    /// A counter for whoever counts after this has gone out of reach.
+    pub fn handle(&self, counter: Counter) -> metrics::Counter {
+        self.counters.get(counter as usize).cloned().unwrap_or_else(metrics::Counter::noop)
+    }
+
     /// Counts `n` events.
     pub fn count_by(&self, counter: Counter, n: u64) {
         if let Some(counter) = self.counters.get(counter as usize) {
