@@ -30,5 +30,7 @@ pub use pem::{decode_certificates, encode_certificates};
 pub use renewal::{Alarm, renew_at};
 pub use spiffe::{SpiffeId, SpiffeIdError, TrustDomain};
 pub use store::{IdentityStore, InstallError, Material};
-pub use tls::{FOREIGN_ALPN, MeshAlpn, control_plane_client, control_plane_server, first_trust_client, provider};
+pub use tls::{
+    ALPN_H2, ALPN_HTTP1, MeshAlpn, control_plane_client, control_plane_server, first_trust_client, provider,
+};
 pub use verify::{PeerError, RENEWAL_GRACE, Renewing, VerifiedPeer, verify_peer, verify_peer_for_renewal};

@@ -9,7 +9,7 @@ use tokio::sync::watch;
 
 use crate::bundle::TrustBundle;
 use crate::identity::Identity;
-use crate::tls::{self, FOREIGN_ALPN, MeshAlpn};
+use crate::tls::{self, ALPN_H2, ALPN_HTTP1, MeshAlpn};
 use crate::verify::{PeerError, verify_peer};
 
 /// One identity, one bundle, and the TLS configurations made of them, with their own verifiers and session caches.
@@ -19,14 +19,14 @@ pub struct Material {
     pub identity: Identity,
     /// Whom we believe.
     pub bundle: Arc<TrustBundle>,
-    /// Towards peers that are not ours: offers `h2` and `http/1.1`.
-    pub foreign_client: Arc<ClientConfig>,
     /// For our own proxies: takes `sheetbend/*`.
     pub server: Arc<ServerConfig>,
-    /// For our own and others: takes `sheetbend/*`, `h2` and `http/1.1`.
-    pub server_any: Arc<ServerConfig>,
     /// In the order of [`MeshAlpn::ALL`].
     mesh: [Arc<ClientConfig>; 3],
+    /// Likewise.
+    foreign: [Arc<ClientConfig>; 3],
+    /// HTTP/1.1 preferred, then HTTP/2 preferred.
+    any: [Arc<ServerConfig>; 2],
 }
 
 impl Material {
@@ -40,14 +40,43 @@ impl Material {
             Arc::new(config)
         };
         let mesh = MeshAlpn::ALL.map(|alpn| offering(&[alpn.wire()]));
-        let foreign_client = offering(&FOREIGN_ALPN);
+        let foreign = MeshAlpn::ALL.map(|alpn| match alpn {
+            MeshAlpn::H2 => offering(&[ALPN_H2, ALPN_HTTP1]),
+            MeshAlpn::Http1 => offering(&[ALPN_HTTP1]),
+            MeshAlpn::Tcp => offering(&[]),
+        });
 
-        let mut server = tls::mesh_server(&identity, bundle.clone())?;
-        server.alpn_protocols = MeshAlpn::ALL.iter().map(|alpn| alpn.wire().to_vec()).collect();
-        let mut server_any = server.clone();
-        server_any.alpn_protocols.extend(FOREIGN_ALPN.iter().map(|name| name.to_vec()));
-        let (server, server_any) = (Arc::new(server), Arc::new(server_any));
-        Ok(Self { identity, bundle, foreign_client, server, server_any, mesh })
+        let server = tls::mesh_server(&identity, bundle.clone())?;
+        let taking = |others: &[&[u8]]| {
+            let mut config = server.clone();
+            config.alpn_protocols = MeshAlpn::ALL
+                .iter()
+                .map(|alpn| alpn.wire())
+                .chain(others.iter().copied())
+                .map(<[u8]>::to_vec)
+                .collect();
+            Arc::new(config)
+        };
+        let any = [taking(&[ALPN_HTTP1, ALPN_H2]), taking(&[ALPN_H2, ALPN_HTTP1])];
+        Ok(Self { server: taking(&[]), identity, bundle, mesh, foreign, any })
+    }
+
+    /// Towards a peer that is not ours. [`MeshAlpn::H2`] offers `h2` and `http/1.1`, and the peer chooses;
+    /// [`MeshAlpn::Http1`] offers `http/1.1` alone, and [`MeshAlpn::Tcp`] nothing: the bytes are the app's own.
+    pub fn foreign_client(&self, alpn: MeshAlpn) -> &Arc<ClientConfig> {
+        let [h2, http1, tcp] = &self.foreign;
+        match alpn {
+            MeshAlpn::H2 => h2,
+            MeshAlpn::Http1 => http1,
+            MeshAlpn::Tcp => tcp,
+        }
+    }
+
+    /// For our own and for others: takes `sheetbend/*`, `h2` and `http/1.1`. Of a peer that offers both of HTTP's, it is
+    /// HTTP/1.1 that is taken, which every app speaks, unless this app is known to speak HTTP/2.
+    pub fn server_any(&self, speaks_http2: bool) -> &Arc<ServerConfig> {
+        let [http1, h2] = &self.any;
+        if speaks_http2 { h2 } else { http1 }
     }
 
     /// Towards one of our own proxies, offering one protocol.
@@ -58,13 +87,6 @@ impl Material {
             MeshAlpn::Http1 => http1,
             MeshAlpn::Tcp => tcp,
         }
-    }
-
-    /// A server configuration that takes just these protocols. To be made once and kept, not for every connection.
-    pub fn server_for(&self, alpn: &[&[u8]]) -> Arc<ServerConfig> {
-        let mut config = ServerConfig::clone(&self.server);
-        config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
-        Arc::new(config)
     }
 }
 

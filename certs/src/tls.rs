@@ -49,8 +49,10 @@ impl MeshAlpn {
     }
 }
 
-/// What peers that are not ours speak inside TLS.
-pub const FOREIGN_ALPN: [&[u8]; 2] = [b"h2", b"http/1.1"];
+/// HTTP/2 inside TLS, as everybody but us calls it (RFC 9113 §3.2).
+pub const ALPN_H2: &[u8] = b"h2";
+/// HTTP/1.1 inside TLS (RFC 7301 §6).
+pub const ALPN_HTTP1: &[u8] = b"http/1.1";
 
 /// The one provider: AES-128-GCM first (on every machine with AES instructions the cheapest of three that are all
 /// strong enough), X25519MLKEM768 first.
@@ -183,6 +185,33 @@ fn pinned_bundle(pinned: Sha256, chain: &[CertificateDer<'_>]) -> Result<TrustBu
     TrustBundle::new([root.clone().into_owned()]).map_err(|e| PeerError::Unreadable(e.to_string()))
 }
 
+/// What a handshake's signature must be, whoever signed it. TLS 1.2 is never negotiated, and would be refused here too.
+macro_rules! tls13_signatures {
+    () => {
+        fn verify_tls12_signature(
+            &self,
+            _message: &[u8],
+            _cert: &CertificateDer<'_>,
+            _dss: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, rustls::Error> {
+            Err(rustls::Error::General("the mesh speaks TLS 1.3 only".to_owned()))
+        }
+
+        fn verify_tls13_signature(
+            &self,
+            message: &[u8],
+            cert: &CertificateDer<'_>,
+            dss: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, rustls::Error> {
+            verify_tls13_signature(message, cert, dss, &provider().signature_verification_algorithms)
+        }
+
+        fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+            provider().signature_verification_algorithms.supported_schemes()
+        }
+    };
+}
+
 impl ServerCertVerifier for ServerTrust {
     fn verify_server_cert(
         &self,
@@ -196,27 +225,7 @@ impl ServerCertVerifier for ServerTrust {
         Ok(ServerCertVerified::assertion())
     }
 
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _cert: &CertificateDer<'_>,
-        _dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Err(only_tls13())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, cert, dss, &provider().signature_verification_algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        provider().signature_verification_algorithms.supported_schemes()
-    }
+    tls13_signatures!();
 }
 
 /// What a server asks of a client's certificate.
@@ -252,36 +261,12 @@ impl ClientCertVerifier for ClientTrust {
         Ok(ClientCertVerified::assertion())
     }
 
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _cert: &CertificateDer<'_>,
-        _dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Err(only_tls13())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, cert, dss, &provider().signature_verification_algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        provider().signature_verification_algorithms.supported_schemes()
-    }
+    tls13_signatures!();
 }
 
 /// The chain as one list. Copies pointers, not certificates.
 fn joined<'a>(end_entity: &'a CertificateDer<'_>, intermediates: &'a [CertificateDer<'_>]) -> Vec<CertificateDer<'a>> {
     std::iter::once(end_entity).chain(intermediates).map(|der| CertificateDer::from(der.as_ref())).collect()
-}
-
-fn only_tls13() -> rustls::Error {
-    rustls::Error::General("the mesh speaks TLS 1.3 only".to_owned())
 }
 
 /// Keeps our own words for the log on this side; the peer is told `certificate_unknown`.

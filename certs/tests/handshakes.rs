@@ -180,11 +180,17 @@ async fn a_rotation_of_the_leaf_alone_starts_new_sessions_too() {
 async fn peers_that_are_not_ours_agree_on_http() {
     let ca = TestCa::new();
     let (caller, web) = (ca.material("caller"), ca.material("web"));
-    let (client, _) = handshake(&caller.foreign_client, &web.server_any, SNI).await;
-    assert_eq!(client.unwrap().alpn.as_deref(), Some(&b"h2"[..]));
-    let (client, _) = handshake(&caller.foreign_client, &web.server_for(&[b"http/1.1"]), SNI).await;
-    assert_eq!(client.unwrap().alpn.as_deref(), Some(&b"http/1.1"[..]));
-    let (client, _) = handshake(&caller.foreign_client, &web.server, SNI).await;
+    let agreed = async |offers, speaks_http2| {
+        let (client, _) = handshake(caller.foreign_client(offers), web.server_any(speaks_http2), SNI).await;
+        client.unwrap().alpn
+    };
+    assert_eq!(agreed(MeshAlpn::H2, true).await.as_deref(), Some(&b"h2"[..]));
+    assert_eq!(agreed(MeshAlpn::H2, false).await.as_deref(), Some(&b"http/1.1"[..]), "which every app speaks");
+    assert_eq!(agreed(MeshAlpn::Http1, true).await.as_deref(), Some(&b"http/1.1"[..]));
+    assert_eq!(agreed(MeshAlpn::Tcp, true).await, None, "the app's own bytes have no name");
+    let (client, _) = handshake(caller.mesh_client(MeshAlpn::H2), web.server_any(true), SNI).await;
+    assert_eq!(client.unwrap().alpn.as_deref(), Some(MeshAlpn::H2.wire()), "our own are still our own");
+    let (client, _) = handshake(caller.foreign_client(MeshAlpn::H2), &web.server, SNI).await;
     assert!(client.is_err(), "a port that is for our own proxies alone");
 }
 

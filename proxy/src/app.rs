@@ -75,6 +75,8 @@ pub struct AppPort {
     pub port: u16,
     /// What it speaks.
     pub protocol: AppProtocol,
+    /// TLS that comes in is the mesh's even where the peer is not ours. Strict takes it for that anyway.
+    pub mesh_tls: bool,
     /// Where its own inbound listener binds; port 0 takes a free one. `None`: peers connect to the app's own address, and
     /// what they send there is redirected.
     pub listen: Option<SocketAddr>,
@@ -257,10 +259,11 @@ impl Proxy {
                 Some(listener) => {
                     let app = ArcSwap::new(Port::app_at(SocketAddr::from((Ipv4Addr::LOCALHOST, port.port))));
                     let name = format!("{service}:{}", port.port).into();
-                    let app = Arc::new(Port { port: port.port, protocol: port.protocol, name, app });
+                    let AppPort { port, protocol, mesh_tls, .. } = port;
+                    let app = Arc::new(Port { port, protocol, mesh_tls, name, app });
                     let at = listener.local_addr();
                     feeds.push((listener, Arc::clone(&app)));
-                    Served { at, protocol: port.protocol, app: Some(app) }
+                    Served { at, protocol, app: Some(app) }
                 }
                 None => {
                     protocols.insert(port.port, port.protocol);

@@ -15,6 +15,7 @@ use crate::http::exchange::Exchange;
 use crate::http::expect::{self, Ask};
 use crate::http::headers::{self, SENT_VERSION, UNSENT};
 use crate::http::upgrade;
+use crate::rest::Rest;
 use crate::telemetry::{Counter, Protocol, Telemetry};
 use crate::traffic::balance::FAILURE_COST;
 use crate::traffic::retry::{self, Failure, Verdict};
@@ -123,8 +124,9 @@ impl Way<'_> {
         let Some((body, ask)) = outgoing.body.attempt() else {
             return Err(Error::Refused(crate::http::error::Refusal::Malformed("the body cannot be sent again")));
         };
-        let mut request = Request::from_parts(outgoing.for_wire(wire, endpoint.is_ours())?, body);
-        if wire == Wire::Http1 {
+        let spoken = sender.wire();
+        let mut request = Request::from_parts(outgoing.for_wire(spoken, endpoint.is_ours())?, body);
+        if spoken == Wire::Http1 {
             expect::listen(&mut request, ask, self.telemetry);
         }
         let answer = sender.send(request).await.map_err(|failed| {
@@ -132,7 +134,12 @@ impl Way<'_> {
             Error::Broken { endpoint: endpoint.place.clone(), source: failed.source, processed: failed.processed }
         })?;
         endpoint.load.sample(began.elapsed(), self.epoch.elapsed());
-        let (head, body) = answer.into_parts();
+        let (mut head, body) = answer.into_parts();
+        if head.status == StatusCode::SWITCHING_PROTOCOLS
+            && let Some(rest) = checkout.rest()
+        {
+            head.extensions.insert(rest.clone());
+        }
         let body = ResponseBody::of_endpoint(body, checkout.holding(sender), None);
         Ok(Response::from_parts(head, body))
     }
@@ -214,7 +221,8 @@ pub(crate) fn finish(
     if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
         if let Some(client) = client {
             telemetry.count(Counter::UpgradesTunnelled);
-            upgrade::join(client, hyper::upgrade::on(&mut answer));
+            let rest = answer.extensions_mut().remove::<Rest>();
+            upgrade::join(client, hyper::upgrade::on(&mut answer), rest);
         }
         exchange.complete();
         return answer.map(|_| ResponseBody::empty());

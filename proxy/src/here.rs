@@ -82,6 +82,7 @@ impl Redirected {
         }
         let port = Arc::new(Port {
             port: original.port(),
+            mesh_tls: false,
             protocol: self.protocols.get(&original.port()).copied().unwrap_or_default(),
             name: format!("{}:{}", self.service, original.port()).into(),
             app: ArcSwap::new(Port::app_at(original)),

@@ -8,7 +8,7 @@ use arc_swap::ArcSwap;
 use bytes::BytesMut;
 use http::{HeaderValue, Request, Response, Version};
 use hyper::body::Incoming;
-use sheetbend_certs::{IdentityStore, MeshAlpn, SpiffeId, verify_peer};
+use sheetbend_certs::{ALPN_H2, IdentityStore, MeshAlpn, SpiffeId, VerifiedPeer, format_time};
 use sheetbend_control_plane_client::model::{AppProtocol, Transport};
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
@@ -23,8 +23,9 @@ use crate::http::error::{Error, Refusal};
 use crate::http::exchange::Exchange;
 use crate::http::headers::{self, SENT_VERSION};
 use crate::http::serve::{fault, serve};
+use crate::rest::{Rest, splice_for};
 use crate::rewind::Rewind;
-use crate::tcp::{Abort, splice};
+use crate::tcp::Abort;
 use crate::telemetry::{Counter, Edge, EdgeKey, Peer, Protocol, Reporter};
 use crate::upstream::{BoxIo, EndpointState, Place, Pool, Wire, dial};
 
@@ -37,6 +38,9 @@ pub(crate) struct Port {
     pub(crate) port: u16,
     /// What the app speaks there, as far as someone said so.
     pub(crate) protocol: AppProtocol,
+    /// TLS that comes in is the mesh's, whatever protocol it offers: for peers that are not ours, where plain
+    /// connections are taken too.
+    pub(crate) mesh_tls: bool,
     /// `web.default:8000`.
     pub(crate) name: Arc<str>,
     /// Where the app is.
@@ -63,6 +67,8 @@ struct Caller {
     /// A proxy of ours, whose headers are believed.
     ours: bool,
     peer: SocketAddr,
+    /// What the connection rests on; nothing where it is plain.
+    rest: Option<Rest>,
     edges: [OnceLock<Arc<Edge>>; 4],
 }
 
@@ -83,22 +89,30 @@ impl Inbound {
             let hello = read_hello(&mut io, &mut bytes, HANDSHAKE).await;
             let mesh = MeshAlpn::ALL.map(MeshAlpn::wire);
             let ours = matches!(&hello, Ok(Hello::Parsed(hello)) if hello.offers(&mesh));
-            if ours || self.shared.strict {
-                return self.terminate(Rewind::new(bytes.freeze(), io), peer).await;
+            if ours || self.shared.strict || self.port.mesh_tls {
+                return self.terminate(Rewind::new(bytes.freeze(), io), ours, peer).await;
             }
         } else if self.shared.strict && self.port.protocol != AppProtocol::Tls {
-            self.shared.telemetry.count(Counter::RefusedPlain);
-            tracing::warn!(%peer, port = self.port.port, "a connection without mutual TLS is refused (strict)");
+            if let Some(left_out) = self.shared.telemetry.refused(Counter::RefusedPlain) {
+                let port = self.port.port;
+                tracing::warn!(%peer, port, left_out, "a connection without mutual TLS is refused (strict)");
+            }
             io.abort();
             return;
         }
-        let caller = Caller { id: None, ours: false, peer, edges: Default::default() };
+        let caller = Caller { id: None, ours: false, peer, rest: None, edges: Default::default() };
         if !self.allows(&caller) {
-            self.shared.telemetry.count(Counter::RefusedNotAllowed);
-            tracing::warn!(%peer, "a connection without an identity is refused: only those of --allow may call");
+            if let Some(left_out) = self.shared.telemetry.refused(Counter::RefusedNotAllowed) {
+                const WHY: &str = "a connection without an identity is refused: only those of --allow may call";
+                tracing::warn!(%peer, left_out, "{WHY}");
+            }
             io.abort();
             return;
         }
+        self.detected(first, bytes, io, caller).await;
+    }
+
+    async fn detected(self, first: FirstBytes, bytes: BytesMut, io: BoxIo, caller: Caller) {
         let io: BoxIo = Box::new(Rewind::new(bytes.freeze(), io));
         match first {
             FirstBytes::Detected(Detected::Http1) => self.http(io, false, caller).await,
@@ -107,23 +121,30 @@ impl Inbound {
         }
     }
 
-    async fn terminate(self, io: Rewind<BoxIo>, peer: SocketAddr) {
+    /// Ends mutual TLS, of a proxy of ours or of anybody else with a certificate of the mesh.
+    async fn terminate(self, io: Rewind<BoxIo>, ours: bool, peer: SocketAddr) {
         let telemetry = &self.shared.telemetry;
         let Some(material) = self.shared.identity.current() else {
             telemetry.count(Counter::RefusedNoIdentity);
             return;
         };
         if material.identity.not_after <= SystemTime::now() {
-            telemetry.count(Counter::RefusedNoIdentity);
-            tracing::error!(%peer, "a connection is refused: this proxy's own certificate has expired");
+            if let Some(left_out) = telemetry.refused(Counter::RefusedNoIdentity) {
+                let since = format_time(material.identity.not_after);
+                tracing::error!(%peer, since, left_out, "a connection is refused: this proxy's own certificate has expired");
+            }
             return;
         }
-        let handshake = TlsAcceptor::from(material.server.clone()).accept(io);
-        let stream = match timeout(HANDSHAKE, handshake).await {
+        let config = match ours {
+            true => &material.server,
+            false => material.server_any(matches!(self.port.protocol, AppProtocol::Http2 | AppProtocol::Grpc)),
+        };
+        let stream = match timeout(HANDSHAKE, TlsAcceptor::from(config.clone()).accept(io)).await {
             Ok(Ok(stream)) => stream,
             Ok(Err(error)) => {
-                telemetry.count(Counter::RefusedHandshake);
-                tracing::warn!(%peer, %error, "a TLS handshake failed");
+                if let Some(left_out) = telemetry.refused(handshake_refusal(&error)) {
+                    tracing::warn!(%peer, %error, left_out, "a TLS handshake failed");
+                }
                 return;
             }
             Err(_) => {
@@ -137,18 +158,20 @@ impl Inbound {
             _ => Counter::HandshakesFull,
         });
         // After every handshake: a resumed one has verified nobody.
-        let id = match verify_peer(connection.peer_certificates(), &material.bundle, SystemTime::now()) {
-            Ok(id) => id,
+        let chain = connection.peer_certificates().unwrap_or_default();
+        let VerifiedPeer { id, root, .. } = match material.bundle.verify(chain, SystemTime::now()) {
+            Ok(verified) => verified,
             Err(error) => {
-                telemetry.count(Counter::RefusedCertificate);
-                tracing::warn!(%peer, %error, "a peer is refused");
+                if let Some(left_out) = telemetry.refused(Counter::RefusedCertificate) {
+                    tracing::warn!(%peer, %error, left_out, "a peer is refused");
+                }
                 return;
             }
         };
-        let alpn = connection.alpn_protocol().and_then(MeshAlpn::from_wire);
-        let Some(alpn) = alpn else { return telemetry.count(Counter::RefusedHandshake) };
-        let caller = Caller { id: Some(id), ours: true, peer, edges: Default::default() };
-        self.of_peer(Box::new(stream), alpn, caller).await;
+        let inside = Inside::of(connection.alpn_protocol(), self.port.protocol);
+        let rest = Some(Rest::on(root, &self.shared.identity));
+        let caller = Caller { id: Some(id), ours, peer, rest, edges: Default::default() };
+        self.inside(Box::new(stream), inside, caller).await;
     }
 
     /// A connection of this proxy itself, with its own identity and under the same rules as everybody's.
@@ -156,20 +179,30 @@ impl Inbound {
         let Some(material) = self.shared.identity.current() else { return };
         let peer = SocketAddr::new(self.shared.here.advertise, 0);
         let id = Some(material.identity.id.clone());
-        self.of_peer(io, alpn, Caller { id, ours: true, peer, edges: Default::default() }).await;
+        let caller = Caller { id, ours: true, peer, rest: None, edges: Default::default() };
+        self.inside(io, Inside::ours(alpn), caller).await;
     }
 
-    /// A connection of a proxy of ours.
-    async fn of_peer(self, mut io: BoxIo, alpn: MeshAlpn, caller: Caller) {
-        match alpn {
-            MeshAlpn::H2 => self.http(io, true, caller).await,
-            MeshAlpn::Http1 => self.http(io, false, caller).await,
-            MeshAlpn::Tcp if self.allows(&caller) => self.opaque(io, caller).await,
-            MeshAlpn::Tcp => {
-                self.shared.telemetry.count(Counter::RefusedNotAllowed);
+    /// What comes over a connection of somebody who is known.
+    async fn inside(self, mut io: BoxIo, inside: Inside, caller: Caller) {
+        // Who speaks HTTP is told so in HTTP.
+        if matches!(inside, Inside::Opaque | Inside::Unsaid) && !self.allows(&caller) {
+            if let Some(left_out) = self.shared.telemetry.refused(Counter::RefusedNotAllowed) {
                 let id = caller.id.as_ref().map(ToString::to_string).unwrap_or_default();
-                tracing::warn!(peer = %caller.peer, id, "a peer is not on the list of those who may call");
-                io.abort();
+                tracing::warn!(peer = %caller.peer, id, left_out, "a peer is not on the list of those who may call");
+            }
+            io.abort();
+            return;
+        }
+        match inside {
+            Inside::Http { http2 } => self.http(io, http2, caller).await,
+            Inside::Opaque => self.opaque(io, caller).await,
+            Inside::Unsaid => {
+                let mut bytes = BytesMut::new();
+                match read_first(&mut io, &mut bytes, Patience::default()).await {
+                    Ok(FirstBytes::Closed) | Err(_) => {}
+                    Ok(first) => self.detected(first, bytes, io, caller).await,
+                }
             }
         }
     }
@@ -194,14 +227,14 @@ impl Inbound {
     }
 
     async fn http(self, io: BoxIo, http2: bool, caller: Caller) {
-        let drain = self.shared.inbound_drain.subscribe();
+        let (drain, rest) = (self.shared.inbound_drain.subscribe(), caller.rest.clone());
         let telemetry = Arc::clone(&self.shared.telemetry);
         let this = Arc::new((self, caller));
         let handle = move |request| {
             let this = Arc::clone(&this);
             async move { this.0.request(request, &this.1).await }
         };
-        if let Err(error) = serve(io, http2, drain, handle).await {
+        if let Err(error) = serve(io, http2, drain, rest, handle).await {
             fault(&error).into_iter().for_each(|counter| telemetry.count(counter));
         }
     }
@@ -257,7 +290,10 @@ impl Inbound {
         let shared = &self.shared;
         let identity: &IdentityStore = &shared.identity;
         let way = Way { pool: &self.pool, identity, telemetry: &shared.telemetry, epoch: shared.epoch };
-        let answer = way.attempt(&app, wire, fresh, &mut outgoing).await?;
+        let mut answer = way.attempt(&app, wire, fresh, &mut outgoing).await?;
+        if let Some(rest) = caller.rest.clone().filter(|_| client.is_some()) {
+            answer.extensions_mut().insert(rest);
+        }
         Ok((answer, client))
     }
 
@@ -278,6 +314,51 @@ impl Inbound {
         let _open = edge.connection();
         // Sent and received are this proxy's view: what the caller sent was received.
         let moved = |moved: crate::tcp::Transferred| edge.bytes(moved.server_to_client, moved.client_to_server);
-        splice(&mut io, &mut server, moved).await;
+        splice_for(&mut io, &mut server.io, caller.rest.clone(), moved).await;
+    }
+}
+
+/// What runs inside a TLS connection.
+enum Inside {
+    Http {
+        http2: bool,
+    },
+    Opaque,
+    /// The peer did not say: its first bytes tell.
+    Unsaid,
+}
+
+impl Inside {
+    fn ours(alpn: MeshAlpn) -> Self {
+        match alpn {
+            MeshAlpn::H2 => Self::Http { http2: true },
+            MeshAlpn::Http1 => Self::Http { http2: false },
+            MeshAlpn::Tcp => Self::Opaque,
+        }
+    }
+
+    fn of(alpn: Option<&[u8]>, app: AppProtocol) -> Self {
+        match (alpn.and_then(MeshAlpn::from_wire), alpn) {
+            (Some(ours), _) => Self::ours(ours),
+            // Bytes that nobody is to look into, whatever they are called.
+            (None, _) if app == AppProtocol::Tcp => Self::Opaque,
+            // Nothing but HTTP/1.1 and HTTP/2 is ever agreed on.
+            (None, Some(http)) => Self::Http { http2: http == ALPN_H2 },
+            (None, None) => Self::Unsaid,
+        }
+    }
+}
+
+/// Why a handshake failed, as it is counted.
+fn handshake_refusal(error: &std::io::Error) -> Counter {
+    use rustls::{Error as E, PeerIncompatible as P};
+    match error.get_ref().and_then(|inner| inner.downcast_ref()) {
+        Some(E::NoCertificatesPresented) => Counter::RefusedNoCertificate,
+        Some(E::InvalidCertificate(_)) => Counter::RefusedCertificate,
+        // What a client without TLS 1.3 looks like: it lists older versions, or has never heard of listing them.
+        Some(E::PeerIncompatible(P::Tls12NotOfferedOrEnabled | P::SupportedVersionsExtensionRequired)) => {
+            Counter::RefusedTlsVersion
+        }
+        _ => Counter::RefusedHandshake,
     }
 }

@@ -63,6 +63,7 @@ mod outbound;
 pub mod policy;
 pub mod proc_net;
 mod refuse;
+pub mod rest;
 pub mod rewind;
 pub mod route;
 mod sock_diag;

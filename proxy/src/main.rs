@@ -138,7 +138,12 @@ fn run(args: Args) -> Result<(), Failure> {
         ports: args
             .port
             .iter()
-            .map(|port| AppPort { port: *port, protocol: AppProtocol::Detect, listen: app.map(|_| args.inbound) })
+            .map(|port| AppPort {
+                port: *port,
+                protocol: AppProtocol::Detect,
+                mesh_tls: false,
+                listen: app.map(|_| args.inbound),
+            })
             .collect(),
         admin: args.admin,
         same_user_only: false,

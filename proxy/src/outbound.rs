@@ -8,7 +8,7 @@ use http::{HeaderValue, Method, Request, Response, Version};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use sheetbend_certs::MeshAlpn;
-use sheetbend_control_plane_client::model::{AppProtocol, Target};
+use sheetbend_control_plane_client::model::{AppProtocol, Target, Transport};
 
 use crate::app::Shared;
 use crate::detect::{Detected, is_known_opaque};
@@ -20,9 +20,10 @@ use crate::http::exchange::Exchange;
 use crate::http::headers::{self, X_REQUEST_ID};
 use crate::http::serve::{PATIENCE, fault, serve};
 use crate::refuse::refuse;
+use crate::rest::{Rest, splice_for};
 use crate::rewind::Rewind;
 use crate::route::{Route, Routes};
-use crate::tcp::{Abort, splice};
+use crate::tcp::Abort;
 use crate::telemetry::{Counter, Protocol, Reporter};
 use crate::traffic::retry::Retrying;
 use crate::upstream::{BoxIo, EndpointState, Pool, Wire, dial};
@@ -79,15 +80,14 @@ impl Outbound {
                 Err(error) => return self.refuse(io, bytes, error, peer).await,
             };
             let mut server_bytes = BytesMut::new();
-            let speaker = who_speaks_first(&mut io, &mut bytes, &mut server.1, &mut server_bytes).await;
-            let (endpoint, stream) = server;
-            let stream: BoxIo = Box::new(Rewind::new(server_bytes.freeze(), stream));
+            let speaker = who_speaks_first(&mut io, &mut bytes, &mut server.io, &mut server_bytes).await;
+            server.io = Box::new(Rewind::new(server_bytes.freeze(), server.io));
             match speaker {
                 Ok(Speaker::Client) => {
                     first = read_first(&mut io, &mut bytes, Patience::default()).await;
-                    dialed = Some((endpoint, stream));
+                    dialed = Some(server);
                 }
-                Ok(_) => return self.opaque(io, bytes, &route, Some((endpoint, stream)), peer).await,
+                Ok(_) => return self.opaque(io, bytes, &route, Some(server), peer).await,
                 // Half a conversation is not a whole one: whoever is left sees it break.
                 Err(_) => return io.abort(),
             }
@@ -112,7 +112,7 @@ impl Outbound {
             let this = Arc::clone(&this);
             async move { this.0.clone().request(request, this.1.as_ref(), peer).await }
         };
-        if let Err(error) = serve(io, http2, drain, handle).await {
+        if let Err(error) = serve(io, http2, drain, None, handle).await {
             fault(&error).into_iter().for_each(|counter| telemetry.count(counter));
         }
     }
@@ -258,12 +258,12 @@ impl Outbound {
         Way { pool: &self.pool, identity: &shared.identity, telemetry: &shared.telemetry, epoch: shared.epoch }
     }
 
-    async fn connect(&self, route: &Route) -> Result<(Arc<EndpointState>, BoxIo), Error> {
+    async fn connect(&self, route: &Route) -> Result<Connected, Error> {
         let mut tried = None;
         loop {
             let endpoint = route.pick(route.endpoints(None), tried.as_ref(), self.shared.epoch.elapsed())?;
             match dial(&endpoint, MeshAlpn::Tcp, &self.shared.identity, &self.shared.telemetry, &self.pool.own).await {
-                Ok(io) => return Ok((endpoint, io)),
+                Ok(dialed) => return Ok(Connected { endpoint, io: dialed.io, rest: dialed.rest }),
                 // Nothing was sent yet: another endpoint may be tried, once.
                 Err(_) if tried.is_none() && route.endpoints(None).len() > 1 => tried = Some(endpoint),
                 Err(source) => {
@@ -275,16 +275,9 @@ impl Outbound {
     }
 
     /// Bytes that nobody looks into.
-    async fn opaque(
-        &self,
-        io: BoxIo,
-        bytes: BytesMut,
-        route: &Route,
-        dialed: Option<(Arc<EndpointState>, BoxIo)>,
-        peer: SocketAddr,
-    ) {
+    async fn opaque(&self, io: BoxIo, bytes: BytesMut, route: &Route, dialed: Option<Connected>, peer: SocketAddr) {
         self.shared.telemetry.count(Counter::DetectedOpaque);
-        let (endpoint, mut server) = match dialed {
+        let Connected { endpoint, io: mut server, rest } = match dialed {
             Some(dialed) => dialed,
             None => match self.connect(route).await {
                 Ok(dialed) => dialed,
@@ -295,7 +288,7 @@ impl Outbound {
         let _open = edge.connection();
         let mut client = Rewind::new(bytes.freeze(), io);
         let moved = |moved: crate::tcp::Transferred| edge.bytes(moved.client_to_server, moved.server_to_client);
-        splice(&mut client, &mut server, moved).await;
+        splice_for(&mut client, &mut server, rest, moved).await;
     }
 
     async fn refuse(&self, io: BoxIo, bytes: BytesMut, error: Error, peer: SocketAddr) {
@@ -303,11 +296,18 @@ impl Outbound {
     }
 }
 
-/// What is spoken to an endpoint.
+/// A connection for bytes that nobody looks into.
+struct Connected {
+    endpoint: Arc<EndpointState>,
+    io: BoxIo,
+    rest: Option<Rest>,
+}
+
+/// What is spoken to an endpoint. One that is not ours, behind TLS, chooses itself between HTTP's versions.
 fn wire(endpoint: &EndpointState, outgoing: &Outgoing, expects: bool) -> Wire {
     match outgoing.upgrade || expects {
         true => Wire::Http1,
-        false if endpoint.is_ours() => Wire::Http2,
+        false if !matches!(endpoint.transport, Transport::Plain) => Wire::Http2,
         false if outgoing.sent == Version::HTTP_2 => Wire::Http2,
         false => Wire::Http1,
     }

@@ -53,5 +53,5 @@ pub(crate) async fn refuse(
         }
     };
     // However it ends: its end was refused anyway.
-    let _ = serve(Box::new(Rewind::new(bytes.freeze(), io)), http2, told, handle).await;
+    let _ = serve(Box::new(Rewind::new(bytes.freeze(), io)), http2, told, None, handle).await;
 }

@@ -100,6 +100,7 @@ impl Workers {
                 let pool = Arc::clone(worker.pool.get_or_init(|| Arc::new(Pool::new(own))));
                 let routes = Arc::new(Routes::default());
                 runtime.block_on(async {
+                    tokio::spawn(Arc::clone(&pool).follow(shared.identity.subscribe()));
                     loop {
                         // In no order, and nothing is lost: a queue keeps what is not taken.
                         tokio::select! {

@@ -55,7 +55,8 @@ pub(crate) struct Args {
     service: String,
 
     /// A port on which the program serves; registered when it first accepts. `8000/tcp` says what it speaks (http,
-    /// http2, grpc, tcp, tls), otherwise that is detected. May be repeated
+    /// http2, grpc, tcp, tls), otherwise that is detected. `8000,tls=mesh` takes mutual TLS from peers that are no sidecar
+    /// too, as --strict does. May be repeated
     #[arg(long, value_name = "PORT")]
     port: Vec<String>,
 

@@ -62,6 +62,7 @@ impl std::fmt::Display for ControlPlane {
 pub(crate) struct AppPort {
     pub(super) port: u16,
     pub(super) protocol: AppProtocol,
+    pub(super) mesh_tls: bool,
 }
 
 /// A local port that stands for a service.
@@ -226,8 +227,14 @@ pub(crate) fn dns_label(text: &str) -> Result<(), String> {
     }
 }
 
-/// `8000`, or `8000/tcp` where the operator knows what is spoken.
+/// `8000`, or `8000/tcp` where the operator knows what is spoken; `8000,tls=mesh` where TLS that comes in is the mesh's,
+/// whoever the peer is.
 pub(super) fn app_port(text: &str) -> Result<AppPort, String> {
+    let (text, mesh_tls) = match text.split_once(',') {
+        None => (text, false),
+        Some((text, "tls=mesh")) => (text, true),
+        Some((_, other)) => return Err(format!("`{other}` is not tls=mesh")),
+    };
     let (port, protocol) = text.split_once('/').map_or((text, None), |(port, protocol)| (port, Some(protocol)));
     let protocol = match protocol {
         None => AppProtocol::Detect,
@@ -238,7 +245,10 @@ pub(super) fn app_port(text: &str) -> Result<AppPort, String> {
         Some("tls") => AppProtocol::Tls,
         Some(other) => return Err(format!("`{other}` is none of http, http2, grpc, tcp, tls")),
     };
-    Ok(AppPort { port: port_number(port)?, protocol })
+    if mesh_tls && protocol == AppProtocol::Tls {
+        return Err("`tls` is the app's own TLS, and tls=mesh is not".to_string());
+    }
+    Ok(AppPort { port: port_number(port)?, protocol, mesh_tls })
 }
 
 /// `LOCALPORT:SERVICE[:PORT]`.
@@ -304,8 +314,12 @@ mod tests {
 
     #[test]
     fn a_port_may_say_what_it_speaks() {
-        assert_eq!(app_port("8000"), Ok(AppPort { port: 8000, protocol: AppProtocol::Detect }));
-        assert_eq!(app_port("5432/tcp"), Ok(AppPort { port: 5432, protocol: AppProtocol::Tcp }));
+        assert_eq!(app_port("8000"), Ok(AppPort { port: 8000, protocol: AppProtocol::Detect, mesh_tls: false }));
+        assert_eq!(
+            app_port("5432/tcp,tls=mesh"),
+            Ok(AppPort { port: 5432, protocol: AppProtocol::Tcp, mesh_tls: true })
+        );
+        assert!(app_port("8000,tls=app").is_err() && app_port("8000/tls,tls=mesh").is_err());
         for bad in ["", "0", "65536", "8000/udp", "8000:80"] {
             assert!(app_port(bad).is_err(), "{bad}");
         }

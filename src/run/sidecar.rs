@@ -99,8 +99,12 @@ fn config(plan: &Plan, token: JoinToken, control_plane: String, advertise: IpAdd
         Mesh::Remote { .. } if advertise.is_ipv4() => SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),
         Mesh::Remote { .. } => SocketAddr::from((std::net::Ipv6Addr::UNSPECIFIED, 0)),
     };
-    let ports =
-        plan.ports.iter().map(|port| app::AppPort { port: port.port, protocol: port.protocol, listen: Some(inbound) });
+    let ports = plan.ports.iter().map(|port| app::AppPort {
+        port: port.port,
+        protocol: port.protocol,
+        mesh_tls: port.mesh_tls,
+        listen: Some(inbound),
+    });
     let upstreams = plan.upstreams.iter().filter_map(|upstream| {
         // Port 80 of a service with a single port is that port.
         let target = Target::new(&upstream.service, upstream.port.unwrap_or(80)).ok()?;

@@ -1,12 +1,52 @@
 //! New certificates and new roots under load: no request notices.
 
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::time::Duration;
 
-use sheetbend_tests::{App, Load, Mesh, START, eventually, http};
+use sheetbend_tests::{App, Load, Mesh, START, eventually, free_port, http, loopback};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
 
 /// What a sidecar shows on `/certs`.
 async fn certs(sidecar: &sheetbend_tests::Sidecar) -> String {
     sidecar.page("/certs").await.text()
+}
+
+/// A server that sends every byte back.
+async fn echo() -> SocketAddr {
+    let listener = TcpListener::bind(loopback(0)).await.expect("a port");
+    let address = listener.local_addr().expect("an address");
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let (mut read, mut write) = stream.split();
+                let _ = tokio::io::copy(&mut read, &mut write).await;
+            });
+        }
+    });
+    address
+}
+
+/// A question over a connection that stays open, and its answer.
+async fn says(stream: &mut TcpStream, what: &[u8]) -> std::io::Result<()> {
+    let mut answer = vec![0; what.len()];
+    stream.write_all(what).await?;
+    stream.read_exact(&mut answer).await?;
+    assert_eq!(answer, what);
+    Ok(())
+}
+
+/// The ports from which others are connected to a listener of ours.
+fn connected_to(listener: SocketAddr) -> BTreeSet<u16> {
+    let table = std::fs::read_to_string("/proc/net/tcp").expect("the kernel's table");
+    let port = |word: &str| u16::from_str_radix(word.split(':').nth(1)?, 16).ok();
+    let established = table.lines().filter_map(|line| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let (local, remote, state) = (words.get(1)?, words.get(2)?, words.get(3)?);
+        (*state == "01" && port(local) == Some(listener.port())).then(|| port(remote)).flatten()
+    });
+    established.collect()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -14,11 +54,22 @@ async fn a_new_root_and_the_end_of_the_old_one_fail_no_request() {
     let mesh = Mesh::with_control_plane(&[]);
     let app = App::saying("tied\n").await;
     let server = mesh.run("server").port(app.port()).serve();
-    let caller = mesh.caller("caller");
+    let echo = echo().await;
+    let echoing = mesh.run("echo").flag(&["--port", &format!("{}/tcp", echo.port())]).serve();
+    let local = free_port();
+    let caller = mesh.run("caller").upstream(local, &format!("echo:{}", echo.port())).caller();
     caller.first_answer("http://server/").await;
     let before = [certs(&server).await, certs(&caller).await];
     let load = Load::start(caller.proxy(), "http://server/", 4, 25.0);
+    let mut tunnel = eventually("the echo answers through a tunnel", START, || async {
+        let mut tunnel = TcpStream::connect(loopback(local)).await.ok()?;
+        says(&mut tunnel, b"hello").await.ok().map(|()| tunnel)
+    })
+    .await;
     tokio::time::sleep(Duration::from_secs(1)).await;
+    let inbound = [server.inbound(), echoing.inbound()];
+    let made_before = inbound.map(connected_to);
+    assert!(made_before.iter().all(|ports| !ports.is_empty()), "{made_before:?}");
 
     let ca = mesh.ca();
     let ca = ca.to_str().expect("a path in UTF-8");
@@ -29,6 +80,15 @@ async fn a_new_root_and_the_end_of_the_old_one_fail_no_request() {
     for name in ["sa/server", "sa/caller"] {
         assert!(early.stderr.contains("the old root stays") && early.stderr.contains(name), "{}", early.stderr);
     }
+    eventually("both sidecars show new certificates", START, || async {
+        let now = [certs(&server).await, certs(&caller).await];
+        (now[0] != before[0] && now[1] != before[1]).then_some(())
+    })
+    .await;
+    // New certificates alone end no connection.
+    says(&mut tunnel, b"still there").await.expect("an answer over the same tunnel");
+    assert!(!made_before[0].is_disjoint(&connected_to(inbound[0])), "HTTP goes on over the same connection");
+
     // The old root may go only when nobody shows a leaf of it and everybody holds the new one; until then it is refused.
     eventually("the old root can be dropped", Duration::from_secs(90), || async {
         let drop = mesh.finish(["certs", "rotate", "--drop-old", "--dir", ca]);
@@ -38,13 +98,19 @@ async fn a_new_root_and_the_end_of_the_old_one_fail_no_request() {
         drop.status.success().then_some(())
     })
     .await;
-    eventually("both sidecars show new certificates", START, || async {
-        let now = [certs(&server).await, certs(&caller).await];
-        (now[0] != before[0] && now[1] != before[1]).then_some(())
-    })
-    .await;
+    // What rests on it ends: the tunnel in order, between two questions, and what HTTP has made new connections for.
+    let end = tokio::time::timeout(START, tunnel.read(&mut [0])).await.expect("the tunnel ends");
+    assert_eq!(end.expect("an orderly end"), 0);
+    for (listener, before) in inbound.iter().zip(&made_before) {
+        eventually("no connection of before is left", START, || async {
+            before.is_disjoint(&connected_to(*listener)).then_some(())
+        })
+        .await;
+    }
     tokio::time::sleep(Duration::from_secs(1)).await;
     load.stop().await.assert_none_failed(100);
+    let mut tunnel = TcpStream::connect(loopback(local)).await.expect("a connection");
+    says(&mut tunnel, b"hello again").await.expect("an answer over a new tunnel");
 
     // And a newcomer, who knows only the new root, calls and is called.
     let newcomer = mesh.caller("newcomer");

@@ -10,9 +10,11 @@ use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::sync::watch;
+use tokio::time::timeout;
 
 use super::body::ResponseBody;
 use super::error::h2_error;
+use crate::rest::{self, LAST, Rest};
 use crate::telemetry::Counter;
 use crate::upstream::{BoxIo, CONNECTION_WINDOW, HEADERS, STREAM_WINDOW};
 
@@ -21,8 +23,8 @@ const HEADER_BYTES: usize = 60 * 1024;
 /// To send them, counted from the start of the connection's turn.
 const HEADER_TIME: Duration = Duration::from_secs(10);
 
-/// Serves until the connection ends. When `drain` turns true it says goodbye (GOAWAY, `connection: close`) and ends after
-/// what has been begun.
+/// Serves until the connection ends. When `drain` turns true, or what the connection rests on is no longer believed, it
+/// says goodbye (GOAWAY, `connection: close`) and ends after what has been begun.
 ///
 /// # Errors
 ///
@@ -31,6 +33,7 @@ pub async fn serve<F, R>(
     io: BoxIo,
     http2: bool,
     mut drain: watch::Receiver<bool>,
+    rest: Option<Rest>,
     handle: F,
 ) -> Result<(), hyper::Error>
 where
@@ -43,8 +46,11 @@ where
     });
     let io = TokioIo::new(io);
     let told = async move {
-        // An error means that the proxy itself is gone; the connection then ends with it.
-        let _ = drain.wait_for(|drain| *drain).await;
+        tokio::select! {
+            // An error means that the proxy itself is gone; the connection then ends with it.
+            _ = drain.wait_for(|drain| *drain) => {}
+            () = rest::dropped(rest) => {}
+        }
     };
     tokio::pin!(told);
     if http2 {
@@ -63,7 +69,7 @@ where
             ended = connection.as_mut() => ended,
             () = &mut told => {
                 connection.as_mut().graceful_shutdown();
-                connection.await
+                timeout(LAST, connection).await.unwrap_or(Ok(()))
             }
         };
     }
@@ -81,7 +87,7 @@ where
         ended = connection.as_mut() => ended,
         () = &mut told => {
             connection.as_mut().graceful_shutdown();
-            connection.await
+            timeout(LAST, connection).await.unwrap_or(Ok(()))
         }
     }
 }

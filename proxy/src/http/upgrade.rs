@@ -3,7 +3,8 @@
 use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
 
-use crate::tcp::{Abort, splice};
+use crate::rest::{Rest, splice_for};
+use crate::tcp::Abort;
 
 impl Abort for TokioIo<Upgraded> {
     fn abort(&mut self) {
@@ -15,11 +16,11 @@ impl Abort for TokioIo<Upgraded> {
     }
 }
 
-/// Carries bytes between two connections once both have left HTTP.
-pub fn join(client: OnUpgrade, server: OnUpgrade) {
+/// Carries bytes between two connections once both have left HTTP. `rest` is what the one within the mesh rests on.
+pub fn join(client: OnUpgrade, server: OnUpgrade, rest: Option<Rest>) {
     tokio::spawn(async move {
         let (Ok(client), Ok(server)) = (client.await, server.await) else { return };
         let (mut client, mut server) = (TokioIo::new(client), TokioIo::new(server));
-        splice(&mut client, &mut server, |_| {}).await;
+        splice_for(&mut client, &mut server, rest, |_| {}).await;
     });
 }

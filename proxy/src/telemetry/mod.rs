@@ -15,6 +15,7 @@ mod labels;
 mod local_graph;
 mod process;
 mod series;
+mod sparingly;
 #[cfg(test)]
 mod tests;
 
@@ -34,6 +35,7 @@ pub use edge::{ConnectionGuard, Edge, EdgeKey, Outcome, Peer, Protocol, Reporter
 pub use flags::{Flags, Words};
 use local_graph::Cursors;
 use series::Series;
+use sparingly::Sparingly;
 
 /// Edges a proxy keeps; traffic on any further one counts on an edge named `other`.
 pub const MAX_EDGES: usize = 512;
@@ -55,6 +57,8 @@ pub struct Telemetry {
     service: ServiceName,
     edges: Mutex<HashMap<EdgeKey, Arc<Edge>>>,
     counters: Vec<metrics::Counter>,
+    /// What strangers can cause to be logged. One entry a reason; locked for refusals alone.
+    refusals: Mutex<HashMap<Counter, Sparingly>>,
     gauges: Vec<metrics::Gauge>,
     prometheus: PrometheusHandle,
     series: Arc<Series>,
@@ -88,6 +92,7 @@ impl Telemetry {
             service: settings.service,
             edges: Mutex::default(),
             counters,
+            refusals: Mutex::default(),
             gauges,
             prometheus,
             series,
@@ -133,6 +138,13 @@ impl Telemetry {
     /// A counter for whoever counts after this has gone out of reach.
     pub fn handle(&self, counter: Counter) -> metrics::Counter {
         self.counters.get(counter as usize).cloned().unwrap_or_else(metrics::Counter::noop)
+    }
+
+    /// Counts a refusal, and says whether to log it: `Some` of how many of its kind were left out since the last line.
+    pub fn refused(&self, reason: Counter) -> Option<u64> {
+        self.count(reason);
+        let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
+        refusals.entry(reason).or_default().at(self.started.elapsed())
     }
 
     /// Counts `n` events.

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use http::StatusCode;
 use rustls::pki_types::ServerName;
-use sheetbend_certs::{IdentityStore, MeshAlpn, PeerError, SpiffeId, verify_peer};
+use sheetbend_certs::{ALPN_H2, IdentityStore, MeshAlpn, PeerError, SpiffeId, format_time};
 use sheetbend_control_plane_client::model::Transport;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
@@ -16,6 +16,7 @@ use tokio_rustls::TlsConnector;
 
 use super::{EndpointState, Own, Place};
 use crate::listen::{expect_steady_reader, tune};
+use crate::rest::Rest;
 use crate::tcp::Abort;
 use crate::telemetry::{Counter, Flags, Telemetry};
 
@@ -63,6 +64,12 @@ pub enum DialError {
     /// This proxy cannot show who it is.
     #[error("this proxy has no certificate")]
     NoIdentity,
+    /// This proxy cannot show who it is any more.
+    #[error("this proxy's own certificate expired at {}", format_time(*.0))]
+    OwnExpired(SystemTime),
+    /// The peer agreed to nothing that was offered.
+    #[error("the peer speaks nothing inside TLS that was offered to it (ALPN)")]
+    Protocol,
     /// The HTTP connection could not be begun.
     #[error("HTTP could not be begun: {0}")]
     Http(#[source] hyper::Error),
@@ -91,13 +98,15 @@ impl DialError {
             Self::TcpTimeout(_) | Self::HandshakeTimeout => {
                 (StatusCode::GATEWAY_TIMEOUT, "connection_timeout", Flags::UPSTREAM_CONNECT_FAILURE)
             }
-            Self::Handshake(_) | Self::Http(_) => {
+            Self::Handshake(_) | Self::Http(_) | Self::Protocol => {
                 (StatusCode::BAD_GATEWAY, "tls_protocol_error", Flags::UPSTREAM_CONNECT_FAILURE)
             }
             Self::Peer(_) | Self::Identity { .. } => {
                 (StatusCode::BAD_GATEWAY, "tls_certificate_error", Flags::PEER_REFUSED)
             }
-            Self::NoIdentity => (StatusCode::SERVICE_UNAVAILABLE, "tls_certificate_error", Flags::NO_IDENTITY),
+            Self::NoIdentity | Self::OwnExpired(_) => {
+                (StatusCode::SERVICE_UNAVAILABLE, "tls_certificate_error", Flags::NO_IDENTITY)
+            }
             Self::Loop(_) => (StatusCode::LOOP_DETECTED, "proxy_loop_detected", Flags::LOOP),
             Self::Shared(error) => error.verdict(),
             Self::Overflow | Self::WaitedTooLong => {
@@ -107,17 +116,29 @@ impl DialError {
     }
 }
 
-/// Connects to an endpoint; between our proxies `alpn` says what will be spoken.
+/// A connection to an endpoint, and what it turned out to speak.
+pub(crate) struct Dialed {
+    /// The connection.
+    pub(crate) io: BoxIo,
+    /// Whether it speaks HTTP/2, as far as it speaks HTTP at all.
+    pub(crate) http2: bool,
+    /// What it rests on; nothing where there is no TLS.
+    pub(crate) rest: Option<Rest>,
+}
+
+/// Connects to an endpoint. `alpn` says what will be spoken; of a peer that is not ours, [`MeshAlpn::H2`] asks for
+/// either HTTP, and the peer chooses.
 pub(crate) async fn dial(
     endpoint: &EndpointState,
     alpn: MeshAlpn,
     identity: &IdentityStore,
     telemetry: &Telemetry,
     own: &Own,
-) -> Result<BoxIo, DialError> {
+) -> Result<Dialed, DialError> {
     if let Some(address) = endpoint.socket_address().filter(|address| own.is_listener(*address)) {
         return Err(DialError::Loop(address));
     }
+    let plain = |io| Dialed { io, http2: alpn == MeshAlpn::H2, rest: None };
     let (expected, ours) = match &endpoint.transport {
         Transport::Sheetbend(id) => (id, true),
         Transport::MutualTls(id) => (id, false),
@@ -131,13 +152,13 @@ pub(crate) async fn dial(
             // A name may lead here as well; only its look-up tells.
             return match stream.peer_addr() {
                 Ok(address) if own.is_listener(address) => Err(DialError::Loop(address)),
-                _ => Ok(Box::new(stream)),
+                _ => Ok(plain(Box::new(stream))),
             };
         }
     };
     let material = identity.current().ok_or(DialError::NoIdentity)?;
     if material.identity.not_after <= SystemTime::now() {
-        return Err(DialError::NoIdentity);
+        return Err(DialError::OwnExpired(material.identity.not_after));
     }
     let here = || own.enter(endpoint.socket_address()?, alpn);
     if ours
@@ -145,7 +166,7 @@ pub(crate) async fn dial(
         && let Some(io) = here()
     {
         telemetry.count(Counter::DialedSelf);
-        return Ok(io);
+        return Ok(plain(io));
     }
     telemetry.count(Counter::DialedMesh);
     let stream = connect(&endpoint.place, CONNECT_MESH).await?;
@@ -153,7 +174,7 @@ pub(crate) async fn dial(
         // Both ends of it always read, so that silence means that one is gone.
         expect_steady_reader(&stream).map_err(DialError::Tcp)?;
     }
-    let config = if ours { material.mesh_client(alpn) } else { &material.foreign_client };
+    let config = if ours { material.mesh_client(alpn) } else { material.foreign_client(alpn) };
     let handshake = TlsConnector::from(config.clone()).connect(server_name(endpoint), stream);
     let stream = match timeout(HANDSHAKE, handshake).await {
         Ok(Ok(stream)) => stream,
@@ -166,12 +187,18 @@ pub(crate) async fn dial(
         _ => Counter::HandshakesFull,
     });
     // After every handshake: a resumed one has verified nobody.
-    let found =
-        verify_peer(connection.peer_certificates(), &material.bundle, SystemTime::now()).map_err(DialError::Peer)?;
-    match found == *expected {
-        true => Ok(Box::new(stream)),
-        false => Err(DialError::Identity { expected: expected.clone(), found }),
+    let chain = connection.peer_certificates().unwrap_or_default();
+    let found = material.bundle.verify(chain, SystemTime::now()).map_err(DialError::Peer)?;
+    if found.id != *expected {
+        return Err(DialError::Identity { expected: expected.clone(), found: found.id });
     }
+    let http2 = match (ours, connection.alpn_protocol()) {
+        (true, Some(agreed)) if agreed == alpn.wire() => alpn == MeshAlpn::H2,
+        (true, _) => return Err(DialError::Protocol),
+        // A peer that has never heard of ALPN speaks HTTP/1.1 (RFC 7301 §3.2, RFC 9113 §3.3).
+        (false, agreed) => agreed == Some(ALPN_H2),
+    };
+    Ok(Dialed { io: Box::new(stream), http2, rest: Some(Rest::on(found.root, identity)) })
 }
 
 async fn connect(place: &Place, within: Duration) -> Result<TcpStream, DialError> {

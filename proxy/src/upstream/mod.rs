@@ -19,8 +19,8 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use sheetbend_certs::SpiffeId;
 use sheetbend_control_plane_client::model::{ServicePort, Target, Transport};
 
-pub(crate) use dial::dial;
 pub use dial::{BoxIo, DialError, Io};
+pub(crate) use dial::{Dialed, dial};
 pub(crate) use own::{Entering, Own};
 pub(crate) use pool::Pooled;
 pub(crate) use pool::{CONNECTION_WINDOW, HEADERS, STREAM_WINDOW};

@@ -3,18 +3,21 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use sheetbend_certs::{IdentityStore, MeshAlpn};
+use sheetbend_certs::{IdentityStore, Material, MeshAlpn, Sha256, TrustBundle};
+use sheetbend_control_plane_client::model::Transport;
+use tokio::sync::watch;
 
-use super::{DialError, EndpointState, Own, dial};
+use super::{DialError, Dialed, EndpointState, Own, dial};
 use crate::http::body::RequestBody;
 use crate::http::error::{Processed, h2_error};
+use crate::rest::Rest;
 use crate::telemetry::{Counter, Telemetry};
 
 /// Streams on one shared connection before another is dialed: 80 % of the 128 that our proxies allow. Where a peer allows
@@ -67,6 +70,14 @@ pub struct SendError {
 }
 
 impl Sender {
+    /// What is spoken on it.
+    pub fn wire(&self) -> Wire {
+        match self {
+            Self::Http2(_) => Wire::Http2,
+            Self::Http1(_) => Wire::Http1,
+        }
+    }
+
     /// Sends a request and waits for the head of its answer.
     pub async fn send(&mut self, request: Request<RequestBody>) -> Result<Response<Incoming>, SendError> {
         let failed = match self {
@@ -98,10 +109,25 @@ fn processed(error: &hyper::Error) -> Processed {
 #[derive(Default)]
 struct Connections {
     shared: Vec<SharedConnection>,
-    kept: Vec<(http1::SendRequest<RequestBody>, Instant)>,
+    kept: Vec<Kept>,
     turn: Arc<Turn>,
     /// Whether the endpoint is of the mesh.
     mesh: bool,
+    /// The endpoint chose HTTP/1.1 when it was asked for either: nothing is shared, and nobody takes turns.
+    chose_http1: bool,
+}
+
+/// A connection that waits for its next request.
+struct Kept {
+    sender: http1::SendRequest<RequestBody>,
+    since: Instant,
+    rest: Option<Rest>,
+}
+
+impl Kept {
+    fn is_fresh(&self) -> bool {
+        self.sender.is_ready() && self.since.elapsed() < KEPT_FOR
+    }
 }
 
 /// A connection that many requests share.
@@ -111,6 +137,7 @@ struct SharedConnection {
     streams: Arc<AtomicUsize>,
     /// As many as the peer allows at the moment.
     allowed: Arc<AtomicUsize>,
+    root: Option<Sha256>,
 }
 
 impl SharedConnection {
@@ -160,13 +187,32 @@ pub(crate) struct Pooled {
     pub(crate) plain: usize,
 }
 
-type Key = (u64, Wire);
-
 /// The connections of one worker. The lock is never contended: one thread uses it.
 pub struct Pool {
-    connections: Mutex<HashMap<Key, Connections>>,
+    connections: Mutex<All>,
     /// What this proxy itself serves.
     pub(crate) own: Own,
+}
+
+#[derive(Default)]
+struct All {
+    /// By the endpoint's number.
+    of: HashMap<u64, Connections>,
+    /// Whom this proxy believes now. What rests on another root takes no more requests.
+    bundle: Option<Arc<TrustBundle>>,
+}
+
+impl All {
+    fn of(&mut self, endpoint: &EndpointState) -> &mut Connections {
+        let connections = self.of.entry(endpoint.number).or_default();
+        connections.mesh = endpoint.identity().is_some();
+        connections
+    }
+
+    /// What rests on no root needs none to be believed.
+    fn believes(&self, root: Option<Sha256>) -> bool {
+        root.is_none_or(|root| self.bundle.as_ref().is_none_or(|bundle| bundle.contains(root)))
+    }
 }
 
 /// One use of a connection.
@@ -176,18 +222,21 @@ pub struct Checkout {
     /// Taken back only when the exchange ended well.
     sender: Option<http1::SendRequest<RequestBody>>,
     streams: Option<Arc<AtomicUsize>>,
+    /// What the connection rests on, where it has one of its own.
+    rest: Option<Rest>,
 }
 
 impl Checkout {
     /// The exchange has ended well: the connection may serve another.
     pub fn give_back(mut self) {
         if let Some(sender) = self.sender.take().filter(|sender| !sender.is_closed()) {
-            let mut all = self.pool.connections.lock().unwrap_or_else(PoisonError::into_inner);
-            let connections = all.entry(key(&self.endpoint, Wire::Http1)).or_default();
-            connections.mesh = self.endpoint.identity().is_some();
-            let kept = &mut connections.kept;
+            let mut all = self.pool.lock();
+            if !all.believes(self.rest.as_ref().map(Rest::root)) {
+                return;
+            }
+            let kept = &mut all.of(&self.endpoint).kept;
             if kept.len() < MOST_KEPT {
-                kept.push((sender, Instant::now()));
+                kept.push(Kept { sender, since: Instant::now(), rest: self.rest.take() });
             }
         }
     }
@@ -198,6 +247,21 @@ impl Checkout {
             self.sender = Some(sender);
         }
         self
+    }
+
+    /// HTTP/1.1 on a new connection, for this use and perhaps others after it.
+    async fn alone(&mut self, dialed: Dialed) -> Result<Sender, DialError> {
+        let builder = http1::Builder::new().max_headers(100).clone();
+        let (sender, connection) = builder.handshake(TokioIo::new(dialed.io)).await.map_err(DialError::Http)?;
+        self.rest = dialed.rest;
+        // Its end is told to whoever has a request on it.
+        tokio::spawn(until_over(connection.with_upgrades(), self.rest.clone()));
+        Ok(Sender::Http1(sender))
+    }
+
+    /// What an HTTP/1.1 connection rests on, for when it leaves HTTP behind.
+    pub fn rest(&self) -> Option<&Rest> {
+        self.rest.as_ref()
     }
 }
 
@@ -210,10 +274,6 @@ impl Drop for Checkout {
     }
 }
 
-fn key(endpoint: &Arc<EndpointState>, wire: Wire) -> Key {
-    (endpoint.number, wire)
-}
-
 impl Pool {
     /// Without a connection yet.
     pub(crate) fn new(own: Own) -> Self {
@@ -221,6 +281,8 @@ impl Pool {
     }
 
     /// A connection to `endpoint`, kept or new. `fresh` asks for one on which nothing was sent before.
+    ///
+    /// An endpoint that is not ours and is asked for [`Wire::Http2`] chooses: what comes back may be [`Sender::Http1`].
     pub async fn checkout(
         self: &Arc<Self>,
         endpoint: &Arc<EndpointState>,
@@ -230,71 +292,103 @@ impl Pool {
         telemetry: &Telemetry,
     ) -> Result<(Sender, Checkout), DialError> {
         endpoint.load.begin();
-        let mut checkout =
-            Checkout { pool: Arc::clone(self), endpoint: Arc::clone(endpoint), sender: None, streams: None };
+        let (pool, to) = (Arc::clone(self), Arc::clone(endpoint));
+        let mut checkout = Checkout { pool, endpoint: to, sender: None, streams: None, rest: None };
         self.sweep();
-        if wire == Wire::Http1 {
-            let kept = if fresh { None } else { self.take_kept(endpoint) };
-            let sender = match kept {
-                Some(sender) => sender,
-                None => connect_h1(dial(endpoint, MeshAlpn::Http1, identity, telemetry, &self.own).await?).await?,
-            };
-            return Ok((Sender::Http1(sender), checkout));
+        if let Some(sender) = self.take(wire, fresh, &mut checkout) {
+            return Ok((sender, checkout));
         }
-        if let Some((sender, streams)) = self.take_shared(endpoint) {
-            checkout.streams = Some(streams);
-            return Ok((Sender::Http2(sender), checkout));
+        if wire == Wire::Http1 {
+            let dialed = dial(endpoint, MeshAlpn::Http1, identity, telemetry, &self.own).await?;
+            return Ok((checkout.alone(dialed).await?, checkout));
         }
         let turn = {
-            let mut all = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
-            let connections = all.entry(key(endpoint, wire)).or_default();
-            connections.mesh = endpoint.identity().is_some();
-            Arc::clone(&connections.turn)
+            let mut all = self.lock();
+            let connections = all.of(endpoint);
+            (!connections.chose_http1).then(|| Arc::clone(&connections.turn))
+        };
+        let Some(turn) = turn else {
+            return Ok((self.dial_either(&mut checkout, identity, telemetry).await?, checkout));
         };
         let before = turn.failures.load(Relaxed);
         let mut last = turn.take().await?;
         // Whoever had the turn before may have dialed what serves us too, or may have failed for us too.
-        if let Some((sender, streams)) = self.take_shared(endpoint) {
-            checkout.streams = Some(streams);
-            return Ok((Sender::Http2(sender), checkout));
+        if let Some(sender) = self.take(wire, fresh, &mut checkout) {
+            return Ok((sender, checkout));
         }
         if let Some(failure) = last.as_ref().filter(|_| turn.failures.load(Relaxed) != before) {
             return Err(DialError::Shared(Arc::clone(failure)));
         }
-        let (sender, allowed) = match self.dial_shared(endpoint, identity, telemetry).await {
-            Ok(dialed) => dialed,
+        match self.dial_either(&mut checkout, identity, telemetry).await {
+            Ok(sender) => Ok((sender, checkout)),
             Err(error) => {
                 let error = Arc::new(error);
                 turn.failures.fetch_add(1, Relaxed);
                 *last = Some(Arc::clone(&error));
-                return Err(DialError::Shared(error));
+                Err(DialError::Shared(error))
             }
-        };
-        let streams = Arc::new(AtomicUsize::new(1));
-        checkout.streams = Some(Arc::clone(&streams));
-        let mut all = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
-        let shared = SharedConnection { sender: sender.clone(), streams, allowed };
-        all.entry(key(endpoint, wire)).or_default().shared.push(shared);
-        Ok((Sender::Http2(sender), checkout))
+        }
     }
 
-    async fn dial_shared(
+    /// A new connection: to be shared, unless the endpoint chose HTTP/1.1.
+    async fn dial_either(
         &self,
-        endpoint: &Arc<EndpointState>,
+        checkout: &mut Checkout,
         identity: &IdentityStore,
         telemetry: &Telemetry,
-    ) -> Result<(http2::SendRequest<RequestBody>, Arc<AtomicUsize>), DialError> {
-        connect_h2(dial(endpoint, MeshAlpn::H2, identity, telemetry, &self.own).await?, endpoint.is_ours()).await
+    ) -> Result<Sender, DialError> {
+        let endpoint = Arc::clone(&checkout.endpoint);
+        let dialed = dial(&endpoint, MeshAlpn::H2, identity, telemetry, &self.own).await?;
+        self.lock().of(&endpoint).chose_http1 = !dialed.http2;
+        if !dialed.http2 {
+            return checkout.alone(dialed).await;
+        }
+        let root = dialed.rest.as_ref().map(Rest::root);
+        let (sender, allowed) = connect_h2(dialed, endpoint.is_ours()).await?;
+        let streams = Arc::new(AtomicUsize::new(1));
+        checkout.streams = Some(Arc::clone(&streams));
+        let mut all = self.lock();
+        if all.believes(root) {
+            let shared = SharedConnection { sender: sender.clone(), streams, allowed, root };
+            all.of(&endpoint).shared.push(shared);
+        }
+        Ok(Sender::Http2(sender))
+    }
+
+    /// Follows the bundle for as long as it is polled: connections that rest on a root which is no longer believed take
+    /// no more requests, finish those they have, and end.
+    pub(crate) async fn follow(self: Arc<Self>, mut changes: watch::Receiver<Option<Arc<Material>>>) {
+        loop {
+            let material = changes.borrow_and_update().clone();
+            self.believe(material.map(|material| Arc::clone(&material.bundle)));
+            if changes.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    fn believe(&self, bundle: Option<Arc<TrustBundle>>) {
+        let mut all = self.lock();
+        all.bundle = bundle;
+        let mut of = std::mem::take(&mut all.of);
+        for connections in of.values_mut() {
+            connections.shared.retain(|shared| all.believes(shared.root));
+            connections.kept.retain(|kept| all.believes(kept.rest.as_ref().map(Rest::root)));
+        }
+        all.of = of;
+    }
+
+    /// A panic while the lock is held leaves maps that are still whole.
+    fn lock(&self) -> MutexGuard<'_, All> {
+        self.connections.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// How many connections there are now. For the admin port: takes the worker's lock for a moment.
     pub(crate) fn pooled(&self) -> Pooled {
-        let all = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
         let mut pooled = Pooled::default();
-        for connections in all.values() {
+        for connections in self.lock().of.values() {
             let shared = connections.shared.iter().filter(|shared| !shared.sender.is_closed()).count();
-            let fresh = |since: &Instant| since.elapsed() < KEPT_FOR;
-            let kept = connections.kept.iter().filter(|(sender, since)| sender.is_ready() && fresh(since)).count();
+            let kept = connections.kept.iter().filter(|kept| kept.is_fresh()).count();
             let count = if connections.mesh { &mut pooled.mesh } else { &mut pooled.plain };
             *count += shared + kept;
         }
@@ -304,38 +398,52 @@ impl Pool {
     /// Lets go of endpoints that are gone, once there are many.
     fn sweep(&self) {
         const MANY: usize = 1024;
-        let mut all = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
-        if all.len() >= MANY {
-            all.retain(|_, connections| {
-                connections.kept.retain(|(sender, since)| !sender.is_closed() && since.elapsed() < KEPT_FOR);
+        let of = &mut self.lock().of;
+        if of.len() >= MANY {
+            of.retain(|_, connections| {
+                connections.kept.retain(|kept| !kept.sender.is_closed() && kept.since.elapsed() < KEPT_FOR);
                 connections.shared.retain(|shared| !shared.sender.is_closed());
                 !connections.kept.is_empty() || !connections.shared.is_empty()
             });
         }
     }
 
-    fn take_kept(&self, endpoint: &Arc<EndpointState>) -> Option<http1::SendRequest<RequestBody>> {
-        let mut all = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
-        let kept = &mut all.get_mut(&key(endpoint, Wire::Http1))?.kept;
-        kept.retain(|(sender, since)| sender.is_ready() && since.elapsed() < KEPT_FOR);
+    /// What is there already, if it serves.
+    fn take(&self, wire: Wire, fresh: bool, checkout: &mut Checkout) -> Option<Sender> {
+        let chooses = matches!(checkout.endpoint.transport, Transport::MutualTls(_));
+        let mut all = self.lock();
+        let connections = all.of.get_mut(&checkout.endpoint.number)?;
+        if wire == Wire::Http2
+            && let Some((sender, streams)) = connections.take_shared()
+        {
+            checkout.streams = Some(streams);
+            return Some(Sender::Http2(sender));
+        }
+        if fresh || (wire == Wire::Http2 && !chooses) {
+            return None;
+        }
+        let kept = connections.take_kept()?;
+        checkout.rest = kept.rest;
+        Some(Sender::Http1(kept.sender))
+    }
+}
+
+impl Connections {
+    fn take_kept(&mut self) -> Option<Kept> {
+        self.kept.retain(Kept::is_fresh);
         // The one used last is the likeliest to be open still.
-        kept.pop().map(|(sender, _)| sender)
+        self.kept.pop()
     }
 
     /// The shared connection with the fewest streams, if it has room.
-    fn take_shared(
-        &self,
-        endpoint: &Arc<EndpointState>,
-    ) -> Option<(http2::SendRequest<RequestBody>, Arc<AtomicUsize>)> {
-        let mut all = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
-        let shared = &mut all.get_mut(&key(endpoint, Wire::Http2))?.shared;
+    fn take_shared(&mut self) -> Option<(http2::SendRequest<RequestBody>, Arc<AtomicUsize>)> {
         let mut idle = 0;
-        shared.retain(|shared| {
+        self.shared.retain(|shared| {
             let unused = shared.streams.load(Relaxed) == 0;
             idle += usize::from(unused);
             !shared.sender.is_closed() && (!unused || idle <= IDLE_SHARED)
         });
-        let emptiest = shared.iter().min_by_key(|shared| shared.streams.load(Relaxed))?;
+        let emptiest = self.shared.iter().min_by_key(|shared| shared.streams.load(Relaxed))?;
         if emptiest.is_full() {
             return None;
         }
@@ -344,19 +452,9 @@ impl Pool {
     }
 }
 
-pub(crate) async fn connect_h1(io: super::BoxIo) -> Result<http1::SendRequest<RequestBody>, DialError> {
-    let (sender, connection) =
-        http1::Builder::new().max_headers(100).handshake(TokioIo::new(io)).await.map_err(DialError::Http)?;
-    tokio::spawn(async move {
-        // Its end is told to whoever has a request on it.
-        let _ = connection.with_upgrades().await;
-    });
-    Ok(sender)
-}
-
 /// A shared connection, and how many streams its peer allows, kept up to date.
 pub(crate) async fn connect_h2(
-    io: super::BoxIo,
+    dialed: Dialed,
     ours: bool,
 ) -> Result<(http2::SendRequest<RequestBody>, Arc<AtomicUsize>), DialError> {
     let mut builder = http2::Builder::new(TokioExecutor::new());
@@ -371,17 +469,32 @@ pub(crate) async fn connect_h2(
         // gRPC servers punish pings; our own proxies do not.
         builder.keep_alive_interval(Duration::from_secs(10)).keep_alive_timeout(Duration::from_secs(10));
     }
-    let (sender, connection) = builder.handshake(TokioIo::new(io)).await.map_err(DialError::Http)?;
+    let (sender, connection) = builder.handshake(TokioIo::new(dialed.io)).await.map_err(DialError::Http)?;
     let allowed = Arc::new(AtomicUsize::new(connection.current_max_send_streams()));
     let told = Arc::clone(&allowed);
-    tokio::spawn(async move {
+    let connection = async move {
         let mut connection = std::pin::pin!(connection);
-        let _ = std::future::poll_fn(|cx| {
+        std::future::poll_fn(|cx| {
             let ended = connection.as_mut().poll(cx);
             told.store(connection.current_max_send_streams(), Relaxed);
             ended
         })
-        .await;
-    });
+        .await
+    };
+    tokio::spawn(until_over(connection, dialed.rest));
     Ok((sender, allowed))
+}
+
+/// Drives a connection to its end, and no longer than what it rests on allows.
+async fn until_over<T>(connection: impl Future<Output = T>, rest: Option<Rest>) {
+    let Some(rest) = rest else {
+        let _ = connection.await;
+        return;
+    };
+    tokio::select! {
+        // The connection first: its own end is the common one.
+        biased;
+        _ = connection => {}
+        () = rest.over() => {}
+    }
 }
