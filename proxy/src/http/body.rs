@@ -15,6 +15,7 @@ use tokio::time::Sleep;
 
 use super::exchange::Exchange;
 use super::expect::Asked;
+use super::head_clock::Turn;
 use super::headers::grpc_status;
 use crate::traffic::retry::BODY_COPY;
 use crate::upstream::Checkout;
@@ -264,6 +265,8 @@ pub struct ResponseBody {
     /// What the connection goes back to its pool with.
     checkout: Option<Checkout>,
     deadline: Option<Pin<Box<Sleep>>>,
+    /// The request's turn on its connection ends with its response.
+    turn: Option<Turn>,
 }
 
 enum Kind {
@@ -275,22 +278,28 @@ enum Kind {
 impl ResponseBody {
     /// No body.
     pub fn empty() -> Self {
-        Self { kind: Kind::Empty, exchange: None, checkout: None, deadline: None }
+        Self { kind: Kind::Empty, exchange: None, checkout: None, deadline: None, turn: None }
     }
 
     /// A short text of this proxy's own.
     pub fn text(text: String) -> Self {
-        Self { kind: Kind::Text(Some(text.into())), exchange: None, checkout: None, deadline: None }
+        Self { kind: Kind::Text(Some(text.into())), exchange: None, checkout: None, deadline: None, turn: None }
     }
 
     /// An endpoint's body.
     pub fn of_endpoint(body: Incoming, checkout: Checkout, deadline: Option<Pin<Box<Sleep>>>) -> Self {
-        Self { kind: Kind::Incoming(body), exchange: None, checkout: Some(checkout), deadline }
+        Self { kind: Kind::Incoming(body), exchange: None, checkout: Some(checkout), deadline, turn: None }
     }
 
     /// Lets `exchange` end with this body.
     pub fn reporting(mut self, exchange: Exchange) -> Self {
         self.exchange = Some(exchange);
+        self
+    }
+
+    /// Holds the request's turn on its connection until this body has ended.
+    pub(crate) fn taking(mut self, turn: Turn) -> Self {
+        self.turn = Some(turn);
         self
     }
 

@@ -4,6 +4,7 @@ pub mod body;
 pub mod error;
 pub mod exchange;
 pub mod expect;
+mod head_clock;
 pub mod headers;
 pub mod serve;
 pub mod upgrade;

@@ -2,9 +2,9 @@
 
 use std::convert::Infallible;
 use std::future::Future;
-use std::time::Duration;
+use std::sync::Arc;
 
-use http::{Request, Response};
+use http::{Method, Request, Response, StatusCode};
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
@@ -14,14 +14,13 @@ use tokio::time::timeout;
 
 use super::body::ResponseBody;
 use super::error::h2_error;
+use super::head_clock::{self, HEAD_TIME, HeadClock, Turns};
 use crate::rest::{self, LAST, Rest};
 use crate::telemetry::Counter;
 use crate::upstream::{BoxIo, CONNECTION_WINDOW, HEADERS, STREAM_WINDOW};
 
 /// Headers of an app's request.
 const HEADER_BYTES: usize = 60 * 1024;
-/// To send them, counted from the start of the connection's turn.
-const HEADER_TIME: Duration = Duration::from_secs(10);
 
 /// Serves until the connection ends. When `drain` turns true, or what the connection rests on is no longer believed, it
 /// says goodbye (GOAWAY, `connection: close`) and ends after what has been begun.
@@ -40,11 +39,9 @@ where
     F: Fn(Request<Incoming>) -> R + Send + Sync + 'static,
     R: Future<Output = Response<ResponseBody>> + Send + 'static,
 {
-    let service = service_fn(move |request| {
-        let answer = handle(request);
-        async move { Ok::<_, Infallible>(answer.await) }
-    });
-    let io = TokioIo::new(io);
+    let turns = Arc::new(Turns::default());
+    let io = TokioIo::new(HeadClock::new(io, http2, Arc::clone(&turns)));
+    let served = Arc::clone(&turns);
     let told = async move {
         tokio::select! {
             // An error means that the proxy itself is gone; the connection then ends with it.
@@ -62,6 +59,10 @@ where
             .initial_connection_window_size(CONNECTION_WINDOW)
             .max_header_list_size(HEADERS)
             .max_send_buf_size(STREAM_WINDOW as usize);
+        let service = service_fn(move |request| {
+            let answer = handle(request);
+            async move { Ok::<_, Infallible>(answer.await) }
+        });
         let connection = builder.serve_connection(io, service);
         tokio::pin!(connection);
         // The connection first: whatever it still has to say comes before the goodbye.
@@ -73,6 +74,18 @@ where
             }
         };
     }
+    let service = service_fn(move |request: Request<Incoming>| {
+        let turn = served.begin();
+        let tunnel = request.method() == Method::CONNECT;
+        let (answer, served) = (handle(request), Arc::clone(&served));
+        async move {
+            let answer = answer.await;
+            if answer.status() == StatusCode::SWITCHING_PROTOCOLS || (tunnel && answer.status().is_success()) {
+                served.leave();
+            }
+            Ok::<_, Infallible>(answer.map(|body| body.taking(turn)))
+        }
+    });
     let mut builder = http1::Builder::new();
     // No timer: hyper's counts from the end of the request before, and would cut idle connections.
     builder
@@ -96,6 +109,7 @@ where
 pub fn fault(error: &hyper::Error) -> Option<Counter> {
     let too_large = |error: &h2::Error| error.reason() == Some(h2::Reason::ENHANCE_YOUR_CALM);
     match h2_error(error) {
+        _ if head_clock::is_too_slow(error) => Some(Counter::HeadersTooSlow),
         _ if error.is_parse_too_large() => Some(Counter::HeadersTooLarge),
         _ if error.is_parse() => Some(Counter::MalformedRequest),
         Some(error) if too_large(error) => Some(Counter::RefusedOverload),
@@ -106,4 +120,4 @@ pub fn fault(error: &hyper::Error) -> Option<Counter> {
 
 /// How long a first byte's sender may take for a whole head.
 pub const PATIENCE: crate::first_bytes::Patience =
-    crate::first_bytes::Patience { first_byte: None, decision: HEADER_TIME };
+    crate::first_bytes::Patience { first_byte: None, decision: HEAD_TIME };
