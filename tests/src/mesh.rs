@@ -170,7 +170,15 @@ impl Mesh {
 
     /// A program beside its own sidecar, as `service`.
     pub fn run(&self, service: &str) -> Run<'_> {
-        Run { mesh: self, service: service.into(), port: None, flags: Vec::new(), netns: None, environment: Vec::new() }
+        Run {
+            mesh: self,
+            service: service.into(),
+            port: None,
+            flags: Vec::new(),
+            netns: None,
+            environment: Vec::new(),
+            files: None,
+        }
     }
 
     /// A sidecar with no program of its own: the story itself calls through it.
@@ -200,6 +208,7 @@ pub struct Run<'a> {
     flags: Vec<String>,
     netns: Option<String>,
     environment: Vec<(String, String)>,
+    files: Option<u32>,
 }
 
 impl Run<'_> {
@@ -226,6 +235,12 @@ impl Run<'_> {
         self
     }
 
+    /// With room for so many open files.
+    pub fn files(mut self, files: u32) -> Self {
+        self.files = Some(files);
+        self
+    }
+
     /// On a host made of a network namespace, known to others by `address`.
     pub fn on(mut self, host: &Host, address: IpAddr) -> Self {
         self.netns = Some(host.name().into());
@@ -234,7 +249,14 @@ impl Run<'_> {
 
     /// The whole command.
     pub fn command<I: IntoIterator<Item: AsRef<OsStr>>>(&self, program: I) -> Command {
-        let mut command = in_namespace(self.netns.as_deref(), &crate::binary("sheetbend"));
+        let mut command = match self.files {
+            None => in_namespace(self.netns.as_deref(), &crate::binary("sheetbend")),
+            Some(files) => {
+                let mut shell = Command::new("sh");
+                shell.args(["-c", &format!("ulimit -n {files}; exec \"$@\""), "sh"]).arg(crate::binary("sheetbend"));
+                shell
+            }
+        };
         command.env("XDG_STATE_HOME", self.mesh.folder.path()).envs(self.environment.iter().cloned());
         command.args(["run", "--service", &self.service]).args(&self.flags);
         if let Some(port) = self.port {
