@@ -2,7 +2,9 @@
 
 use std::net::IpAddr;
 
-use sheetbend_tests::{Cable, Host, Mesh, START, assert_secret, need, pods, program, two_pods, until};
+use sheetbend_tests::{
+    Cable, Finished, Host, Mesh, START, assert_secret, finish, lines_on, need, pods, program, two_pods, until,
+};
 
 /// `web`, with an address of its own in both families.
 const SERVICE: &str = r#"
@@ -143,5 +145,135 @@ fn an_app_on_the_pods_address_is_reached_and_one_on_loopback_stays_private() {
         let own = url(loopback.parse::<IpAddr>().expect("an address"), 8001, "/");
         assert!(web.curl(&[&own]).ok().starts_with("plain-text-of-the-answer"));
         drop(apps);
+    }
+}
+
+#[test]
+fn a_proxy_told_to_dial_itself_answers_508_and_nothing_goes_round() {
+    need!(pods());
+    let (left, right, node) = two_pods();
+    let mesh = mesh_on(&node, &looping(&left));
+    let caller = mesh.pod("caller", &left).port(left.v4.into(), 8000).flag(&["--explicit", "127.0.0.1:15102"]).start();
+    let peer = mesh.pod("peer", &right).start();
+    let _app = caller.http("0.0.0.0", 8000);
+    let told = |who: &dyn Fn(&[&str]) -> Finished, args: &[&str]| {
+        let said = who(&[&["-i", "-m", "5"], args].concat()).ok();
+        assert!(said.starts_with("HTTP/1.1 508") && said.contains("error=proxy_loop_detected"), "{args:?}: {said}");
+        said
+    };
+    let (own, other) = (|args: &[&str]| caller.curl(args), |args: &[&str]| peer.curl(args));
+    let outside = |args: &[&str]| {
+        let mut curl = node.command("curl");
+        curl.arg("-sS").args(args);
+        finish(curl, START)
+    };
+    // Its listeners, asked directly: from the pod itself, from another one, and from outside the mesh.
+    for ip in left.addresses().into_iter().chain(["127.0.0.1", "::1"].map(|ip| ip.parse().expect("an address"))) {
+        for port in [15101, 15106] {
+            told(&own, &[&url(ip, port, "/")]);
+        }
+    }
+    let said = told(&own, &["http://127.0.0.1:15101/"]);
+    assert!(said.contains("takes redirected connections only"), "{said}");
+    for ip in left.addresses() {
+        for port in [15101, 15106] {
+            told(&other, &[&url(ip, port, "/")]);
+            told(&outside, &[&url(ip, port, "/")]);
+        }
+    }
+    // Endpoints that an operator wrote, each a listener of this very proxy.
+    until("the service is known", START, || {
+        let said = caller.curl(&["-o", "/dev/null", "-w", "%{http_code}", "http://10.96.0.20/"]);
+        (said.stdout == "508").then_some(())
+    });
+    for service in ["http://10.96.0.20/", "http://10.96.0.21/"] {
+        told(&own, &[service]);
+    }
+    // Clients that name the proxy as their proxy, and then as what they want; by address and by a name for it.
+    let explicit = ["-x", "http://127.0.0.1:15102"];
+    for target in ["127.0.0.1:15102", "localhost:15102", "10.77.0.1:15101", "127.0.0.1:15100"] {
+        told(&own, &[&explicit[..], &[&format!("http://{target}/")]].concat());
+    }
+    told(&own, &["http://127.0.0.1:15102/"]);
+    let tunnel = caller.curl(&[&explicit[..], &["-p", "http://127.0.0.1:15102/"]].concat());
+    assert!(!tunnel.status.success() && tunnel.stderr.contains("508"), "{tunnel:?}");
+    // What cannot be told why is closed at once.
+    for port in [15101, 15106] {
+        let began = std::time::Instant::now();
+        let said = caller.listens_then_says(left.v4.into(), port, "x");
+        assert!(said.stdout.is_empty() && began.elapsed() < START, "{said:?}");
+    }
+    assert!(caller.counter("sheetbend_refused_total", &["loop"]) >= 10.0);
+    assert!(caller.counter("sheetbend_refused_total", &["not_redirected"]) >= 4.0);
+    assert!(caller.counter("sheetbend_dials_total", &["external"]) <= 2.0, "nothing went round");
+}
+
+/// Services whose only endpoint is a listener of the proxy on `host`: inbound, outbound.
+fn looping(host: &Host) -> String {
+    let ip = host.v4;
+    let service = |(number, port): (u8, u16)| {
+        format!(
+            r#"---
+apiVersion: v1
+kind: Service
+metadata: {{name: loop{number}}}
+spec: {{clusterIP: 10.96.0.{number}, ports: [{{port: 80, targetPort: {port}}}]}}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {{name: loop{number}, labels: {{kubernetes.io/service-name: loop{number}}}}}
+addressType: IPv4
+ports: [{{port: {port}}}]
+endpoints: [{{addresses: ["{ip}"]}}]
+"#
+        )
+    };
+    [(20, 15106), (21, 15101)].map(service).concat()
+}
+
+#[test]
+fn a_plain_client_from_outside_is_served_under_permissive_and_refused_under_strict_but_for_what_is_excluded() {
+    need!(pods());
+    let (_left, right, node) = two_pods();
+    let mesh = mesh_on(&node, SERVICE);
+    let ask = |ip: IpAddr, port: u16| {
+        let mut curl = node.command("curl");
+        curl.args(["-sS", "-m", "20", &url(ip, port, "/")]);
+        finish(curl, START)
+    };
+    for (flags, permissive) in [(&[][..], true), (&["--strict"], false)] {
+        let probes = ["--exclude-inbound-ports", "8081"];
+        let web = mesh.pod("web", &right).port(right.v4.into(), 8000).flag(flags).intercept(&probes).start();
+        let _apps = [web.http("::", 8000), web.http("::", 8081)];
+        for ip in right.addresses() {
+            let said = ask(ip, 8000);
+            match permissive {
+                true => assert!(said.ok().starts_with("plain-text-of-the-answer"), "{ip}"),
+                false => assert!(!said.status.success() && said.stdout.is_empty(), "{ip}: {said:?}"),
+            }
+            assert!(ask(ip, 8081).ok().starts_with("plain-text-of-the-answer"), "a probe of {ip}");
+        }
+        let refused = web.counter("sheetbend_refused_total", &["plain"]);
+        assert_eq!(refused, if permissive { 0.0 } else { 2.0 });
+        assert_eq!(web.counter("sheetbend_connections_total", &["inbound"]), 2.0, "probes go past the sidecar");
+    }
+}
+
+#[test]
+fn what_the_app_sends_to_excluded_ports_and_ranges_goes_past_the_sidecar() {
+    need!(pods());
+    let (left, right, node) = two_pods();
+    let mesh = mesh_on(&node, SERVICE);
+    let _outside = [9000, 9001].map(|port| lines_on(&node, mesh.folder(), port, ""));
+    let excluded = ["--exclude-outbound-ports", "9001", "--exclude-outbound-cidrs", "10.77.0.2/32,fd77::2/128"];
+    let caller = mesh.pod("caller", &left).intercept(&excluded).start();
+    let _other = lines_on(&right, mesh.folder(), 9000, "");
+    let taken = || caller.counter("sheetbend_connections_total", &["outbound"]);
+    for (host, port, through) in [(&node, 9000, 1.0), (&node, 9001, 0.0), (&right, 9000, 0.0)] {
+        for ip in host.addresses() {
+            let before = taken();
+            assert_eq!(caller.says(ip, port, "word").ok(), "heard: word\n", "{ip}:{port}");
+            assert_eq!(taken() - before, through, "{ip}:{port}");
+        }
     }
 }
