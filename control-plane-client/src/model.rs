@@ -171,6 +171,19 @@ pub struct Mesh {
     /// dot is always the mesh's.
     #[serde(default)]
     pub domains: Vec<Arc<str>>,
+    /// What happens to the rest.
+    #[serde(default)]
+    pub outbound_policy: OutboundPolicy,
+}
+
+/// What happens to traffic that is for no part of the mesh.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum OutboundPolicy {
+    /// It passes, untouched.
+    #[default]
+    Allow,
+    /// It is refused.
+    Deny,
 }
 
 impl Mesh {

@@ -121,7 +121,6 @@ impl Admin {
         json!({
             "world": worlds.number,
             "mesh": &*worlds.near.mesh,
-            "outbound_policy": self.shared.written().outbound_policy,
             "destinations": worlds.near.destinations().map(|d| json!(&**d)).collect::<Vec<_>>(),
             "streams": streams.collect::<Vec<_>>(),
         })

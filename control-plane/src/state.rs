@@ -18,7 +18,7 @@ use tonic::Status;
 use crate::ads::Told;
 use crate::persist::{self, StateError};
 use crate::registry::{Instance, LastHeard, Registered, Registry, RegistryError, StreamId};
-use crate::resources::{Folder, OutboundPolicy, Resource};
+use crate::resources::{Folder, Resource};
 use crate::trust::{Holdings, ProxyRoots, Shown, Trust};
 use crate::world::{Inputs, World};
 
@@ -59,7 +59,6 @@ impl StreamState {
 pub(crate) struct Written {
     pub(crate) resources: Vec<Resource>,
     pub(crate) allowed_addresses: Vec<IpNet>,
-    pub(crate) outbound_policy: Option<OutboundPolicy>,
 }
 
 #[derive(Default)]
@@ -190,10 +189,6 @@ impl Shared {
     pub(crate) fn set_written(&self, written: Written) {
         self.written.store(Arc::new(written));
         self.changed.notify_one();
-    }
-
-    pub(crate) fn written(&self) -> Arc<Written> {
-        self.written.load_full()
     }
 
     // Registrations.
@@ -345,10 +340,6 @@ impl Written {
         for resource in &resources {
             if let Resource::Settings(settings) = resource {
                 written.allowed_addresses.extend(&settings.allowed_addresses);
-                // The stricter of two wins.
-                if settings.outbound_policy.is_some() && written.outbound_policy != Some(OutboundPolicy::Deny) {
-                    written.outbound_policy = settings.outbound_policy;
-                }
             }
         }
         Self { resources, ..written }

@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use sheetbend_certs::SpiffeId;
 use sheetbend_control_plane_client::model::{
-    AppProtocol, Backend, Cluster, ClusterName, Destination, Endpoint, Match, Mesh, PathMatch, Rule, ServiceName,
-    ServicePort, Target, Transport,
+    AppProtocol, Backend, Cluster, ClusterName, Destination, Endpoint, Match, Mesh, OutboundPolicy, PathMatch, Rule,
+    ServiceName, ServicePort, Target, Transport,
 };
 
 use crate::registry::Registered;
@@ -367,7 +367,10 @@ impl<'a> Parts<'a> {
         domains.extend(namespaces.into_iter().map(Arc::from));
         domains.sort_unstable();
         domains.dedup();
-        Mesh { trust_domain: inputs.trust_domain.clone(), ranges, domains }
+        // The stricter of two wins.
+        let denied = self.settings.iter().any(|s| s.outbound_policy == Some(OutboundPolicy::Deny));
+        let outbound_policy = if denied { OutboundPolicy::Deny } else { OutboundPolicy::Allow };
+        Mesh { trust_domain: inputs.trust_domain.clone(), ranges, domains, outbound_policy }
     }
 }
 

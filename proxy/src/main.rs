@@ -72,7 +72,7 @@ struct Args {
     #[arg(long, value_name = "SPIFFE-ID")]
     allow: Vec<SpiffeId>,
 
-    /// Refuse what is no part of the mesh
+    /// Refuse what is no part of the mesh, even where its MeshSettings allow it
     #[arg(long)]
     deny_unknown: bool,
 

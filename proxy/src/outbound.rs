@@ -8,7 +8,7 @@ use http::{HeaderValue, Method, Request, Response, Version};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use sheetbend_certs::MeshAlpn;
-use sheetbend_control_plane_client::model::{AppProtocol, Target, Transport};
+use sheetbend_control_plane_client::model::{AppProtocol, OutboundPolicy, Target, Transport};
 
 use crate::app::Shared;
 use crate::detect::{Detected, is_known_opaque};
@@ -250,7 +250,8 @@ impl Outbound {
     async fn route(&self, target: &Target) -> Result<Arc<Route>, Error> {
         self.check_loop(target)?;
         let shared = &self.shared;
-        self.routes.to(target, &shared.discovery, &shared.endpoints, shared.deny_unknown, &shared.telemetry).await
+        let deny = shared.deny_unknown || shared.discovery.snapshot().outbound_policy() == OutboundPolicy::Deny;
+        self.routes.to(target, &shared.discovery, &shared.endpoints, deny, &shared.telemetry).await
     }
 
     fn way(&self) -> Way<'_> {

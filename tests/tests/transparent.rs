@@ -277,3 +277,50 @@ fn what_the_app_sends_to_excluded_ports_and_ranges_goes_past_the_sidecar() {
         }
     }
 }
+
+#[test]
+fn what_is_no_mesh_service_passes_untouched_until_the_mesh_denies_it() {
+    need!(pods());
+    let (left, right, node) = two_pods();
+    let mesh = mesh_on(&node, SERVICE);
+    let caller = mesh.pod("caller", &left).start();
+    let web = mesh.pod("web", &right).port(right.v4.into(), 8000).start();
+    let _app = web.http("0.0.0.0", 8000);
+    let _outside = [lines_on(&node, mesh.folder(), 9000, ""), lines_on(&node, mesh.folder(), 9001, "greeting")];
+    let service = ["--resolve", "web:80:10.96.0.10", "http://web/"];
+    caller.first_answer(&service);
+    // Byte for byte, even where it looks like HTTP that no proxy would let pass.
+    let odd = "GET  /odd HTTP/1.1 ";
+    for ip in node.addresses() {
+        assert_eq!(caller.says(ip, 9000, odd).ok(), format!("heard: {odd}\n"));
+        assert_eq!(caller.listens_then_says(ip, 9001, "x").ok(), "greeting\nheard: x\n");
+    }
+    let edges = caller.edges();
+    let edge = edges.iter().find(|edge| edge.destination.starts_with("external"));
+    assert!(edge.is_some_and(|edge| !edge.mtls && edge.protocol == "tcp"), "{edges:#?}");
+
+    let policy = |policy: &str| {
+        let settings = "---\napiVersion: sheetbend.io/v1alpha1\nkind: MeshSettings\nmetadata: {name: mesh}\n";
+        mesh.write_resources(&format!("{SERVICE}{settings}spec: {{outboundPolicy: {policy}}}\n"));
+    };
+    policy("Deny");
+    let outside = url(node.v4, 9000, "/");
+    let refused = until("what is outside is refused", START, || {
+        let said = caller.curl(&["-i", "--http0.9", &outside]).stdout;
+        said.starts_with("HTTP/1.1 502").then_some(said)
+    });
+    for part in ["outboundPolicy Deny", "destination_ip_prohibited", "10.77.0.3:9000"] {
+        assert!(refused.contains(part), "{refused}");
+    }
+    for ip in node.addresses() {
+        let said = caller.listens_then_says(ip, 9001, "x");
+        assert!(!said.stdout.contains("greeting"), "{said:?}");
+    }
+    assert!(caller.counter("sheetbend_refused_total", &["outbound_policy"]) >= 3.0);
+    assert!(caller.curl(&service).ok().starts_with("plain-text-of-the-answer"), "the mesh itself goes on");
+
+    policy("Allow");
+    until("what is outside passes again", START, || {
+        (caller.says(node.v6.into(), 9000, "x").stdout == "heard: x\n").then_some(())
+    });
+}

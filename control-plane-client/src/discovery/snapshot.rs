@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::model::{Mesh, Resolution, Target};
+use crate::model::{Mesh, OutboundPolicy, Resolution, Target};
 
 /// Everything known at one moment. Never changes; the next moment is another snapshot.
 ///
@@ -48,6 +48,11 @@ impl Snapshot {
     /// Whether nobody but the mesh can have this name ([`Mesh::owns`]).
     pub fn owns(&self, target: &Target) -> bool {
         self.mesh.as_ref().is_some_and(|mesh| mesh.owns(target))
+    }
+
+    /// What happens to traffic that is for no part of the mesh.
+    pub fn outbound_policy(&self) -> OutboundPolicy {
+        self.mesh.as_ref().map(|mesh| mesh.outbound_policy).unwrap_or_default()
     }
 
     /// Everything known, in no order. Does not count as a use.

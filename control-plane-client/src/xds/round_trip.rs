@@ -158,6 +158,7 @@ fn what_the_mesh_is_survives_the_wire() {
         trust_domain: "cluster.local".into(),
         ranges: vec!["127.0.0.0/8".parse().unwrap(), "fd00::/8".parse().unwrap()],
         domains: vec!["svc.cluster.local".into()],
+        outbound_policy: OutboundPolicy::Deny,
     };
     assert_eq!(over(Kind::Listener, MESH, encode::mesh(&sent)), Ok(Decoded::Mesh(sent.into())));
 }

@@ -216,6 +216,7 @@ impl Conn {
             trust_domain: "cluster.local".into(),
             ranges: vec!["127.7.0.0/16".parse().unwrap()],
             domains: vec!["svc.cluster.local".into()],
+            outbound_policy: OutboundPolicy::Allow,
         };
         self.say(Kind::Listener, vec![encode::resource(MESH, "1", encode::mesh(&mesh))], &[]).await;
     }

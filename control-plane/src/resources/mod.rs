@@ -13,7 +13,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use sheetbend_control_plane_client::model::{AppProtocol, Match, ServiceName, Transport};
+use sheetbend_control_plane_client::model::{AppProtocol, Match, OutboundPolicy, ServiceName, Transport};
 
 pub(crate) use folder::Folder;
 
@@ -114,13 +114,6 @@ pub(crate) struct Settings {
     pub(crate) mesh_ranges: Vec<IpNet>,
     pub(crate) allowed_addresses: Vec<IpNet>,
     pub(crate) outbound_policy: Option<OutboundPolicy>,
-}
-
-/// What happens to traffic that is no mesh destination.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
-pub(crate) enum OutboundPolicy {
-    Allow,
-    Deny,
 }
 
 impl Resource {

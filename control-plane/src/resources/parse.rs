@@ -7,12 +7,11 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use serde::de::DeserializeOwned;
 use serde_saphyr::{Error, Location, Spanned};
-use sheetbend_control_plane_client::model::{AppProtocol, Match, PathMatch, ServiceName, Transport};
+use sheetbend_control_plane_client::model::{AppProtocol, Match, OutboundPolicy, PathMatch, ServiceName, Transport};
 
 use super::kinds::{self, Reference};
 use super::{
-    OutboundPolicy, Parent, Resource, Route, RouteBackend, RouteRule, Service, ServicePort, Settings, Slice,
-    SliceEndpoint, SlicePort,
+    Parent, Resource, Route, RouteBackend, RouteRule, Service, ServicePort, Settings, Slice, SliceEndpoint, SlicePort,
 };
 
 /// Larger files are not read.
