@@ -10,6 +10,7 @@ use hyper::body::{Body, Incoming};
 use sheetbend_certs::IdentityStore;
 
 use crate::http::body::{Keeper, RequestBody, ResponseBody};
+use crate::http::deadline::Deadline;
 use crate::http::error::{Error, Processed};
 use crate::http::exchange::Exchange;
 use crate::http::expect::{self, Ask};
@@ -38,6 +39,8 @@ pub(crate) struct Outgoing {
     pub(crate) sent: Version,
     pub(crate) body: Body1,
     pub(crate) upgrade: bool,
+    /// When the caller no longer cares.
+    pub(crate) deadline: Option<Deadline>,
 }
 
 /// The request's body.
@@ -140,7 +143,7 @@ impl Way<'_> {
         {
             head.extensions.insert(rest.clone());
         }
-        let body = ResponseBody::of_endpoint(body, checkout.holding(sender), None);
+        let body = ResponseBody::of_endpoint(body, checkout.holding(sender), outgoing.deadline);
         Ok(Response::from_parts(head, body))
     }
 
@@ -176,7 +179,7 @@ impl Way<'_> {
             before,
             idempotent: headers::is_idempotent(&outgoing.head),
             replayable: outgoing.body.is_whole(),
-            left: None,
+            left: outgoing.deadline.map(Deadline::left),
         };
         match retry::decide(&attempt, rand::random(), || budget.take(self.epoch.elapsed())) {
             Verdict::Retry { after, reason } => {
@@ -196,6 +199,9 @@ impl Outgoing {
     fn for_wire(&self, wire: Wire, to_peer: bool) -> Result<request::Parts, Error> {
         // A copy for each attempt: header maps share their values.
         let mut head = self.head.clone();
+        if let Some(deadline) = self.deadline {
+            deadline.tell(&mut head.headers);
+        }
         match wire {
             Wire::Http2 => {
                 headers::to_h2(&mut head, self.authority.clone()).map_err(Error::Refused)?;
@@ -230,4 +236,15 @@ pub(crate) fn finish(
     headers::strip_hop_by_hop(answer.headers_mut());
     *answer.version_mut() = Version::HTTP_11;
     answer.map(|body| body.reporting(exchange))
+}
+
+/// Ends a call when its deadline passes, wherever it is by then. Only a call that has one pays for the box.
+pub(crate) async fn within<T>(
+    deadline: Option<Deadline>,
+    call: impl Future<Output = Result<T, Error>>,
+) -> Result<T, Error> {
+    match deadline {
+        None => call.await,
+        Some(deadline) => tokio::time::timeout_at(deadline.at(), Box::pin(call)).await.unwrap_or(Err(Error::Deadline)),
+    }
 }

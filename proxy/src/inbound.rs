@@ -17,8 +17,9 @@ use crate::app::Shared;
 use crate::client_hello::Hello;
 use crate::detect::Detected;
 use crate::first_bytes::{FirstBytes, Patience, read_first, read_hello};
-use crate::forward::{Body1, Outgoing, Sending, Way, finish, protocol};
+use crate::forward::{Body1, Outgoing, Sending, Way, finish, protocol, within};
 use crate::http::body::ResponseBody;
+use crate::http::deadline::Deadline;
 use crate::http::error::{Error, Refusal};
 use crate::http::exchange::Exchange;
 use crate::http::headers::{self, SENT_VERSION};
@@ -244,7 +245,7 @@ impl Inbound {
         let (head, body) = request.into_parts();
         let mut exchange = Exchange::begin(telemetry, Reporter::Destination, &head, caller.peer, caller.id.clone());
         let asked = head.headers.clone();
-        match self.forward(head, body, caller, &mut exchange).await {
+        match within(Deadline::of(&head.headers), self.forward(head, body, caller, &mut exchange)).await {
             Ok((answer, client)) => finish(answer, exchange, client, telemetry),
             Err(error) => {
                 exchange.failed(&error);
@@ -282,7 +283,8 @@ impl Inbound {
         let fresh = upgrade || !headers::is_idempotent(&head);
         let sending = if headers::expects_continue(&head) { Sending::WhenAsked } else { Sending::Once };
         let body = Body1::new(body, sending, exchange);
-        let mut outgoing = Outgoing { head, authority, sent, body, upgrade };
+        let deadline = Deadline::of(&head.headers);
+        let mut outgoing = Outgoing { head, authority, sent, body, upgrade, deadline };
         let app = self.port.app.load_full();
         exchange.attempt(&app);
         let wire = if sent == Version::HTTP_2 { Wire::Http2 } else { Wire::Http1 };

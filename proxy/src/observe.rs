@@ -11,6 +11,7 @@ use sheetbend_control_plane_client::model::Resolution;
 use crate::admin::{AdminState, logging};
 use crate::app::Shared;
 use crate::telemetry::{Counter, Gauge};
+use crate::upstream::{Pooled, Windows};
 
 /// What the admin port needs of a running proxy.
 pub(crate) fn admin_state(shared: &Arc<Shared>) -> AdminState {
@@ -67,7 +68,7 @@ pub(crate) fn admin_state(shared: &Arc<Shared>) -> AdminState {
 fn measure(shared: &Shared) {
     let telemetry = &shared.telemetry;
     let gauge = |gauge, value: usize| telemetry.gauge_set(gauge, value as f64);
-    let (mut outbound, mut inbound, mut pooled) = (0, 0, crate::upstream::Pooled::default());
+    let (mut outbound, mut inbound, mut pooled) = (0, 0, Pooled::default());
     for worker in &shared.workers {
         outbound += worker.outbound.load(Relaxed);
         inbound += worker.inbound.load(Relaxed);
@@ -79,6 +80,7 @@ fn measure(shared: &Shared) {
     gauge(Gauge::OpenInbound, inbound);
     gauge(Gauge::PooledMesh, pooled.mesh);
     gauge(Gauge::PooledPlain, pooled.plain);
+    telemetry.gauge_set(Gauge::ReceiveWindows, Windows::of_process().given() as f64);
     gauge(Gauge::Draining, usize::from(*shared.inbound_drain.borrow()));
     let snapshot = shared.discovery.snapshot();
     let destinations = snapshot.iter().filter(|(_, resolution)| matches!(resolution, Resolution::Mesh(_))).count();

@@ -13,8 +13,9 @@ use sheetbend_control_plane_client::model::{AppProtocol, OutboundPolicy, Target,
 use crate::app::Shared;
 use crate::detect::{Detected, is_known_opaque};
 use crate::first_bytes::{FirstBytes, Patience, Speaker, read_first, who_speaks_first};
-use crate::forward::{Body1, Outgoing, Sending, Way, finish, protocol};
+use crate::forward::{Body1, Outgoing, Sending, Way, finish, protocol, within};
 use crate::http::body::ResponseBody;
+use crate::http::deadline::Deadline;
 use crate::http::error::{Error, Refusal};
 use crate::http::exchange::Exchange;
 use crate::http::headers::{self, X_REQUEST_ID};
@@ -133,7 +134,7 @@ impl Outbound {
         }
         let mut exchange = Exchange::begin(&shared.telemetry, Reporter::Source, &head, peer, None);
         let asked = head.headers.clone();
-        match self.forward(head, body, target, peer, &mut exchange).await {
+        match within(Deadline::of(&head.headers), self.forward(head, body, target, peer, &mut exchange)).await {
             Ok((answer, client)) => finish(answer, exchange, client, &shared.telemetry),
             Err(error) => {
                 exchange.failed(&error);
@@ -189,7 +190,8 @@ impl Outbound {
             (false, false) => Sending::Again,
         };
         let body = Body1::new(body, sending, exchange);
-        let mut outgoing = Outgoing { head, authority, sent, body, upgrade };
+        let deadline = Deadline::of(&head.headers);
+        let mut outgoing = Outgoing { head, authority, sent, body, upgrade, deadline };
         let way = self.way();
         let mut tried: Option<Arc<EndpointState>> = None;
         let mut before = 0;

@@ -13,6 +13,8 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::time::Sleep;
 
+use super::deadline::Deadline;
+use super::error::Error;
 use super::exchange::Exchange;
 use super::expect::Asked;
 use super::head_clock::Turn;
@@ -287,7 +289,8 @@ impl ResponseBody {
     }
 
     /// An endpoint's body.
-    pub fn of_endpoint(body: Incoming, checkout: Checkout, deadline: Option<Pin<Box<Sleep>>>) -> Self {
+    pub fn of_endpoint(body: Incoming, checkout: Checkout, deadline: Option<Deadline>) -> Self {
+        let deadline = deadline.map(|deadline| Box::pin(tokio::time::sleep_until(deadline.at())));
         Self { kind: Kind::Incoming(body), exchange: None, checkout: Some(checkout), deadline, turn: None }
     }
 
@@ -331,7 +334,8 @@ impl Body for ResponseBody {
             this.fail(&BodyError::Deadline);
             this.kind = Kind::Empty;
             this.deadline = None;
-            return Poll::Ready(Some(Err(BodyError::Deadline)));
+            // Only a gRPC call has a deadline: it ends as gRPC ends calls, with a status.
+            return Poll::Ready(Some(Ok(Frame::trailers(Error::Deadline.grpc_status()))));
         }
         let frame = match &mut this.kind {
             Kind::Empty => None,

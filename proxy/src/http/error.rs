@@ -182,15 +182,21 @@ impl Error {
 
     /// A trailers-only answer with the gRPC status that gRPC's own mapping of HTTP statuses gives.
     fn grpc_response(&self) -> Response<ResponseBody> {
+        let mut response = Response::new(ResponseBody::empty());
+        *response.headers_mut() = self.grpc_status();
+        response.headers_mut().insert(http::header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+        response
+    }
+
+    /// How a gRPC call ends that ends for this reason.
+    pub fn grpc_status(&self) -> http::HeaderMap {
         let code = match self {
             Self::Refused(_) => "13",
             Self::Denied => "7",
             Self::Deadline => "4",
             _ => "14",
         };
-        let mut response = Response::new(ResponseBody::empty());
-        let headers = response.headers_mut();
-        headers.insert(http::header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+        let mut headers = http::HeaderMap::new();
         headers.insert("grpc-status", HeaderValue::from_static(code));
         // Percent-encoding of grpc-message leaves printable ASCII but `%` as it is.
         let message: String =
@@ -198,7 +204,7 @@ impl Error {
         if let Ok(value) = HeaderValue::try_from(message) {
             headers.insert("grpc-message", value);
         }
-        response
+        headers
     }
 }
 

@@ -137,6 +137,9 @@ impl Exchange {
             BodyError::Hyper(error) if h2_reason(error).is_some() => Flags::UPSTREAM_RESET,
             BodyError::Hyper(_) => Flags::UPSTREAM_CONNECTION_CLOSED,
         };
+        if matches!(error, BodyError::Deadline) {
+            self.grpc_status = Some(4);
+        }
         self.detail = format!("the response broke off: {}", Causes(error));
     }
 }

@@ -1,6 +1,7 @@
 //! HTTP as hyper speaks it, and what a proxy adds: bodies that report, headers that end here, errors that explain.
 
 pub mod body;
+pub mod deadline;
 pub mod error;
 pub mod exchange;
 pub mod expect;

@@ -17,7 +17,7 @@ use super::error::h2_error;
 use super::head_clock::{self, HEAD_TIME, HeadClock, Turns};
 use crate::rest::{self, LAST, Rest};
 use crate::telemetry::Counter;
-use crate::upstream::{BoxIo, CONNECTION_WINDOW, HEADERS, STREAM_WINDOW};
+use crate::upstream::{BoxIo, HEADERS, Windows};
 
 /// Headers of an app's request.
 const HEADER_BYTES: usize = 60 * 1024;
@@ -51,14 +51,16 @@ where
     };
     tokio::pin!(told);
     if http2 {
+        // Until the connection ends.
+        let window = Windows::of_process().give();
         let mut builder = http2::Builder::new(TokioExecutor::new());
         builder
             .timer(TokioTimer::new())
             .max_concurrent_streams(128)
-            .initial_stream_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW)
+            .initial_stream_window_size(window.stream)
+            .initial_connection_window_size(window.connection)
             .max_header_list_size(HEADERS)
-            .max_send_buf_size(STREAM_WINDOW as usize);
+            .max_send_buf_size(window.stream as usize);
         let service = service_fn(move |request| {
             let answer = handle(request);
             async move { Ok::<_, Infallible>(answer.await) }

@@ -105,6 +105,7 @@ metrics_of_the_process! {
     OpenInbound "sheetbend_open_connections" { side: "inbound" } "Connections open now.";
     PooledMesh "sheetbend_pooled_connections" { to: "mesh" } "Connections kept for reuse now.";
     PooledPlain "sheetbend_pooled_connections" { to: "plain" } "Connections kept for reuse now.";
+    ReceiveWindows "sheetbend_receive_window_bytes" {} "What peers may send over HTTP/2 before it is read, all connections together.";
     Destinations "sheetbend_destinations" {} "Destinations known from the control plane.";
     ControlPlaneConnected "sheetbend_control_plane_connected" {} "1 while the discovery stream is up.";
     CertificateExpiry "sheetbend_certificate_expiry_timestamp_seconds" {} "When this proxy's own certificate expires, in Unix time.";

@@ -9,6 +9,7 @@
 mod dial;
 mod own;
 mod pool;
+mod windows;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -22,9 +23,10 @@ use sheetbend_control_plane_client::model::{ServicePort, Target, Transport};
 pub use dial::{BoxIo, DialError, Io};
 pub(crate) use dial::{Dialed, dial};
 pub(crate) use own::{Entering, Own};
+pub(crate) use pool::HEADERS;
 pub(crate) use pool::Pooled;
-pub(crate) use pool::{CONNECTION_WINDOW, HEADERS, STREAM_WINDOW};
 pub use pool::{Checkout, Pool, SendError, Sender, Wire};
+pub(crate) use windows::Windows;
 
 use crate::telemetry::{Edge, EdgeKey, Peer, Protocol, Reporter, Telemetry};
 use crate::traffic::balance::Load;

@@ -14,6 +14,7 @@ use sheetbend_certs::{IdentityStore, Material, MeshAlpn, Sha256, TrustBundle};
 use sheetbend_control_plane_client::model::Transport;
 use tokio::sync::watch;
 
+use super::windows::Windows;
 use super::{DialError, Dialed, EndpointState, Own, dial};
 use crate::http::body::RequestBody;
 use crate::http::error::{Processed, h2_error};
@@ -34,10 +35,6 @@ const IDLE_SHARED: usize = 2;
 const MOST_KEPT: usize = 64;
 /// How long a kept connection is trusted to be open at the other end.
 const KEPT_FOR: Duration = Duration::from_secs(3);
-/// A stream's window, a small part of its connection's: no reader who stops starves another.
-pub(crate) const STREAM_WINDOW: u32 = 512 * 1024;
-/// A connection's window: 128 streams of 512 KiB.
-pub(crate) const CONNECTION_WINDOW: u32 = 64 * 1024 * 1024;
 /// What we take in one frame. A 1 MiB answer costs a tenth less CPU than in frames of 16 KiB, and a frame of this size
 /// still keeps others on the connection waiting for far less than a millisecond.
 pub(crate) const FRAME: u32 = 256 * 1024;
@@ -457,14 +454,15 @@ pub(crate) async fn connect_h2(
     dialed: Dialed,
     ours: bool,
 ) -> Result<(http2::SendRequest<RequestBody>, Arc<AtomicUsize>), DialError> {
+    let window = Windows::of_process().give();
     let mut builder = http2::Builder::new(TokioExecutor::new());
     builder
         .timer(TokioTimer::new())
-        .initial_stream_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
+        .initial_stream_window_size(window.stream)
+        .initial_connection_window_size(window.connection)
         .max_frame_size(FRAME)
         .max_header_list_size(HEADERS)
-        .max_send_buf_size(STREAM_WINDOW as usize);
+        .max_send_buf_size(window.stream as usize);
     if ours {
         // gRPC servers punish pings; our own proxies do not.
         builder.keep_alive_interval(Duration::from_secs(10)).keep_alive_timeout(Duration::from_secs(10));
@@ -473,6 +471,7 @@ pub(crate) async fn connect_h2(
     let allowed = Arc::new(AtomicUsize::new(connection.current_max_send_streams()));
     let told = Arc::clone(&allowed);
     let connection = async move {
+        let _window = window;
         let mut connection = std::pin::pin!(connection);
         std::future::poll_fn(|cx| {
             let ended = connection.as_mut().poll(cx);

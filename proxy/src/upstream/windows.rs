@@ -1,0 +1,109 @@
+//! How much peers may send before we have read it: the receive windows of all HTTP/2 connections of this process, out of
+//! one budget. A connection gets its window when it begins and gives it back when it ends, so that the bound holds without
+//! anything being counted on a request's way.
+
+use std::sync::LazyLock;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+/// The largest window of a connection: 128 streams of 512 KiB.
+const LARGEST: u64 = 64 << 20;
+/// The smallest: with less, a connection would be of little use. Given even where the budget is spent, so that newcomers
+/// are served slowly rather than not at all.
+const SMALLEST: u64 = 1 << 20;
+/// Streams that a connection's window is meant for: as many as we allow at once.
+const STREAMS: u64 = 128;
+/// The smallest window of a stream, what HTTP/2 begins with (RFC 9113 §6.9.2).
+const SMALLEST_STREAM: u64 = 65_535;
+/// The budget of a process whose memory is not limited.
+const BUDGET: u64 = 1 << 30;
+
+/// A budget of windows.
+pub(crate) struct Windows {
+    budget: u64,
+    given: AtomicU64,
+}
+
+/// The windows of one connection, until this is dropped.
+pub(crate) struct Window<'a> {
+    of: &'a Windows,
+    /// Of the connection, in bytes.
+    pub(crate) connection: u32,
+    /// Of each stream: a small part of the connection's, so that no reader who stops starves another.
+    pub(crate) stream: u32,
+}
+
+impl Windows {
+    const fn new(budget: u64) -> Self {
+        Self { budget, given: AtomicU64::new(0) }
+    }
+
+    /// This process's: a quarter of what memory it may have, 1 GiB at most.
+    pub(crate) fn of_process() -> &'static Self {
+        static WINDOWS: LazyLock<Windows> = LazyLock::new(|| {
+            let quarter = memory_limit().map_or(BUDGET, |limit| limit / 4);
+            Windows::new(quarter.clamp(16 * SMALLEST, BUDGET))
+        });
+        &WINDOWS
+    }
+
+    /// A window for a connection that begins: a quarter of what is left, within bounds.
+    pub(crate) fn give(&self) -> Window<'_> {
+        let size = |given: u64| (self.budget.saturating_sub(given) / 4).clamp(SMALLEST, LARGEST);
+        // Never fails: the closure always gives a value.
+        let (Ok(before) | Err(before)) = self.given.fetch_update(Relaxed, Relaxed, |given| Some(given + size(given)));
+        let connection = size(before);
+        let stream = (connection / STREAMS).max(SMALLEST_STREAM);
+        // Both are below 2^31, the most that HTTP/2 allows.
+        Window { of: self, connection: connection as u32, stream: stream as u32 }
+    }
+
+    /// What is given out now, in bytes.
+    pub(crate) fn given(&self) -> u64 {
+        self.given.load(Relaxed)
+    }
+}
+
+impl Drop for Window<'_> {
+    fn drop(&mut self) {
+        self.of.given.fetch_sub(u64::from(self.connection), Relaxed);
+    }
+}
+
+/// The memory limit of this process's cgroup, version 2 or 1; `None` where there is none.
+fn memory_limit() -> Option<u64> {
+    let files = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
+    files.iter().find_map(|file| std::fs::read_to_string(file).ok()?.trim().parse().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_few_connections_get_all_they_can_use() {
+        let windows = Windows::new(BUDGET);
+        let given: Vec<_> = (0..8).map(|_| windows.give()).collect();
+        assert!(given.iter().all(|window| (window.connection, window.stream) == (64 << 20, 512 << 10)));
+        drop(given);
+        assert_eq!(windows.given(), 0);
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_given_stays_within_the_budget_but_for_the_smallest(
+            budget in (16u64 << 20)..(2 << 30), connections in 1usize..2_000
+        ) {
+            let windows = Windows::new(budget);
+            let given: Vec<_> = (0..connections).map(|_| windows.give()).collect();
+            let smallest = given.iter().filter(|window| u64::from(window.connection) == SMALLEST).count() as u64;
+            let sum: u64 = given.iter().map(|window| u64::from(window.connection)).sum();
+            prop_assert_eq!(sum, windows.given());
+            prop_assert!(sum <= budget + smallest * SMALLEST);
+            prop_assert!(given.iter().all(|window| u64::from(window.stream) >= SMALLEST_STREAM));
+            drop(given);
+            prop_assert_eq!(windows.given(), 0);
+        }
+    }
+}
