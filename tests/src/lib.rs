@@ -26,7 +26,7 @@ pub use graph::{Edge, edges, read_edges};
 pub use impostor::Impostor;
 pub use load::{Load, Tally};
 pub use mesh::{Mesh, Run, START, Sidecar};
-pub use need::{leave_out, namespaces, print_left_out, program, python, root, tools};
+pub use need::{envoy, leave_out, namespaces, print_left_out, program, python, root, tools};
 pub use netns::{Host, two_hosts, two_pods};
 pub use pod::{PYTHON, Pod, PodBuilder, lines_on, pods};
 pub use process::{Finished, Process, finish, raise_file_limit};

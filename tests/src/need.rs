@@ -48,6 +48,12 @@ pub fn python(modules: &[&str]) -> Result<PathBuf, String> {
     }
 }
 
+/// The Envoy that `make test` installs, or the system's.
+pub fn envoy() -> Result<PathBuf, String> {
+    let own = tools().join("venv/bin/envoy");
+    if own.exists() { Ok(own) } else { program("envoy") }
+}
+
 /// Where `make test` keeps programs that are not the system's.
 pub fn tools() -> PathBuf {
     match std::env::var_os("SHEETBEND_TEST_TOOLS") {

@@ -1,18 +1,12 @@
 //! Envoy, with a listener of its own, taking routes, clusters, endpoints and the trust bundle from our control plane.
 
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use sheetbend_tests::http::{get, send};
-use sheetbend_tests::{App, Mesh, Process, START, eventually, free_port, loopback, need, program, tools};
-
-/// The Envoy that `make test` installs, or the system's.
-fn envoy() -> Result<PathBuf, String> {
-    let own = tools().join("venv/bin/envoy");
-    if own.exists() { Ok(own) } else { program("envoy") }
-}
+use sheetbend_tests::{App, Mesh, Process, START, envoy, eventually, free_port, loopback, need};
 
 fn bootstrap(mesh: &Mesh, certificate: &Path, port: u16) -> String {
     let file = |name: &str| serde_json::json!({ "filename": certificate.join(name) });
@@ -150,4 +144,46 @@ async fn envoy_refuses_nothing_of_what_it_is_told() {
         assert_eq!(answer.status, 200);
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn envoy_calls_a_strict_sidecar_by_mutual_tls_and_follows_its_endpoints_as_they_change_and_go() {
+    let envoy = need!(envoy());
+    let app = App::saying("behind mutual TLS").await;
+    let mesh = Mesh::with_control_plane(&[]);
+    // Two sidecars before one program are two endpoints of its service.
+    let sidecar = || mesh.run("web").port(app.port()).flag(&["--strict"]).serve();
+    let mut first = sidecar();
+    let (_envoy, address) = start(&mesh, &envoy);
+    until_says(address, "web", |status, text| status == 200 && text == "behind mutual TLS").await;
+    let edge = eventually("the edge is on the mesh's graph", START, || async {
+        let edges = mesh.edges().await;
+        edges.into_iter().find(|edge| edge.is("edge", "web", "http") && edge.requests > 0)
+    })
+    .await;
+    assert!(edge.mtls, "{edge:?}");
+
+    // Another takes over, and Envoy follows: the first leaves in peace and no request fails.
+    let mut second = sidecar();
+    let served = |sidecar: &'_ sheetbend_tests::Sidecar| {
+        let admin = sidecar.admin();
+        async move {
+            let graph = sheetbend_tests::edges(admin).await;
+            graph.iter().filter(|edge| edge.is("edge", "web", "http")).map(|edge| edge.requests).sum::<u64>()
+        }
+    };
+    eventually("Envoy calls the second one too", START, || async {
+        let answer = send(address, "GET", "http://web/", "").await.expect("an answer");
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        (served(&second).await > 0).then_some(())
+    })
+    .await;
+    first.process.stop();
+    for _ in 0..20 {
+        let answer = send(address, "GET", "http://web/", "").await.expect("an answer");
+        assert_eq!((answer.status.as_u16(), answer.text().as_str()), (200, "behind mutual TLS"));
+    }
+    assert!(served(&second).await >= 20);
+    second.process.stop();
+    until_says(address, "web", |status, _| status == 404 || status == 503).await;
 }
