@@ -324,3 +324,39 @@ fn what_is_no_mesh_service_passes_untouched_until_the_mesh_denies_it() {
         (caller.says(node.v6.into(), 9000, "x").stdout == "heard: x\n").then_some(())
     });
 }
+
+#[test]
+fn requests_share_connections_to_the_app_whoever_sends_them_and_each_address_has_its_own() {
+    need!(pods());
+    let (left, right, node) = two_pods();
+    let mesh = mesh_on(&node, SERVICE);
+    let caller = mesh.pod("caller", &left).start();
+    let web = mesh.pod("web", &right).port(right.v4.into(), 8000).flag(&["--workers", "1"]).start();
+    let _app = web.http("::", 8000);
+    caller.first_answer(&[&url(right.v4, 8000, "/")]);
+    // One client after the other, each with a connection of its own: over mutual TLS, and from outside in plain.
+    let many = |ip: IpAddr| vec![url(ip, 8000, "/"); 20];
+    let plain = |urls: Vec<String>| {
+        let mut curl = node.command("curl");
+        curl.arg("-sS").args(urls);
+        finish(curl, START).ok()
+    };
+    let meshed = |urls: Vec<String>| caller.curl(&urls.iter().map(String::as_str).collect::<Vec<_>>()).ok();
+    let before = web.counter("sheetbend_dials_total", &["app"]);
+    let mut seen = Vec::new();
+    for ip in right.addresses() {
+        let said = meshed(many(ip)) + &plain(many(ip));
+        assert_eq!(said.lines().count(), 40, "{said}");
+        // The app sees each come from the address that it was meant for.
+        assert!(said.lines().all(|line| line.contains(&format!("{ip} on "))), "{said}");
+        let mut connections: Vec<String> =
+            said.lines().filter_map(|line| Some(line.rsplit_once(' ')?.1.to_string())).collect();
+        connections.dedup();
+        // One is enough; a pause of this machine may cost another.
+        assert!(connections.len() <= 4, "40 requests over {connections:?}");
+        seen.push(connections);
+    }
+    assert!(seen[0].iter().all(|number| !seen[1].contains(number)), "{seen:?}");
+    let dialed = web.counter("sheetbend_dials_total", &["app"]) - before;
+    assert!((1.0..=8.0).contains(&dialed), "{dialed} connections to the app");
+}
