@@ -72,6 +72,7 @@ fn config(bench: &Bench<'_>) -> io::Result<Config> {
         upstreams: Vec::new(),
         ports: PORTS.map(port).collect(),
         admin: loopback,
+        health: None,
         same_user_only: false,
         strict: true,
         allow: Vec::new(),

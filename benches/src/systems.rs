@@ -229,7 +229,8 @@ fn sides(bench: &Bench<'_>, system: System, dir: &Path, entry: SocketAddr, middl
 /// One sidecar of ours. Everything is on as usual: identity and discovery from a control plane, reports to it, metrics.
 fn sheetbend(bench: &Bench<'_>, dir: &Path, service: &str, inbound: &str) -> io::Result<Command> {
     let mut command = Command::new(&bench.programs.sheetbend);
-    command.args(["--control-plane", &bench.mesh.url, "--admin", "127.0.0.1:0", "--strict"]);
+    command.args(["--control-plane", &bench.mesh.url, "--admin", "127.0.0.1:0", "--health", "127.0.0.1:0"]);
+    command.arg("--strict");
     command.args(["--outbound", "127.0.0.1:0", "--inbound", inbound]);
     command.arg("--token-file").arg(bench.mesh.token(service, dir)?);
     Ok(command)

@@ -22,7 +22,7 @@ use tokio::sync::watch;
 use crate::admin::{Admin, Scope};
 use crate::here::{Here, Redirected};
 use crate::inbound::Port;
-use crate::listen::{BindError, Listener, bind, bind_each};
+use crate::listen::{BindError, Listener, bind, bind_admin, bind_each};
 use crate::observe::admin_state;
 use crate::proc_net;
 use crate::telemetry::{AccessLogSettings, Counter, Settings, Telemetry};
@@ -54,6 +54,8 @@ pub struct Config {
     pub ports: Vec<AppPort>,
     /// The admin port; loopback.
     pub admin: SocketAddr,
+    /// Where others may ask for readiness and metrics, and for nothing else.
+    pub health: Option<SocketAddr>,
     /// Explicit and upstream listeners take connections of this process's user only.
     pub same_user_only: bool,
     /// Inbound takes nothing but mutual TLS.
@@ -205,7 +207,11 @@ impl Proxy {
             ports.push((listener, *port));
         }
         let redirected = bind_each(config.redirected_inbound.as_slice()).map_err(what("the inbound listener"))?;
-        let admin = tokio::net::TcpListener::bind(config.admin).await?;
+        let admin = bind_admin(config.admin).await.map_err(what("the admin port"))?;
+        let health = match config.health {
+            Some(address) => Some(bind_admin(address).await.map_err(what("the health port"))?),
+            None => None,
+        };
 
         let identity = Arc::new(IdentityStore::new());
         let mut wanted = IdentityConfig::new(config.control_plane.clone(), config.proof.clone());
@@ -246,6 +252,7 @@ impl Proxy {
 
         let admin_address = admin.local_addr()?;
         let mut listeners = vec![admin_address];
+        listeners.extend(health.iter().filter_map(|listener| listener.local_addr().ok()));
         listeners.extend(explicit.iter().chain(&redirected).map(Listener::local_addr));
         listeners.extend(upstreams.iter().map(|(listener, _)| listener.local_addr()));
         // Redirection leads every address of this host to these, whatever they are bound to.
@@ -296,7 +303,11 @@ impl Proxy {
             reporter,
             renewal: client.status(),
         });
-        tasks.push(tokio::spawn(Admin::serve(admin, Arc::new(admin_state(&shared)), Scope::Everything)));
+        let state = Arc::new(admin_state(&shared));
+        if let Some(listener) = health {
+            tasks.push(tokio::spawn(Admin::serve(listener, Arc::clone(&state), Scope::Health)));
+        }
+        tasks.push(tokio::spawn(Admin::serve(admin, state, Scope::Everything)));
 
         let workers = Workers::start(&shared)?;
         let explicit_address = explicit.as_ref().map(Listener::local_addr);

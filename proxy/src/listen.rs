@@ -86,16 +86,33 @@ pub enum BindError {
 ///
 /// Must be called within a tokio runtime, whose thread accepts.
 pub fn bind(addr: SocketAddr) -> Result<Listener, BindError> {
-    listening_socket(addr).and_then(Listener::new).map_err(|source| match Errno::from_io_error(&source) {
-        Some(Errno::ADDRINUSE) => BindError::InUse(addr),
-        Some(Errno::ACCESS | Errno::PERM) => BindError::NoPermission(addr),
-        Some(Errno::AFNOSUPPORT) if addr.is_ipv6() => BindError::NoIpv6(addr),
-        // What the kernel says of an IPv6 address when the protocol is there and switched off.
-        Some(Errno::ADDRNOTAVAIL) if is_everywhere(addr.ip()) => BindError::NoIpv6(addr),
-        Some(Errno::ADDRNOTAVAIL) => BindError::NoSuchAddress(addr),
-        Some(Errno::MFILE | Errno::NFILE) => BindError::NoDescriptors(addr),
-        _ => BindError::Other { addr, source },
-    })
+    listening_socket(addr).and_then(Listener::new).map_err(|source| BindError::of(addr, source))
+}
+
+/// [`bind`] for a port of the operator's: tokio's own listener, on IPv4 alone in place of `[::]` where there is no IPv6.
+pub async fn bind_admin(addr: SocketAddr) -> Result<tokio::net::TcpListener, BindError> {
+    match tokio::net::TcpListener::bind(addr).await.map_err(|source| BindError::of(addr, source)) {
+        Err(BindError::NoIpv6(_)) if addr.ip().is_unspecified() => {
+            let addr = SocketAddr::from((Ipv4Addr::UNSPECIFIED, addr.port()));
+            tokio::net::TcpListener::bind(addr).await.map_err(|source| BindError::of(addr, source))
+        }
+        bound => bound,
+    }
+}
+
+impl BindError {
+    fn of(addr: SocketAddr, source: io::Error) -> Self {
+        match Errno::from_io_error(&source) {
+            Some(Errno::ADDRINUSE) => Self::InUse(addr),
+            Some(Errno::ACCESS | Errno::PERM) => Self::NoPermission(addr),
+            Some(Errno::AFNOSUPPORT) if addr.is_ipv6() => Self::NoIpv6(addr),
+            // What the kernel says of an IPv6 address when the protocol is there and switched off.
+            Some(Errno::ADDRNOTAVAIL) if is_everywhere(addr.ip()) => Self::NoIpv6(addr),
+            Some(Errno::ADDRNOTAVAIL) => Self::NoSuchAddress(addr),
+            Some(Errno::MFILE | Errno::NFILE) => Self::NoDescriptors(addr),
+            _ => Self::Other { addr, source },
+        }
+    }
 }
 
 /// IPv6 addresses that are there wherever IPv6 is.

@@ -64,6 +64,10 @@ struct Args {
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:15100")]
     admin: SocketAddr,
 
+    /// Where others may ask for /ready, /live and /metrics, and for nothing else
+    #[arg(long, value_name = "ADDRESS", default_value = "[::]:15120")]
+    health: SocketAddr,
+
     /// Take nothing but mutual TLS from others
     #[arg(long)]
     strict: bool,
@@ -146,6 +150,7 @@ fn run(args: Args) -> Result<(), Failure> {
             })
             .collect(),
         admin: args.admin,
+        health: Some(args.health),
         same_user_only: false,
         strict: args.strict,
         allow: args.allow,

@@ -122,6 +122,7 @@ fn config(plan: &Plan, token: JoinToken, control_plane: String, advertise: IpAdd
         upstreams: upstreams.collect(),
         ports: ports.collect(),
         admin: loopback(0),
+        health: None,
         same_user_only: true,
         strict: plan.strict,
         allow: plan.allow.clone(),

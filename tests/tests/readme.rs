@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use sheetbend_tests::{Host, Process, START, binary, finish, namespaces, need, program, until, workspace};
+use sheetbend_tests::{Host, Process, START, binary, finish, namespaces, need, program, two_hosts, until, workspace};
 
 /// A command of the README and what it prints.
 struct Step {
@@ -99,9 +99,11 @@ fn every_console_block_of_the_readme_prints_what_it_shows() {
     need!(namespaces());
     need!(program("python3"));
     need!(program("curl"));
+    need!(program("nft"));
     let readme = std::fs::read_to_string(workspace().join("README.md")).expect("the README");
     let folder = tempfile::tempdir().expect("a temporary folder");
-    let host = Host::new(1);
+    // With an address, as hosts have one: `intercept check` tries to call it.
+    let (host, _peer) = two_hosts();
     let mut running = Vec::new();
     let steps = steps(&readme);
     assert!(!steps.is_empty(), "the README shows commands");

@@ -236,11 +236,12 @@ fn a_plain_client_from_outside_is_served_under_permissive_and_refused_under_stri
     need!(pods());
     let (_left, right, node) = two_pods();
     let mesh = mesh_on(&node, SERVICE);
-    let ask = |ip: IpAddr, port: u16| {
+    let get = |url: &str| {
         let mut curl = node.command("curl");
-        curl.args(["-sS", "-m", "20", &url(ip, port, "/")]);
+        curl.args(["-sS", "-m", "20", url]);
         finish(curl, START)
     };
+    let ask = |ip: IpAddr, port: u16| get(&url(ip, port, "/"));
     for (flags, permissive) in [(&[][..], true), (&["--strict"], false)] {
         let probes = ["--exclude-inbound-ports", "8081"];
         let web = mesh.pod("web", &right).port(right.v4.into(), 8000).flag(flags).intercept(&probes).start();
@@ -252,6 +253,10 @@ fn a_plain_client_from_outside_is_served_under_permissive_and_refused_under_stri
                 false => assert!(!said.status.success() && said.stdout.is_empty(), "{ip}: {said:?}"),
             }
             assert!(ask(ip, 8081).ok().starts_with("plain-text-of-the-answer"), "a probe of {ip}");
+            assert_eq!(get(&url(ip, 15120, "/ready")).ok(), "ready\n");
+            assert!(get(&url(ip, 15120, "/metrics")).ok().contains("sheetbend_connections_total"));
+            assert!(!get(&url(ip, 15120, "/config_dump")).ok().contains("known"), "that is for this host alone");
+            assert!(!ask(ip, 15100).status.success(), "the admin port is on loopback");
         }
         let refused = web.counter("sheetbend_refused_total", &["plain"]);
         assert_eq!(refused, if permissive { 0.0 } else { 2.0 });
