@@ -86,6 +86,7 @@ impl Inbound {
             Ok(FirstBytes::Closed) | Err(_) => return,
             Ok(first) => first,
         };
+        self.shared.telemetry.detected(first);
         if first == FirstBytes::Detected(Detected::Tls) && self.port.protocol != AppProtocol::Tls {
             let hello = read_hello(&mut io, &mut bytes, HANDSHAKE).await;
             let mesh = MeshAlpn::ALL.map(MeshAlpn::wire);

@@ -93,6 +93,8 @@ fn measure(shared: &Shared) {
     telemetry.count_is(Counter::DiscoveryRefused, discovery.refused);
     telemetry.count_is(Counter::ReportsFailed, shared.reporter.failures());
 
+    telemetry.count_is(Counter::EmptyDataDropped, crate::http::body::empty_frames());
+
     let identity = shared.renewal.borrow().clone();
     telemetry.count_is(Counter::CertificatesInstalled, identity.issued);
     telemetry.count_is(Counter::CertificatesFailed, identity.failed);

@@ -30,6 +30,9 @@ use crate::traffic::retry::Retrying;
 use crate::upstream::{BoxIo, EndpointState, Pool, Wire, dial};
 use crate::worker::Live;
 
+/// Requests of one worker to one destination at once; 100,000 for the usual two.
+const MOST_REQUESTS: u64 = 50_000;
+
 /// One worker's way out. Cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Outbound {
@@ -44,7 +47,9 @@ impl Outbound {
     /// A connection whose requests name their destinations themselves: absolute-form, Host, CONNECT.
     pub(crate) async fn explicit(self, mut io: BoxIo, peer: SocketAddr) {
         let mut bytes = BytesMut::new();
-        let http2 = match read_first(&mut io, &mut bytes, PATIENCE).await {
+        let first = read_first(&mut io, &mut bytes, PATIENCE).await;
+        first.iter().for_each(|first| self.shared.telemetry.detected(*first));
+        let http2 = match first {
             Ok(FirstBytes::Detected(Detected::Http1)) => false,
             Ok(FirstBytes::Detected(Detected::Http2)) => true,
             _ => {
@@ -71,9 +76,11 @@ impl Outbound {
             Some(_) => is_known_opaque(target.port()),
         };
         if opaque {
+            self.shared.telemetry.detected(FirstBytes::Detected(Detected::Opaque));
             return self.opaque(io, bytes, &route, None, peer).await;
         }
         let mut first = read_first(&mut io, &mut bytes, Patience::default()).await;
+        first.iter().for_each(|first| self.shared.telemetry.detected(*first));
         let mut dialed = None;
         if matches!(first, Ok(FirstBytes::ServerFirst)) {
             let mut server = match self.connect(&route).await {
@@ -171,6 +178,9 @@ impl Outbound {
         let endpoints = route.endpoints(Some(&head));
         let protocol = protocol(&head);
         let now = self.shared.epoch.elapsed();
+        if route.budget.in_flight() >= MOST_REQUESTS {
+            return Err(Error::TooMany(target));
+        }
         exchange.within(&route.budget, now);
 
         let upgrade = headers::asks_upgrade(&head);
@@ -279,7 +289,6 @@ impl Outbound {
 
     /// Bytes that nobody looks into.
     async fn opaque(&self, io: BoxIo, bytes: BytesMut, route: &Route, dialed: Option<Connected>, peer: SocketAddr) {
-        self.shared.telemetry.count(Counter::DetectedOpaque);
         let Connected { endpoint, io: mut server, rest } = match dialed {
             Some(dialed) => dialed,
             None => match self.connect(route).await {

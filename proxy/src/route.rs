@@ -133,7 +133,13 @@ impl Routes {
         let resolution = match discovery.lookup(target) {
             Some(known) => known,
             None => match discovery.resolve(target).await {
-                Ok(answer) => answer,
+                Ok(answer) => {
+                    telemetry.count(match answer {
+                        Resolution::Mesh(_) => Counter::ResolvedMesh,
+                        Resolution::NotMesh => Counter::ResolvedNotMesh,
+                    });
+                    answer
+                }
                 // The mesh's own names are never called in plain for want of an answer.
                 Err(_) if discovery.snapshot().claims(target) => return Err(Error::NoAnswer(target.clone())),
                 Err(_) => {

@@ -44,6 +44,8 @@ pub enum Error {
     NoEndpoint(String),
     /// Too many requests wait for a connection.
     Overflow(Place),
+    /// Too many requests to the destination are under way.
+    TooMany(Target),
     /// The endpoint could not be reached.
     Connect {
         /// Which.
@@ -96,6 +98,7 @@ impl Error {
             | Self::NotAllowed(_)
             | Self::NoEndpoint(_)
             | Self::Overflow(_)
+            | Self::TooMany(_)
             | Self::Deadline
             | Self::Denied
             | Self::Loop(_)
@@ -113,7 +116,7 @@ impl Error {
             Self::NoEndpoint(_) => {
                 (StatusCode::SERVICE_UNAVAILABLE, "destination_unavailable", Flags::NO_HEALTHY_UPSTREAM)
             }
-            Self::Overflow(_) => {
+            Self::Overflow(_) | Self::TooMany(_) => {
                 (StatusCode::SERVICE_UNAVAILABLE, "connection_limit_reached", Flags::UPSTREAM_OVERFLOW)
             }
             Self::Connect { source, .. } => source.verdict(),
@@ -142,6 +145,7 @@ impl Error {
             Self::NotAllowed(_) => Some(Counter::RefusedPolicy),
             Self::NoEndpoint(_) => Some(Counter::RejectedNoEndpoint),
             Self::Overflow(_) => Some(Counter::RejectedPending),
+            Self::TooMany(_) => Some(Counter::RejectedRequests),
             Self::Denied => Some(Counter::RefusedNotAllowed),
             Self::Loop(_) => Some(Counter::RefusedLoop),
             Self::NotRedirected(_) => Some(Counter::RefusedNotRedirected),
@@ -237,6 +241,7 @@ impl fmt::Display for Error {
                 write!(f, "{target} is not in the mesh, and outboundPolicy Deny allows nothing else")
             }
             Self::NoEndpoint(cluster) => write!(f, "{cluster} has no endpoint"),
+            Self::TooMany(target) => write!(f, "too many requests to {target} are under way"),
             Self::Overflow(endpoint) => {
                 write!(f, "too many requests wait for a connection to {endpoint}, or one waited for too long")
             }

@@ -29,6 +29,9 @@ use sheetbend_control_plane_client::graph::{Arrival, Graph, MergedGraph};
 use sheetbend_control_plane_client::model::ServiceName;
 use sheetbend_control_plane_client::proto::v1::{EdgeDelta, EdgeReport};
 
+use crate::detect::Detected;
+use crate::first_bytes::FirstBytes;
+
 pub use access_log::{AccessEntry, AccessLog, AccessLogFormat, AccessLogOutput, AccessLogSettings};
 pub use counters::{Counter, Gauge};
 pub use edge::{ConnectionGuard, Edge, EdgeKey, Outcome, Peer, Protocol, Reporter};
@@ -152,6 +155,17 @@ impl Telemetry {
         if let Some(counter) = self.counters.get(counter as usize) {
             counter.increment(n);
         }
+    }
+
+    /// Counts what a connection's first bytes were.
+    pub fn detected(&self, first: FirstBytes) {
+        self.count(match first {
+            FirstBytes::Detected(Detected::Http1) => Counter::DetectedHttp1,
+            FirstBytes::Detected(Detected::Http2) => Counter::DetectedHttp2,
+            FirstBytes::Detected(Detected::Tls) => Counter::DetectedTls,
+            FirstBytes::Detected(Detected::Opaque | Detected::NeedMore) => Counter::DetectedOpaque,
+            FirstBytes::ServerFirst | FirstBytes::Closed => Counter::DetectedSilent,
+        });
     }
 
     /// Takes over a count that is kept elsewhere.

@@ -190,6 +190,7 @@ pub(crate) async fn dial(
     let chain = connection.peer_certificates().unwrap_or_default();
     let found = material.bundle.verify(chain, SystemTime::now()).map_err(DialError::Peer)?;
     if found.id != *expected {
+        telemetry.count(Counter::RefusedIdentity);
         return Err(DialError::Identity { expected: expected.clone(), found: found.id });
     }
     let http2 = match (ours, connection.alpn_protocol()) {
