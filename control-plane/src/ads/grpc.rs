@@ -15,7 +15,7 @@ use envoy_types::pb::envoy::extensions::filters::network::http_connection_manage
 use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3 as tls;
 use envoy_types::pb::envoy::r#type::matcher::v3::{StringMatcher, string_matcher};
 use envoy_types::util::pack_any;
-use sheetbend_control_plane_client::model::{Cluster, Destination, Transport};
+use sheetbend_control_plane_client::model::{Cluster, Destination, Endpoint, Transport};
 use sheetbend_control_plane_client::xds::encode;
 
 use super::envoy::over_ads;
@@ -57,9 +57,12 @@ pub(super) fn routes(name: &str, destination: &Destination) -> rds::RouteConfigu
     config
 }
 
-/// The cluster. `certificates` names the provider in the client's own bootstrap.
+/// The cluster. `certificates` names the provider in the client's own bootstrap. gRPC knows one way to all endpoints of a
+/// cluster: as soon as one is meshed, none is spoken to in plain.
 pub(super) fn cluster(ours: cds::Cluster, cluster: &Cluster, certificates: Option<&str>) -> cds::Cluster {
-    let socket = certificates.map(|provider| core::TransportSocket {
+    let is_plain = |endpoint: &Endpoint| endpoint.transport == Transport::Plain;
+    let plain = !cluster.endpoints.is_empty() && cluster.endpoints.iter().all(is_plain);
+    let socket = certificates.filter(|_| !plain).map(|provider| core::TransportSocket {
         name: "envoy.transport_sockets.tls".to_string(),
         config_type: Some(core::transport_socket::ConfigType::TypedConfig(pack_any(upstream_tls(cluster, provider)))),
     });
