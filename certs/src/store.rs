@@ -1,7 +1,7 @@
 //! Where a proxy's identity lives: everything built from it, swapped whole at each rotation, the last good one kept.
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwapOption;
 use rustls::{ClientConfig, ServerConfig};
@@ -79,6 +79,11 @@ impl Material {
         if speaks_http2 { h2 } else { http1 }
     }
 
+    /// Whether our own certificate has ended: nobody is to be spoken to with it.
+    pub fn is_over(&self, now: SystemTime) -> bool {
+        self.identity.not_after <= now
+    }
+
     /// Towards one of our own proxies, offering one protocol.
     pub fn mesh_client(&self, alpn: MeshAlpn) -> &Arc<ClientConfig> {
         let [h2, http1, tcp] = &self.mesh;
@@ -113,6 +118,30 @@ impl IdentityStore {
     /// Tells of every change; holds what is in force.
     pub fn subscribe(&self) -> watch::Receiver<Option<Arc<Material>>> {
         self.changes.subscribe()
+    }
+
+    /// Tells subscribers, for as long as it is polled, when what is in force ends without a successor: they are told of it
+    /// once more, and [`Material::is_over`] from then on.
+    pub async fn tell_ends(&self) {
+        /// A clock may be put forward meanwhile.
+        const LOOK: Duration = Duration::from_secs(10);
+        let (mut changes, mut told) = (self.subscribe(), None);
+        loop {
+            let ends = changes.borrow_and_update().as_ref().map(|material| material.identity.not_after);
+            let left = ends.map(|ends| ends.duration_since(SystemTime::now()).unwrap_or_default());
+            match left {
+                Some(Duration::ZERO) if told != ends => {
+                    told = ends;
+                    self.changes.send_modify(|_| {});
+                }
+                Some(left) if !left.is_zero() => {
+                    // Whichever comes first; both lead to another look.
+                    drop(tokio::time::timeout(left.min(LOOK), changes.changed()).await);
+                }
+                // The store holds the sender, so there is always a next change.
+                Some(_) | None => drop(changes.changed().await),
+            }
+        }
     }
 
     /// Puts a new identity and bundle in force. What would not work is refused, and the last good one stays: the identity

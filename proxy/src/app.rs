@@ -217,7 +217,8 @@ impl Proxy {
         let mut wanted = IdentityConfig::new(config.control_plane.clone(), config.proof.clone());
         wanted.directory = config.identity_dir.clone();
         let (client, renewing) = IdentityClient::start(wanted, Arc::clone(&identity))?;
-        let mut tasks = vec![tokio::spawn(renewing)];
+        let ending = Arc::clone(&identity);
+        let mut tasks = vec![tokio::spawn(renewing), tokio::spawn(async move { ending.tell_ends().await })];
         let material = client
             .first(config.patience)
             .await

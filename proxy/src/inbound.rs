@@ -130,7 +130,7 @@ impl Inbound {
             telemetry.count(Counter::RefusedNoIdentity);
             return;
         };
-        if material.identity.not_after <= SystemTime::now() {
+        if material.is_over(SystemTime::now()) {
             if let Some(left_out) = telemetry.refused(Counter::RefusedNoIdentity) {
                 let since = format_time(material.identity.not_after);
                 tracing::error!(%peer, since, left_out, "a connection is refused: this proxy's own certificate has expired");

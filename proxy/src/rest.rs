@@ -1,12 +1,13 @@
 //! What a connection rests on, and its end once that is no longer believed.
 //!
 //! A connection outlives the certificates it was made with, but not the root: when that is dropped from the trust
-//! bundle, the connection takes nothing new, what has been begun is finished, and then it ends.
+//! bundle, the connection takes nothing new, what has been begun is finished, and then it ends. So it does when this
+//! proxy's own certificate ends without a successor.
 
 use std::future::pending;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use sheetbend_certs::{IdentityStore, Material, Sha256};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
@@ -38,10 +39,11 @@ impl Rest {
         self.root
     }
 
-    /// Returns once the root is no longer believed.
+    /// Returns once the root is no longer believed, or our own certificate has ended without a successor.
     pub async fn dropped(mut self) {
         let root = self.root;
-        let dropped = |material: &Option<Arc<Material>>| material.as_ref().is_some_and(|m| !m.bundle.contains(root));
+        let holds = |material: &Material| material.bundle.contains(root) && !material.is_over(SystemTime::now());
+        let dropped = |material: &Option<Arc<Material>>| material.as_ref().is_some_and(|material| !holds(material));
         if self.changes.wait_for(dropped).await.is_err() {
             // The store is gone, and with it the proxy.
             pending().await
@@ -119,8 +121,6 @@ impl Tunnel {
 
 #[cfg(test)]
 mod tests {
-    use std::time::SystemTime;
-
     use sheetbend_certs::{Ca, Csr, IssueRequest, KeyAndCsr, TrustDomain};
 
     use super::*;

@@ -157,7 +157,7 @@ pub(crate) async fn dial(
         }
     };
     let material = identity.current().ok_or(DialError::NoIdentity)?;
-    if material.identity.not_after <= SystemTime::now() {
+    if material.is_over(SystemTime::now()) {
         return Err(DialError::OwnExpired(material.identity.not_after));
     }
     let here = || own.enter(endpoint.socket_address()?, alpn);

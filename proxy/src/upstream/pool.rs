@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use http::{Request, Response};
 use hyper::body::Incoming;
@@ -197,6 +197,8 @@ struct All {
     of: HashMap<u64, Connections>,
     /// Whom this proxy believes now. What rests on another root takes no more requests.
     bundle: Option<Arc<TrustBundle>>,
+    /// Our own certificate has ended: nothing within the mesh takes any.
+    is_over: bool,
 }
 
 impl All {
@@ -208,7 +210,8 @@ impl All {
 
     /// What rests on no root needs none to be believed.
     fn believes(&self, root: Option<Sha256>) -> bool {
-        root.is_none_or(|root| self.bundle.as_ref().is_none_or(|bundle| bundle.contains(root)))
+        let in_bundle = |root| self.bundle.as_ref().is_none_or(|bundle| bundle.contains(root));
+        root.is_none_or(|root| !self.is_over && in_bundle(root))
     }
 }
 
@@ -357,16 +360,19 @@ impl Pool {
     pub(crate) async fn follow(self: Arc<Self>, mut changes: watch::Receiver<Option<Arc<Material>>>) {
         loop {
             let material = changes.borrow_and_update().clone();
-            self.believe(material.map(|material| Arc::clone(&material.bundle)));
+            if let Some(material) = material {
+                self.believe(&material);
+            }
             if changes.changed().await.is_err() {
                 return;
             }
         }
     }
 
-    fn believe(&self, bundle: Option<Arc<TrustBundle>>) {
+    fn believe(&self, material: &Material) {
         let mut all = self.lock();
-        all.bundle = bundle;
+        all.bundle = Some(Arc::clone(&material.bundle));
+        all.is_over = material.is_over(SystemTime::now());
         let mut of = std::mem::take(&mut all.of);
         for connections in of.values_mut() {
             connections.shared.retain(|shared| all.believes(shared.root));
