@@ -70,6 +70,8 @@ struct Caller {
     peer: SocketAddr,
     /// What the connection rests on; nothing where it is plain.
     rest: Option<Rest>,
+    /// The service port that it called, where that is not the app's own: `web.default:80`.
+    destination: Option<Arc<str>>,
     edges: [OnceLock<Arc<Edge>>; 4],
 }
 
@@ -102,7 +104,7 @@ impl Inbound {
             io.abort();
             return;
         }
-        let caller = Caller { id: None, ours: false, peer, rest: None, edges: Default::default() };
+        let caller = Caller { id: None, ours: false, peer, rest: None, destination: None, edges: Default::default() };
         if !self.allows(&caller) {
             if let Some(left_out) = self.shared.telemetry.refused(Counter::RefusedNotAllowed) {
                 const WHY: &str = "a connection without an identity is refused: only those of --allow may call";
@@ -172,16 +174,19 @@ impl Inbound {
         };
         let inside = Inside::of(connection.alpn_protocol(), self.port.protocol);
         let rest = Some(Rest::on(root, &self.shared.identity));
-        let caller = Caller { id: Some(id), ours, peer, rest, edges: Default::default() };
+        let own = &self.port.name;
+        let called = connection.server_name().filter(|_| ours);
+        let destination = called.and_then(|name| called_port(name, own, id.trust_domain().as_str()));
+        let caller = Caller { id: Some(id), ours, peer, rest, destination, edges: Default::default() };
         self.inside(Box::new(stream), inside, caller).await;
     }
 
     /// A connection of this proxy itself, with its own identity and under the same rules as everybody's.
-    pub(crate) async fn entered(self, io: BoxIo, alpn: MeshAlpn) {
+    pub(crate) async fn entered(self, io: BoxIo, alpn: MeshAlpn, destination: Option<Arc<str>>) {
         let Some(material) = self.shared.identity.current() else { return };
         let peer = SocketAddr::new(self.shared.here.advertise, 0);
         let id = Some(material.identity.id.clone());
-        let caller = Caller { id, ours: true, peer, rest: None, edges: Default::default() };
+        let caller = Caller { id, ours: true, peer, rest: None, destination, edges: Default::default() };
         self.inside(io, Inside::ours(alpn), caller).await;
     }
 
@@ -223,7 +228,8 @@ impl Inbound {
         };
         slot.get_or_init(|| {
             let peer = Peer::from(caller.id.clone());
-            let (destination, mtls) = (Arc::clone(&self.port.name), caller.id.is_some());
+            let destination = Arc::clone(caller.destination.as_ref().unwrap_or(&self.port.name));
+            let mtls = caller.id.is_some();
             self.shared.telemetry.edge(EdgeKey { reporter: Reporter::Destination, peer, destination, protocol, mtls })
         })
     }
@@ -363,5 +369,28 @@ fn handshake_refusal(error: &std::io::Error) -> Counter {
             Counter::RefusedTlsVersion
         }
         _ => Counter::RefusedHandshake,
+    }
+}
+
+/// The service port that a peer of ours named (`80.web.default.cluster.local`), so that both ends name the edge alike: a
+/// service's port need not be the app's. Only of the service that `own` is a port of, which a peer cannot make up.
+fn called_port(name: &str, own: &str, trust_domain: &str) -> Option<Arc<str>> {
+    let (service, _) = own.rsplit_once(':')?;
+    let (port, rest) = name.split_once('.')?;
+    let port: u16 = port.parse().ok()?;
+    (rest.strip_suffix(trust_domain)?.strip_suffix('.')? == service).then(|| format!("{service}:{port}").into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peer_names_the_port_it_called_and_no_other_service() {
+        let called = |name| called_port(name, "web.default:8000", "cluster.local");
+        assert_eq!(called("80.web.default.cluster.local").as_deref(), Some("web.default:80"));
+        for other in ["80.db.default.cluster.local", "80.web.default.other", "x.web.default.cluster.local", "web", ""] {
+            assert_eq!(called(other), None, "{other}");
+        }
     }
 }

@@ -31,10 +31,9 @@ pub(crate) async fn refuse(
         Ok(FirstBytes::Detected(Detected::Http2)) => true,
         // Whoever waits for the server to speak first, or speaks what we do not, cannot be told.
         _ => {
-            if let Some(counter) = error.counter() {
-                shared.telemetry.count(counter);
+            if let Some(left_out) = error.counter().and_then(|counter| shared.telemetry.refused(counter)) {
+                tracing::warn!(%peer, %error, left_out, "a connection is refused");
             }
-            tracing::warn!(%peer, %error, "a connection is refused");
             io.abort();
             return;
         }

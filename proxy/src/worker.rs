@@ -14,6 +14,7 @@ use crate::http::error::Error;
 use crate::inbound::{Inbound, Port};
 use crate::listen::{Accepted, Listener, original_destination};
 use crate::outbound::Outbound;
+use crate::proc_net;
 use crate::refuse::refuse;
 use crate::route::Routes;
 use crate::telemetry::{Counter, Reporter};
@@ -114,9 +115,9 @@ impl Workers {
                                 };
                                 tokio::spawn(carry(job, outbound));
                             }
-                            Some(Entering { io, port, alpn }) = entering.recv() => {
+                            Some(Entering { io, port, destination, alpn }) = entering.recv() => {
                                 let (shared, pool) = (Arc::clone(&shared), Arc::clone(&pool));
-                                tokio::spawn(Inbound { shared, pool, port }.entered(io, alpn));
+                                tokio::spawn(Inbound { shared, pool, port }.entered(io, alpn, destination));
                             }
                         }
                     }
@@ -167,7 +168,7 @@ async fn carry(job: Job, outbound: Outbound) {
             outbound.caught(Box::new(stream), target, peer).await;
         }
         Kind::Explicit | Kind::Fixed(_) => {}
-        Kind::Transparent => match original(&stream) {
+        Kind::Transparent => match original(&stream).and_then(|original| of_the_app(original, peer)) {
             Ok(original) => outbound.caught(Box::new(stream), Target::from(original), peer).await,
             Err(error) => {
                 let nothing = BytesMut::new();
@@ -207,6 +208,15 @@ fn original(stream: &TcpStream) -> Result<SocketAddr, Error> {
             tracing::warn!(%ours, %error, "the kernel does not say where a connection was going");
             Err(unknown())
         }
+    }
+}
+
+/// A proxy that is caught itself would go on dialing itself for ever.
+fn of_the_app(original: SocketAddr, peer: SocketAddr) -> Result<SocketAddr, Error> {
+    let user = rustix::process::getuid().as_raw();
+    match proc_net::owner_of_peer(original, peer) {
+        Ok(Some(owner)) if owner == user => Err(Error::OwnConnection { to: original, user }),
+        _ => Ok(original),
     }
 }
 

@@ -43,6 +43,7 @@ pub struct PodBuilder<'a> {
     service: String,
     flags: Vec<String>,
     intercept: Vec<String>,
+    user: u32,
 }
 
 /// A pod. Dropping it ends its sidecar.
@@ -58,7 +59,7 @@ pub struct Pod<'a> {
 impl Mesh {
     /// A pod of `service` on a host made of a network namespace, which must reach the control plane.
     pub fn pod<'a>(&'a self, service: &str, host: &'a Host) -> PodBuilder<'a> {
-        PodBuilder { mesh: self, host, service: service.into(), flags: Vec::new(), intercept: Vec::new() }
+        PodBuilder { mesh: self, host, service: service.into(), flags: Vec::new(), intercept: Vec::new(), user: PROXY }
     }
 }
 
@@ -80,6 +81,12 @@ impl<'a> PodBuilder<'a> {
         self
     }
 
+    /// The user that the sidecar runs as, in place of the one whom the rules let through.
+    pub fn user(mut self, user: u32) -> Self {
+        self.user = user;
+        self
+    }
+
     /// Redirects the host's traffic, starts the sidecar and waits until it is ready.
     pub fn start(self) -> Pod<'a> {
         let mut install = self.host.command(crate::binary("sheetbend"));
@@ -88,7 +95,7 @@ impl<'a> PodBuilder<'a> {
         let folder = readable_folder();
         let token = folder.path().join("token");
         fs::write(&token, self.mesh.token(&self.service)).expect("the token is written");
-        let mut command = self.host.command_as(PROXY, copy_of_the_proxy(folder.path()));
+        let mut command = self.host.command_as(self.user, copy_of_the_proxy(folder.path()));
         command.args(["--control-plane", &format!("https://{}", self.mesh.control_plane_address()), "--token-file"]);
         command.arg(&token).args(&self.flags);
         let mut proxy = Process::spawn(&format!("proxy-{}", self.service), folder.path(), command);

@@ -72,6 +72,8 @@ fn pods_call_each_other_by_name_and_by_address_and_the_cable_carries_no_plain_te
                 let edge = edges.iter().find(|edge| edge.is("caller", "web", protocol));
                 assert!(edge.is_some_and(|edge| edge.mtls), "{side} {protocol} edge: {edges:#?}");
             }
+            // By the service's port, at both ends, though the app has another one.
+            assert!(edges.iter().any(|edge| edge.json["port"] == 80), "{side} edges: {edges:#?}");
         }
     }
 }
@@ -364,4 +366,22 @@ fn requests_share_connections_to_the_app_whoever_sends_them_and_each_address_has
     assert!(seen[0].iter().all(|number| !seen[1].contains(number)), "{seen:?}");
     let dialed = web.counter("sheetbend_dials_total", &["app"]) - before;
     assert!((1.0..=8.0).contains(&dialed), "{dialed} connections to the app");
+}
+
+#[test]
+fn a_proxy_that_is_caught_itself_says_so_instead_of_dialing_itself_for_ever() {
+    need!(pods());
+    let (left, _right, node) = two_pods();
+    let mesh = mesh_on(&node, SERVICE);
+    let _outside = lines_on(&node, mesh.folder(), 9000, "");
+    // The control plane can be reached, so that it starts.
+    let caller = mesh.pod("caller", &left).user(1600).intercept(&["--exclude-outbound-ports", "15112"]).start();
+    for ip in node.addresses() {
+        let said = caller.curl(&["-i", &url(ip, 9000, "/")]).ok();
+        for part in ["HTTP/1.1 508", "proxy_loop_detected", "--proxy-uid", "runs as user 1600"] {
+            assert!(said.contains(part), "no {part:?} in {said}");
+        }
+    }
+    assert_eq!(caller.counter("sheetbend_dials_total", &["external"]), 2.0);
+    assert_eq!(caller.counter("sheetbend_refused_total", &["loop"]), 2.0);
 }

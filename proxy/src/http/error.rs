@@ -70,6 +70,13 @@ pub enum Error {
     Loop(SocketAddr),
     /// Nobody knows where the connection was going before it came to this listener.
     NotRedirected(SocketAddr),
+    /// This proxy's own connection was redirected to itself.
+    OwnConnection {
+        /// Where it was going.
+        to: SocketAddr,
+        /// The user that this proxy runs as.
+        user: u32,
+    },
     /// This proxy has no valid certificate of its own.
     NoIdentity,
 }
@@ -103,6 +110,7 @@ impl Error {
             | Self::Denied
             | Self::Loop(_)
             | Self::NotRedirected(_)
+            | Self::OwnConnection { .. }
             | Self::NoIdentity => Processed::Maybe,
         }
     }
@@ -131,7 +139,9 @@ impl Error {
             }
             Self::Deadline => (StatusCode::GATEWAY_TIMEOUT, "http_response_timeout", Flags::UPSTREAM_TIMEOUT),
             Self::Denied => (StatusCode::FORBIDDEN, "http_request_denied", Flags::DENIED),
-            Self::Loop(_) | Self::NotRedirected(_) => (StatusCode::LOOP_DETECTED, "proxy_loop_detected", Flags::LOOP),
+            Self::Loop(_) | Self::NotRedirected(_) | Self::OwnConnection { .. } => {
+                (StatusCode::LOOP_DETECTED, "proxy_loop_detected", Flags::LOOP)
+            }
             Self::NoIdentity => (StatusCode::SERVICE_UNAVAILABLE, "tls_certificate_error", Flags::NO_IDENTITY),
         }
     }
@@ -147,7 +157,7 @@ impl Error {
             Self::Overflow(_) => Some(Counter::RejectedPending),
             Self::TooMany(_) => Some(Counter::RejectedRequests),
             Self::Denied => Some(Counter::RefusedNotAllowed),
-            Self::Loop(_) => Some(Counter::RefusedLoop),
+            Self::Loop(_) | Self::OwnConnection { .. } => Some(Counter::RefusedLoop),
             Self::NotRedirected(_) => Some(Counter::RefusedNotRedirected),
             Self::NoIdentity => Some(Counter::RefusedNoIdentity),
             Self::Connect { .. } | Self::Broken { .. } | Self::Deadline => None,
@@ -256,6 +266,11 @@ impl fmt::Display for Error {
                 f,
                 "{own} is this proxy itself, which takes redirected connections only: this one came to it directly, or the \
                  kernel does not track connections (nf_conntrack)"
+            ),
+            Self::OwnConnection { to, user } => write!(
+                f,
+                "on its way to {to}, a connection of this proxy was caught for this proxy: it must run as the user that \
+                 `sheetbend intercept --proxy-uid` lets through, and it runs as user {user}"
             ),
             Self::NoIdentity => f.write_str("this proxy has no valid certificate"),
         }

@@ -160,10 +160,9 @@ pub(crate) async fn dial(
     if material.is_over(SystemTime::now()) {
         return Err(DialError::OwnExpired(material.identity.not_after));
     }
-    let here = || own.enter(endpoint.socket_address()?, alpn);
     if ours
         && *expected == material.identity.id
-        && let Some(io) = here()
+        && let Some(io) = own.enter(endpoint, alpn)
     {
         telemetry.count(Counter::DialedSelf);
         return Ok(plain(io));

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use sheetbend_certs::MeshAlpn;
 use tokio::sync::mpsc;
 
-use super::BoxIo;
+use super::{BoxIo, EndpointState};
 use crate::here::Here;
 use crate::in_process;
 use crate::inbound::Port;
@@ -15,6 +15,8 @@ use crate::inbound::Port;
 pub(crate) struct Entering {
     pub(crate) io: BoxIo,
     pub(crate) port: Arc<Port>,
+    /// The service port that was called, `web.default:80`.
+    pub(crate) destination: Option<Arc<str>>,
     /// What a handshake would have agreed on.
     pub(crate) alpn: MeshAlpn,
 }
@@ -36,12 +38,13 @@ impl Own {
         self.here.is_listener(address)
     }
 
-    /// A connection to the app at `address`, if it is the one beside this proxy.
-    pub(super) fn enter(&self, address: SocketAddr, alpn: MeshAlpn) -> Option<BoxIo> {
-        let port = self.here.port_at(address)?;
+    /// A connection to the app of an endpoint, if that is the one beside this proxy.
+    pub(super) fn enter(&self, endpoint: &EndpointState, alpn: MeshAlpn) -> Option<BoxIo> {
+        let port = self.here.port_at(endpoint.socket_address()?)?;
+        let destination = endpoint.service.as_ref().map(|(name, _)| name.to_string().into());
         let (ours, theirs) = in_process::connection();
         // Unbounded as the connections of a worker are: each is one that the app asked for.
-        self.entrance.upgrade()?.send(Entering { io: Box::new(theirs), port, alpn }).ok()?;
+        self.entrance.upgrade()?.send(Entering { io: Box::new(theirs), port, destination, alpn }).ok()?;
         Some(Box::new(ours))
     }
 }
