@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use rustls::version::{TLS12, TLS13};
 use sheetbend_certs::{Ca, Csr, IssueRequest, KeyAndCsr};
-use sheetbend_tests::{App, Impostor, Mesh, Sidecar, http, need, program, tls};
+use sheetbend_tests::{App, Impostor, Mesh, START, Sidecar, eventually, http, need, program, tls};
 
 const HTTP1: &str = "sheetbend/http1.1";
 
@@ -65,6 +65,15 @@ fn short_lived(dir: &Path, out: PathBuf) -> PathBuf {
     out
 }
 
+/// A certificate for `caller` of a CA that nobody here knows.
+fn of_another_ca(mesh: &Mesh) -> PathBuf {
+    let (ca, stranger) = (mesh.folder().join("other-ca"), mesh.folder().join("stranger"));
+    let text = |path: &Path| path.to_str().expect("a path in UTF-8").to_string();
+    mesh.finish(["certs", "init", "--dir", &text(&ca)]).ok();
+    mesh.finish(["certs", "issue", "--dir", &text(&ca), "--service", "caller", "--out", &text(&stranger)]).ok();
+    stranger
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_strict_sidecar_refuses_every_caller_but_the_allowed_one() {
     let server = Server::start().await;
@@ -73,13 +82,7 @@ async fn a_strict_sidecar_refuses_every_caller_but_the_allowed_one() {
     let refused = server.ask(None).await;
     assert!(refused.is_err(), "without a certificate: {refused:?}");
 
-    let other_ca = server.mesh.folder().join("other-ca");
-    let text = |path: &Path| path.to_str().expect("a path in UTF-8").to_string();
-    server.mesh.finish(["certs", "init", "--dir", &text(&other_ca)]).ok();
-    let stranger = text(&server.mesh.folder().join("stranger"));
-    let issue = ["certs", "issue", "--dir", &text(&other_ca), "--service", "caller", "--out", &stranger];
-    server.mesh.finish(issue).ok();
-    let refused = server.ask(Some(Path::new(&stranger))).await;
+    let refused = server.ask(Some(&of_another_ca(&server.mesh))).await;
     assert!(refused.is_err(), "of another CA: {refused:?}");
 
     let expired = short_lived(&server.mesh.ca(), server.mesh.folder().join("expired"));
@@ -107,41 +110,130 @@ async fn a_strict_sidecar_refuses_every_caller_but_the_allowed_one() {
     server.answers_its_caller().await;
 }
 
+/// What `openssl s_client` hears when it asks for `/`.
+fn s_client(openssl: &Path, server: &Server, flags: &[&str]) -> String {
+    let mut command = Command::new(openssl);
+    command.args(["s_client", "-quiet", "-verify_quiet", "-connect", &server.inbound().to_string()]);
+    command.args(["-servername", &server.sni, "-alpn", HTTP1]).args(flags);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
+    let child = child.as_mut().expect("openssl runs");
+    use std::io::{Read, Write};
+    let mut stdin = child.stdin.take().expect("a pipe");
+    let _ = stdin.write_all(b"GET / HTTP/1.1\r\nHost: server\r\nConnection: close\r\n\r\n");
+    let mut said = String::new();
+    let _ = child.stdout.take().expect("a pipe").read_to_string(&mut said);
+    drop(stdin);
+    let _ = child.wait();
+    said
+}
+
+/// Its flags for the certificate in a folder.
+fn showing(folder: &Path) -> [String; 6] {
+    let (cert, key) = (folder.join("cert.pem").display().to_string(), folder.join("key.pem").display().to_string());
+    ["-cert".into(), cert.clone(), "-cert_chain".into(), cert, "-key".into(), key]
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn openssl_s_client_is_refused_with_tls_1_2_and_without_a_certificate() {
+async fn openssl_s_client_is_refused_as_everybody_is() {
     let openssl = need!(program("openssl"));
     let server = Server::start().await;
-    let caller = server.mesh.certificate("caller", &["--service", "caller"]);
-    let talk = |flags: &[&str]| {
-        let mut command = Command::new(&openssl);
-        command.args(["s_client", "-quiet", "-verify_quiet", "-connect", &server.inbound().to_string()]);
-        command.args(["-servername", &server.sni, "-alpn", HTTP1]).args(flags);
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
-        let child = child.as_mut().expect("openssl runs");
-        use std::io::{Read, Write};
-        let mut stdin = child.stdin.take().expect("a pipe");
-        let _ = stdin.write_all(b"GET / HTTP/1.1\r\nHost: server\r\nConnection: close\r\n\r\n");
-        let mut said = String::new();
-        let _ = child.stdout.take().expect("a pipe").read_to_string(&mut said);
-        drop(stdin);
-        let _ = child.wait();
-        said
+    let mesh = &server.mesh;
+    let talk = |identity: Option<&Path>, flags: &[&str]| {
+        let identity = identity.map(showing).into_iter().flatten().collect::<Vec<_>>();
+        let all: Vec<&str> = identity.iter().map(String::as_str).chain(flags.iter().copied()).collect();
+        s_client(&openssl, &server, &all)
     };
-    let (cert, key) = (caller.join("cert.pem"), caller.join("key.pem"));
-    let identity = [
-        "-cert",
-        cert.to_str().expect("UTF-8"),
-        "-cert_chain",
-        cert.to_str().expect("UTF-8"),
-        "-key",
-        key.to_str().expect("UTF-8"),
-    ];
-    let said = talk(&identity);
+    let caller = mesh.certificate("caller", &["--service", "caller"]);
+    let said = talk(Some(&caller), &[]);
     assert!(said.starts_with("HTTP/1.1 200"), "with its certificate: {said}");
-    let said = talk(&[]);
-    assert!(!said.contains("200"), "without a certificate: {said}");
-    let said = talk(&[&identity[..], &["-tls1_2"]].concat());
-    assert!(!said.contains("200"), "TLS 1.2: {said}");
+    let refused = |what: &str, said: String, reason: &str| {
+        assert!(!said.contains("200") && !said.contains("inside"), "{what}: {said}");
+        let (admin, label) = (server.sidecar.admin(), format!("reason=\"{reason}\""));
+        async move {
+            let metrics = http::get(admin, "/metrics").await.expect("the metrics").text();
+            let counted = metrics.lines().any(|line| {
+                line.starts_with("sheetbend_refused_total") && line.contains(&label) && !line.ends_with(" 0")
+            });
+            assert!(counted, "counted as {label}: {metrics}");
+        }
+    };
+    refused("no certificate", talk(None, &[]), "no_certificate").await;
+    let stranger = of_another_ca(mesh);
+    refused("another CA", talk(Some(&stranger), &[]), "certificate").await;
+    let expired = short_lived(&mesh.ca(), mesh.folder().join("expired"));
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    refused("expired", talk(Some(&expired), &[]), "certificate").await;
+    refused("TLS 1.2", talk(Some(&caller), &["-tls1_2"]), "tls_version").await;
+    let other = mesh.certificate("other", &["--service", "other"]);
+    let said = talk(Some(&other), &[]);
+    assert!(said.starts_with("HTTP/1.1 403"), "another SPIFFE id than those on --allow: {said}");
+    let not_told = server.app.seen.load(std::sync::atomic::Ordering::Relaxed);
+    assert_eq!(not_told, 1, "only the first request got to the program");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_whose_root_was_dropped_is_not_resumed() {
+    let openssl = need!(program("openssl"));
+    let server = Server::start().await;
+    let mesh = &server.mesh;
+    let old = mesh.certificate("caller", &["--service", "caller"]);
+    let resumed = async || server.sidecar.counter("sheetbend_tls_handshakes_total", &["kind=\"resumed\""]).await;
+    // Sessions are resumed as a rule: by openssl from its file, and by code from its cache.
+    let file = mesh.folder().join("session").display().to_string();
+    let identity = showing(&old);
+    let openssl = |flags: [&str; 2]| {
+        let all: Vec<&str> = identity.iter().map(String::as_str).chain(flags).collect();
+        s_client(&openssl, &server, &all)
+    };
+    let config = tls::config(Some(&old), &[HTTP1], &[&TLS13]);
+    let ask = async || tls::ask(server.inbound(), config.clone(), &server.sni).await;
+    assert!(openssl(["-sess_out", &file]).starts_with("HTTP/1.1 200"));
+    assert!(openssl(["-sess_in", &file]).starts_with("HTTP/1.1 200"));
+    assert_eq!(resumed().await, 1.0, "openssl has resumed its session");
+    for _ in 0..2 {
+        assert!(ask().await.expect("an answer").starts_with("HTTP/1.1 200"));
+    }
+    assert_eq!(resumed().await, 2.0, "and so has code");
+    assert!(openssl(["-sess_out", &file]).starts_with("HTTP/1.1 200"), "a ticket for later");
+
+    let ca = mesh.ca().display().to_string();
+    mesh.finish(["certs", "rotate", "--dir", &ca]).ok();
+    eventually("the old root is dropped", Duration::from_secs(90), || async {
+        mesh.finish(["certs", "rotate", "--drop-old", "--dir", &ca]).status.success().then_some(())
+    })
+    .await;
+    eventually("the sidecar believes the new root alone", START, || async {
+        let certs = server.sidecar.page("/certs").await.json();
+        (certs["roots"].as_array().map(Vec::len) == Some(1)).then_some(())
+    })
+    .await;
+    let seen = server.app.seen.swap(0, std::sync::atomic::Ordering::Relaxed);
+    assert_eq!(seen, 5);
+    let said = openssl(["-sess_in", &file]);
+    assert!(!said.contains("200"), "{said}");
+    let said = ask().await;
+    assert!(said.is_err(), "{said:?}");
+    server.app_saw_nothing();
+    // It is the root that was refused: the same name under the new one is welcome.
+    let new = mesh.certificate("caller-anew", &["--service", "caller"]);
+    assert!(server.ask(Some(&new)).await.expect("an answer").starts_with("HTTP/1.1 200"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_crowd_of_strangers_is_counted_whole_and_logged_sparingly() {
+    const CROWD: usize = 200;
+    let server = Server::start().await;
+    let began = std::time::Instant::now();
+    for _ in 0..CROWD {
+        assert!(server.ask(None).await.is_err());
+    }
+    let took = began.elapsed().as_secs();
+    let counted = async || server.sidecar.counter("sheetbend_refused_total", &["reason=\"no_certificate\""]).await;
+    eventually("every one is counted", START, || async { (counted().await == CROWD as f64).then_some(()) }).await;
+    let said = server.sidecar.process.stderr();
+    let lines = said.lines().filter(|line| line.contains("a TLS handshake failed")).count() as u64;
+    assert!((1..=took + 2).contains(&lines), "{lines} lines in {took} s: {said}");
+    server.answers_its_caller().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
