@@ -7,8 +7,8 @@ use std::process::ExitCode;
 use std::str::FromStr;
 
 use sheetbend_control_plane::{Config, ControlPlane, StartError};
+use sheetbend_control_plane_client::logging;
 use tokio::signal::unix::{SignalKind, signal};
-use tracing_subscriber::EnvFilter;
 
 use crate::Failure;
 
@@ -107,7 +107,11 @@ where
 }
 
 fn log_to_stderr() {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    // A second subscriber is refused; the first one does as well.
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+    let told = std::env::var("RUST_LOG").ok();
+    // What is no filter is told, and does not keep the mesh from its control plane.
+    let wrong = told.as_deref().and_then(|told| logging::install(told).err());
+    if told.is_none() || wrong.is_some() {
+        let _ = logging::install("info");
+    }
+    wrong.iter().for_each(|why| tracing::warn!("RUST_LOG: {why}"));
 }

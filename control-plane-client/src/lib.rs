@@ -10,6 +10,7 @@
 //! - [`admin_http`]: the server behind admin ports, and the client that asks one.
 //! - [`graph`]: the edges of the service graph, merged and shown.
 //! - [`report`]: what edges this proxy saw, told every 5 s.
+//! - [`logging`]: the log filter that an operator changes while a process runs.
 //! - [`local`]: how processes of one user find their own control plane.
 //! - [`proto`]: the generated messages and gRPC stubs of our own services.
 
@@ -20,6 +21,7 @@ pub mod discovery;
 pub mod graph;
 pub mod identity;
 pub mod local;
+pub mod logging;
 pub mod model;
 pub mod registration;
 pub mod report;

@@ -1,4 +1,4 @@
-//! What the admin port shows: loopback only, and nothing here changes anything.
+//! What the admin port shows, on loopback only. All that it changes is what is logged.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -7,8 +7,10 @@ use http::{Method, StatusCode};
 use serde_json::{Value, json};
 use sheetbend_certs::format_time;
 use sheetbend_control_plane_client::admin_http::{self, Answer, Asked};
+use sheetbend_control_plane_client::logging;
 use tokio::net::TcpListener;
 
+use crate::metrics;
 use crate::report::Reports;
 use crate::state::{Shared, lock, stopped};
 
@@ -31,13 +33,20 @@ pub(crate) async fn serve(listener: TcpListener, admin: Admin) {
 
 impl Admin {
     fn answer(&self, asked: &Asked) -> Answer {
+        if asked.path == "/logging" {
+            return logging::answer(asked, logging::filter, logging::set_filter);
+        }
         if asked.method != Method::GET {
-            return Answer::text(StatusCode::METHOD_NOT_ALLOWED, "Nothing here changes anything: use GET.\n");
+            return Answer::text(StatusCode::METHOD_NOT_ALLOWED, "Only /logging takes a POST.\n");
         }
         match asked.path.as_str() {
             "/" | "/graph" => Answer::graph(asked, &self.reports.snapshot()),
             "/live" => Answer::text(StatusCode::OK, "live\n"),
             "/ready" => Answer::text(StatusCode::OK, "ready\n"),
+            "/metrics" => Answer {
+                content_type: "text/plain; version=0.0.4; charset=utf-8",
+                ..Answer::text(StatusCode::OK, metrics::render(&self.shared, self.started))
+            },
             "/roots" => match self.shared.roots() {
                 Ok((active, proxies)) => Answer::json(&json!({ "active": active, "proxies": proxies })),
                 Err(error) => {
@@ -54,7 +63,7 @@ impl Admin {
                 "uptime_seconds": self.started.elapsed().as_secs(),
             })),
             _ => Answer::not_found(
-                "/graph /ready /live /registrations /roots /resources /certs /config_dump /server_info",
+                "/graph /ready /live /metrics /logging /registrations /roots /resources /certs /config_dump /server_info",
             ),
         }
     }

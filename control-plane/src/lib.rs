@@ -17,6 +17,7 @@ mod keep;
 mod ledger;
 mod listen;
 mod local;
+mod metrics;
 mod own;
 mod persist;
 mod registry;

@@ -120,8 +120,7 @@ fn main() -> ExitCode {
 type Failure = (u8, String);
 
 fn run(args: Args) -> Result<(), Failure> {
-    let filter = tracing_subscriber::EnvFilter::try_new(&args.log).map_err(|why| (2, format!("--log: {why}")))?;
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+    sheetbend_proxy::admin::logging::install(&args.log).map_err(|why| (2, format!("--log: {why}")))?;
     let file = args.token_file.display();
     let token = std::fs::read_to_string(&args.token_file).map_err(|why| (2, format!("--token-file {file}: {why}")))?;
     let token: JoinToken = token.trim().parse().map_err(|why| (2, format!("--token-file {file}: {why}")))?;

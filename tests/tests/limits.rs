@@ -307,3 +307,28 @@ async fn metrics_say_what_happened_in_the_units_of_their_names() {
     })
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_control_plane_says_what_it_holds_and_changes_what_it_logs() {
+    let mesh = Mesh::with_control_plane(&[]);
+    let app = App::saying("hello\n").await;
+    let _server = mesh.run("server").port(app.port()).serve();
+    let admin = mesh.control_plane_admin();
+    let page = |path: &'static str| async move { client::get(admin, path).await.expect("an answer").text() };
+    eventually("the registration is counted", START, || async {
+        let metrics = page("/metrics").await;
+        let live = value(&metrics, "sheetbend_registrations", "live");
+        let streams = value(&metrics, "sheetbend_discovery_streams", "sheetbend");
+        (live == 1.0 && streams == 1.0).then_some(())
+    })
+    .await;
+    let metrics = page("/metrics").await;
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970").as_secs_f64();
+    assert!(value(&metrics, "sheetbend_root_expiry_timestamp_seconds", "sha256") > now, "{metrics}");
+    assert!(value(&metrics, "process_resident_memory_bytes", "") > 1e6, "{metrics}");
+    assert_eq!(page("/logging").await, "info\n");
+    let changed = client::send(admin, "POST", "/logging", "debug").await.expect("an answer");
+    assert_eq!((changed.status.as_u16(), changed.text().as_str()), (200, "debug\n"));
+    let refused = client::send(admin, "POST", "/logging", "loud").await.expect("an answer");
+    assert_eq!(refused.status, 400, "{}", refused.text());
+}

@@ -3,7 +3,6 @@
 //! On loopback: `/ready /live /metrics /config_dump /clusters /certs /logging /server_info /graph`. A second listener
 //! that others can reach (15120) has `/ready /live /metrics` alone. Nothing here is on the way of a request.
 
-pub mod logging;
 #[cfg(test)]
 mod tests;
 
@@ -12,6 +11,7 @@ use std::time::Duration;
 
 use http::{Method, StatusCode};
 use sheetbend_control_plane_client::admin_http::{self, Answer, Asked};
+pub use sheetbend_control_plane_client::logging;
 use tokio::net::TcpListener;
 
 use crate::telemetry::Telemetry;
@@ -84,7 +84,7 @@ const EVERYTHING: &str = "/ready /live /metrics /config_dump /clusters /certs /l
 fn answer(state: &AdminState, scope: Scope, asked: &Asked) -> Answer {
     let get = asked.method == Method::GET;
     match (asked.path.as_str(), scope) {
-        ("/logging", Scope::Everything) => logging(state, asked),
+        ("/logging", Scope::Everything) => logging::answer(asked, &state.log_filter, &state.set_log_filter),
         _ if !get => Answer::text(StatusCode::METHOD_NOT_ALLOWED, "Only /logging takes a POST.\n"),
         ("/live", _) => Answer::text(StatusCode::OK, "live\n"),
         ("/ready", _) => match (state.ready)() {
@@ -106,22 +106,5 @@ fn answer(state: &AdminState, scope: Scope, asked: &Asked) -> Answer {
         ("/graph", _) => Answer::graph(asked, &state.telemetry.graph()),
         ("/", _) => Answer::text(StatusCode::OK, format!("{EVERYTHING}\n")),
         _ => Answer::not_found(EVERYTHING),
-    }
-}
-
-/// GET says the filter in use; POST takes a new one as its body or as `?level=`.
-fn logging(state: &AdminState, asked: &Asked) -> Answer {
-    if asked.method == Method::GET {
-        return Answer::text(StatusCode::OK, format!("{}\n", (state.log_filter)()));
-    }
-    let body = String::from_utf8_lossy(&asked.body);
-    let filter = asked.parameter("level").unwrap_or(body.trim());
-    if filter.is_empty() {
-        let usage = "Say which: a level (error, warn, info, debug, trace), or a filter as RUST_LOG takes it.\n";
-        return Answer::text(StatusCode::BAD_REQUEST, usage);
-    }
-    match (state.set_log_filter)(filter) {
-        Ok(()) => Answer::text(StatusCode::OK, format!("{}\n", (state.log_filter)())),
-        Err(why) => Answer::text(StatusCode::BAD_REQUEST, format!("{why}\n")),
     }
 }

@@ -3,9 +3,12 @@
 use std::io;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
+use http::{Method, StatusCode};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Registry, fmt, reload};
+
+use crate::admin_http::{Answer, Asked};
 
 /// The filter in use. One a process, as logging itself is.
 struct Filter {
@@ -39,6 +42,23 @@ pub fn set_filter(text: &str) -> Result<(), String> {
     *filter.text.lock().unwrap_or_else(PoisonError::into_inner) = text.to_string();
     tracing::warn!(filter = text, "the log filter was changed");
     Ok(())
+}
+
+/// The answer of `/logging`: GET says the filter in use; POST takes a new one as its body or as `?level=`.
+pub fn answer(asked: &Asked, now: impl Fn() -> String, set: impl Fn(&str) -> Result<(), String>) -> Answer {
+    if asked.method == Method::GET {
+        return Answer::text(StatusCode::OK, format!("{}\n", now()));
+    }
+    let body = String::from_utf8_lossy(&asked.body);
+    let filter = asked.parameter("level").unwrap_or(body.trim());
+    if filter.is_empty() {
+        let usage = "Say which: a level (error, warn, info, debug, trace), or a filter as RUST_LOG takes it.\n";
+        return Answer::text(StatusCode::BAD_REQUEST, usage);
+    }
+    match set(filter) {
+        Ok(()) => Answer::text(StatusCode::OK, format!("{}\n", now())),
+        Err(why) => Answer::text(StatusCode::BAD_REQUEST, format!("{why}\n")),
+    }
 }
 
 fn parse(text: &str) -> Result<EnvFilter, String> {
