@@ -16,7 +16,7 @@ use tokio_rustls::TlsAcceptor;
 use crate::app::Shared;
 use crate::client_hello::Hello;
 use crate::detect::Detected;
-use crate::first_bytes::{FirstBytes, Patience, read_first, read_hello};
+use crate::first_bytes::{FirstBytes, Patience, Speaker, read_first, read_hello, who_speaks_first};
 use crate::forward::{Body1, Outgoing, Sending, Way, finish, protocol, within};
 use crate::http::body::ResponseBody;
 use crate::http::deadline::Deadline;
@@ -79,15 +79,30 @@ impl Inbound {
     /// A connection from anywhere.
     pub(crate) async fn connection(self, mut io: BoxIo, peer: SocketAddr) {
         let mut bytes = BytesMut::new();
-        // Under strict, nobody but a client of TLS is listened to, and that one speaks first.
-        let patience = match self.shared.strict {
+        // Where plain callers are refused, nobody but a client of TLS is listened to, and that one speaks first.
+        let patience = match self.shared.strict || !self.shared.allow.is_empty() {
             true => Patience { first_byte: Some(HANDSHAKE), decision: HANDSHAKE },
             false => Patience::default(),
         };
-        let first = match read_first(&mut io, &mut bytes, patience).await {
+        let mut first = match read_first(&mut io, &mut bytes, patience).await {
             Ok(FirstBytes::Closed) | Err(_) => return,
             Ok(first) => first,
         };
+        let mut dialed = None;
+        if first == FirstBytes::ServerFirst && patience == Patience::default() {
+            // Either the app speaks first, or a peer's hello is late: whoever breaks the silence tells.
+            let Some(mut app) = self.dial().await else { return io.abort() };
+            let mut said = BytesMut::new();
+            match who_speaks_first(&mut io, &mut bytes, &mut app, &mut said).await {
+                Ok(Speaker::Client) => match read_first(&mut io, &mut bytes, patience).await {
+                    Ok(FirstBytes::Closed) | Err(_) => return,
+                    Ok(spoken) => first = spoken,
+                },
+                Ok(_) => {}
+                Err(_) => return,
+            }
+            dialed = Some(Box::new(Rewind::new(said.freeze(), app)) as BoxIo);
+        }
         self.shared.telemetry.detected(first);
         if first == FirstBytes::Detected(Detected::Tls) && self.port.protocol != AppProtocol::Tls {
             let hello = read_hello(&mut io, &mut bytes, HANDSHAKE).await;
@@ -113,15 +128,15 @@ impl Inbound {
             io.abort();
             return;
         }
-        self.detected(first, bytes, io, caller).await;
+        self.detected(first, bytes, io, caller, dialed).await;
     }
 
-    async fn detected(self, first: FirstBytes, bytes: BytesMut, io: BoxIo, caller: Caller) {
+    async fn detected(self, first: FirstBytes, bytes: BytesMut, io: BoxIo, caller: Caller, dialed: Option<BoxIo>) {
         let io: BoxIo = Box::new(Rewind::new(bytes.freeze(), io));
         match first {
             FirstBytes::Detected(Detected::Http1) => self.http(io, false, caller).await,
             FirstBytes::Detected(Detected::Http2) => self.http(io, true, caller).await,
-            _ => self.opaque(io, caller).await,
+            _ => self.opaque(io, caller, dialed).await,
         }
     }
 
@@ -203,12 +218,12 @@ impl Inbound {
         }
         match inside {
             Inside::Http { http2 } => self.http(io, http2, caller).await,
-            Inside::Opaque => self.opaque(io, caller).await,
+            Inside::Opaque => self.opaque(io, caller, None).await,
             Inside::Unsaid => {
                 let mut bytes = BytesMut::new();
                 match read_first(&mut io, &mut bytes, Patience::default()).await {
                     Ok(FirstBytes::Closed) | Err(_) => {}
-                    Ok(first) => self.detected(first, bytes, io, caller).await,
+                    Ok(first) => self.detected(first, bytes, io, caller, None).await,
                 }
             }
         }
@@ -306,24 +321,34 @@ impl Inbound {
         Ok((answer, client))
     }
 
-    async fn opaque(&self, mut io: BoxIo, caller: Caller) {
+    /// Bytes that nobody looks into, over a connection to the app that may be there already.
+    async fn opaque(&self, mut io: BoxIo, caller: Caller, dialed: Option<BoxIo>) {
         let edge = self.edge(&caller, Protocol::Tcp);
-        let app = self.port.app.load_full();
-        let Some(address) = app.socket_address() else { return };
-        let (identity, telemetry) = (&self.shared.identity, &self.shared.telemetry);
-        let mut server = match dial(&app, MeshAlpn::Tcp, identity, telemetry, &self.pool.own).await {
-            Ok(server) => server,
-            Err(error) => {
-                edge.connection_failed();
-                tracing::warn!(%address, %error, "the app does not take the connection");
-                io.abort();
-                return;
-            }
+        let dialed = match dialed {
+            None => self.dial().await,
+            dialed => dialed,
+        };
+        let Some(mut app) = dialed else {
+            edge.connection_failed();
+            return io.abort();
         };
         let _open = edge.connection();
         // Sent and received are this proxy's view: what the caller sent was received.
         let moved = |moved: crate::tcp::Transferred| edge.bytes(moved.server_to_client, moved.client_to_server);
-        splice_for(&mut io, &mut server.io, caller.rest.clone(), moved).await;
+        splice_for(&mut io, &mut app, caller.rest.clone(), moved).await;
+    }
+
+    /// A connection to the app.
+    async fn dial(&self) -> Option<BoxIo> {
+        let app = self.port.app.load_full();
+        let (identity, telemetry) = (&self.shared.identity, &self.shared.telemetry);
+        match dial(&app, MeshAlpn::Tcp, identity, telemetry, &self.pool.own).await {
+            Ok(dialed) => Some(dialed.io),
+            Err(error) => {
+                tracing::warn!(app = ?app.socket_address(), %error, "the app does not take the connection");
+                None
+            }
+        }
     }
 }
 

@@ -38,16 +38,24 @@ pub fn config(identity: Option<&Path>, alpn: &[&str], versions: &[&'static Suppo
 
 /// Connects and shakes hands, with `sni` as the name asked for.
 pub async fn connect(to: SocketAddr, config: ClientConfig, sni: &str) -> Result<TlsStream<TcpStream>, Error> {
-    let stream = TcpStream::connect(to).await?;
+    shake(TcpStream::connect(to).await?, config, sni).await
+}
+
+/// Shakes hands over a connection.
+pub async fn shake(stream: TcpStream, config: ClientConfig, sni: &str) -> Result<TlsStream<TcpStream>, Error> {
     let name = ServerName::try_from(sni.to_string())?;
     let within = Duration::from_secs(10);
     Ok(tokio::time::timeout(within, TlsConnector::from(Arc::new(config)).connect(name, stream)).await??)
 }
 
-/// Asks for `/` in HTTP/1.1 over a fresh connection and gives all that comes back. With TLS 1.3 a server refuses a
-/// client's certificate only after the client's side of the handshake is done: the read tells.
+/// Asks for `/` over a fresh connection, as [`ask_over`] does.
 pub async fn ask(to: SocketAddr, config: ClientConfig, sni: &str) -> Result<String, Error> {
-    let mut stream = connect(to, config, sni).await?;
+    ask_over(connect(to, config, sni).await?).await
+}
+
+/// Asks for `/` in HTTP/1.1 and gives all that comes back. With TLS 1.3 a server refuses a client's certificate only after
+/// the client's side of the handshake is done: the read tells.
+pub async fn ask_over(mut stream: TlsStream<TcpStream>) -> Result<String, Error> {
     stream.write_all(b"GET / HTTP/1.1\r\nHost: server\r\nConnection: close\r\n\r\n").await?;
     let mut said = Vec::new();
     let read = tokio::time::timeout(Duration::from_secs(10), stream.read_to_end(&mut said)).await?;

@@ -8,7 +8,7 @@ use bytes::BytesMut;
 use sheetbend_proxy::client_hello::{ClientHello, Hello};
 use sheetbend_proxy::detect::Detected;
 use sheetbend_proxy::first_bytes::{FirstBytes, Patience, read_first, read_hello};
-use sheetbend_tests::{START, need, program, python};
+use sheetbend_tests::{App, Mesh, START, need, program, python, tls};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 
@@ -102,4 +102,24 @@ async fn first_of(client: impl FnOnce(SocketAddr) -> Command, patience: Patience
     let mut buf = BytesMut::new();
     let first = read_first(&mut stream, &mut buf, patience).await.unwrap();
     (first, stream, buf)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_peer_whose_hello_is_late_is_a_peer_all_the_same() {
+    let mesh = Mesh::with_control_plane(&[]);
+    let app = App::saying("inside\n").await;
+    let server = mesh.run("server").port(app.port()).serve();
+    let caller = mesh.certificate("caller", &["--service", "caller"]);
+    for late in [Duration::ZERO, Duration::from_millis(300)] {
+        let stream = TcpStream::connect(server.inbound()).await.unwrap();
+        // By now a permissive sidecar has dialed the program, to hear whether that speaks first.
+        tokio::time::sleep(late).await;
+        let config = tls::config(Some(&caller), &["sheetbend/http1.1"], &[&rustls::version::TLS13]);
+        let sni = format!("{}.server.default.cluster.local", app.port());
+        let stream = tls::shake(stream, config, &sni).await.unwrap_or_else(|e| panic!("late by {late:?}: {e}"));
+        let said = tls::ask_over(stream).await.unwrap_or_else(|e| panic!("late by {late:?}: {e}"));
+        assert!(said.starts_with("HTTP/1.1 200") && said.ends_with("inside\n"), "{said}");
+    }
+    let edges = server.edges().await;
+    assert!(edges.iter().any(|edge| edge.is("caller", "server", "http") && edge.mtls), "{edges:?}");
 }

@@ -116,9 +116,12 @@ async fn a_peer_of_another_root_is_refused_and_both_roots_are_named() {
         let at = said.find("cluster.local root ").expect("the root's name") + "cluster.local root ".len();
         said[at..].split_whitespace().next().expect("its id").to_string()
     };
-    let said = caller.process.stderr();
     let (ours, theirs) = (root(&text(mesh.ca())), root(&other_ca));
-    assert!(said.contains(&ours) && said.contains(&theirs), "ours {ours}, theirs {theirs}: {said}");
+    // The access log is written a moment after the answer.
+    sheetbend_tests::until(&format!("ours, {ours}, and theirs, {theirs}, are named"), sheetbend_tests::START, || {
+        let said = caller.process.stderr();
+        (said.contains(&ours) && said.contains(&theirs)).then_some(())
+    });
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
