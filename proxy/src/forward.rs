@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
+use futures_util::FutureExt;
 use http::uri::Authority;
 use http::{Request, Response, StatusCode, Version, request};
 use hyper::body::{Body, Incoming};
@@ -41,6 +42,8 @@ pub(crate) struct Outgoing {
     pub(crate) upgrade: bool,
     /// When the caller no longer cares.
     pub(crate) deadline: Option<Deadline>,
+    /// There is one attempt, which takes the head with it.
+    pub(crate) once: bool,
 }
 
 /// The request's body.
@@ -122,8 +125,14 @@ impl Way<'_> {
             endpoint.load.sample(FAILURE_COST, self.epoch.elapsed());
             Error::unreachable(endpoint.place.clone(), source)
         };
-        let checkout = self.pool.checkout(endpoint, wire, fresh, self.identity, self.telemetry);
-        let (mut sender, checkout) = checkout.await.map_err(failed)?;
+        let (mut sender, checkout) = match self.pool.ready(endpoint, wire, fresh) {
+            Some(ready) => ready,
+            // Allocates: a connection's beginning is large, and every request would carry room for it.
+            None => {
+                let checkout = self.pool.checkout(endpoint, wire, fresh, self.identity, self.telemetry);
+                checkout.boxed().await.map_err(failed)?
+            }
+        };
         let Some((body, ask)) = outgoing.body.attempt() else {
             return Err(Error::Refused(crate::http::error::Refusal::Malformed("the body cannot be sent again")));
         };
@@ -196,9 +205,12 @@ impl Way<'_> {
 
 impl Outgoing {
     /// The head in the form that the next hop wants.
-    fn for_wire(&self, wire: Wire, to_peer: bool) -> Result<request::Parts, Error> {
-        // A copy for each attempt: header maps share their values.
-        let mut head = self.head.clone();
+    fn for_wire(&mut self, wire: Wire, to_peer: bool) -> Result<request::Parts, Error> {
+        let mut head = match self.once {
+            true => std::mem::replace(&mut self.head, Request::new(()).into_parts().0),
+            // A copy for each attempt: header maps share their values.
+            false => self.head.clone(),
+        };
         if let Some(deadline) = self.deadline {
             deadline.tell(&mut head.headers);
         }

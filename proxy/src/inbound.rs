@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwap;
 use bytes::BytesMut;
+use futures_util::FutureExt;
 use http::{HeaderValue, Request, Response, Version};
 use hyper::body::Incoming;
 use sheetbend_certs::{ALPN_H2, IdentityStore, MeshAlpn, SpiffeId, VerifiedPeer, format_time};
@@ -109,7 +110,7 @@ impl Inbound {
             let mesh = MeshAlpn::ALL.map(MeshAlpn::wire);
             let ours = matches!(&hello, Ok(Hello::Parsed(hello)) if hello.offers(&mesh));
             if ours || self.shared.strict || self.port.mesh_tls {
-                return self.terminate(Rewind::new(bytes.freeze(), io), ours, peer).await;
+                return self.terminate(Rewind::new(bytes.freeze(), io), ours, peer).boxed().await;
             }
         } else if self.shared.strict && self.port.protocol != AppProtocol::Tls {
             if let Some(left_out) = self.shared.telemetry.refused(Counter::RefusedPlain) {
@@ -136,7 +137,7 @@ impl Inbound {
         match first {
             FirstBytes::Detected(Detected::Http1) => self.http(io, false, caller).await,
             FirstBytes::Detected(Detected::Http2) => self.http(io, true, caller).await,
-            _ => self.opaque(io, caller, dialed).await,
+            _ => self.opaque(io, caller, dialed).boxed().await,
         }
     }
 
@@ -218,12 +219,12 @@ impl Inbound {
         }
         match inside {
             Inside::Http { http2 } => self.http(io, http2, caller).await,
-            Inside::Opaque => self.opaque(io, caller, None).await,
+            Inside::Opaque => self.opaque(io, caller, None).boxed().await,
             Inside::Unsaid => {
                 let mut bytes = BytesMut::new();
                 match read_first(&mut io, &mut bytes, Patience::default()).await {
                     Ok(FirstBytes::Closed) | Err(_) => {}
-                    Ok(first) => self.detected(first, bytes, io, caller, None).await,
+                    Ok(first) => self.detected(first, bytes, io, caller, None).boxed().await,
                 }
             }
         }
@@ -266,12 +267,12 @@ impl Inbound {
         let telemetry = &self.shared.telemetry;
         let (head, body) = request.into_parts();
         let mut exchange = Exchange::begin(telemetry, Reporter::Destination, &head, caller.peer, caller.id.clone());
-        let asked = head.headers.clone();
+        let grpc = headers::is_grpc(&head.headers);
         match within(Deadline::of(&head.headers), self.forward(head, body, caller, &mut exchange)).await {
             Ok((answer, client)) => finish(answer, exchange, client, telemetry),
             Err(error) => {
                 exchange.failed(&error);
-                error.respond(&asked, caller.ours).map(|body| body.reporting(exchange))
+                error.respond(grpc, caller.ours).map(|body| body.reporting(exchange))
             }
         }
     }
@@ -306,7 +307,7 @@ impl Inbound {
         let sending = if headers::expects_continue(&head) { Sending::WhenAsked } else { Sending::Once };
         let body = Body1::new(body, sending, exchange);
         let deadline = Deadline::of(&head.headers);
-        let mut outgoing = Outgoing { head, authority, sent, body, upgrade, deadline };
+        let mut outgoing = Outgoing { head, authority, sent, body, upgrade, deadline, once: true };
         let app = self.port.app.load_full();
         exchange.attempt(&app);
         let wire = if sent == Version::HTTP_2 { Wire::Http2 } else { Wire::Http1 };

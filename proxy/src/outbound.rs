@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use bytes::BytesMut;
+use futures_util::FutureExt;
 use http::{HeaderValue, Method, Request, Response, Version};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
@@ -77,7 +78,7 @@ impl Outbound {
         };
         if opaque {
             self.shared.telemetry.detected(FirstBytes::Detected(Detected::Opaque));
-            return self.opaque(io, bytes, &route, None, peer).await;
+            return self.opaque(io, bytes, &route, None, peer).boxed().await;
         }
         let mut first = read_first(&mut io, &mut bytes, Patience::default()).await;
         first.iter().for_each(|first| self.shared.telemetry.detected(*first));
@@ -95,7 +96,7 @@ impl Outbound {
                     first = read_first(&mut io, &mut bytes, Patience::default()).await;
                     dialed = Some(server);
                 }
-                Ok(_) => return self.opaque(io, bytes, &route, Some(server), peer).await,
+                Ok(_) => return self.opaque(io, bytes, &route, Some(server), peer).boxed().await,
                 // Half a conversation is not a whole one: whoever is left sees it break.
                 Err(_) => return io.abort(),
             }
@@ -108,7 +109,7 @@ impl Outbound {
                 self.http(Box::new(Rewind::new(bytes.freeze(), io)), true, Some(target), peer).await;
             }
             Ok(FirstBytes::Closed) | Err(_) => {}
-            Ok(_) => self.opaque(io, bytes, &route, dialed, peer).await,
+            Ok(_) => self.opaque(io, bytes, &route, dialed, peer).boxed().await,
         }
     }
 
@@ -118,7 +119,7 @@ impl Outbound {
         let this = Arc::new((self, target));
         let handle = move |request| {
             let this = Arc::clone(&this);
-            async move { this.0.clone().request(request, this.1.as_ref(), peer).await }
+            async move { this.0.request(request, this.1.as_ref(), peer).await }
         };
         if let Err(error) = serve(io, http2, drain, None, handle).await {
             fault(&error).into_iter().for_each(|counter| telemetry.count(counter));
@@ -127,25 +128,23 @@ impl Outbound {
 
     /// One request of the app.
     async fn request(
-        self,
+        &self,
         request: Request<Incoming>,
         target: Option<&Target>,
         peer: SocketAddr,
     ) -> Response<ResponseBody> {
-        let shared = Arc::clone(&self.shared);
+        let shared = &self.shared;
         let (mut head, body) = request.into_parts();
-        if !head.headers.contains_key(X_REQUEST_ID)
-            && let Ok(id) = HeaderValue::try_from(request_id())
-        {
-            head.headers.insert(X_REQUEST_ID, id);
+        if !head.headers.contains_key(X_REQUEST_ID) {
+            head.headers.insert(X_REQUEST_ID, headers::request_id(rand::random()));
         }
         let mut exchange = Exchange::begin(&shared.telemetry, Reporter::Source, &head, peer, None);
-        let asked = head.headers.clone();
+        let grpc = headers::is_grpc(&head.headers);
         match within(Deadline::of(&head.headers), self.forward(head, body, target, peer, &mut exchange)).await {
             Ok((answer, client)) => finish(answer, exchange, client, &shared.telemetry),
             Err(error) => {
                 exchange.failed(&error);
-                error.respond(&asked, false).map(|body| body.reporting(exchange))
+                error.respond(grpc, false).map(|body| body.reporting(exchange))
             }
         }
     }
@@ -201,7 +200,7 @@ impl Outbound {
         };
         let body = Body1::new(body, sending, exchange);
         let deadline = Deadline::of(&head.headers);
-        let mut outgoing = Outgoing { head, authority, sent, body, upgrade, deadline };
+        let mut outgoing = Outgoing { head, authority, sent, body, upgrade, deadline, once: false };
         let way = self.way();
         let mut tried: Option<Arc<EndpointState>> = None;
         let mut before = 0;
@@ -263,7 +262,12 @@ impl Outbound {
         self.check_loop(target)?;
         let shared = &self.shared;
         let deny = shared.deny_unknown || shared.discovery.snapshot().outbound_policy() == OutboundPolicy::Deny;
-        self.routes.to(target, &shared.discovery, &shared.endpoints, deny, &shared.telemetry).await
+        if let Some(known) = self.routes.known(target, &shared.discovery, deny) {
+            return Ok(known);
+        }
+        // Allocates: seldom, and every request would carry room for it.
+        let (discovery, endpoints) = (&shared.discovery, &shared.endpoints);
+        self.routes.to(target, discovery, endpoints, deny, &shared.telemetry).boxed().await
     }
 
     fn way(&self) -> Way<'_> {
@@ -328,13 +332,4 @@ fn wire(endpoint: &EndpointState, outgoing: &Outgoing, expects: bool) -> Wire {
 /// A host of a URI, without the brackets of an IPv6 address.
 fn host(text: &str) -> &str {
     text.trim_start_matches('[').trim_end_matches(']')
-}
-
-/// A random UUID (RFC 9562 §5.4).
-fn request_id() -> String {
-    let bits: u128 = rand::random();
-    let bits = bits & !(0xf << 76) | (4 << 76);
-    let bits = bits & !(0x3 << 62) | (2 << 62);
-    let hex = format!("{bits:032x}");
-    format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
 }

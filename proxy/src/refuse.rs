@@ -11,6 +11,7 @@ use crate::detect::Detected;
 use crate::first_bytes::{FirstBytes, Patience, read_first};
 use crate::http::error::Error;
 use crate::http::exchange::Exchange;
+use crate::http::headers::is_grpc;
 use crate::http::serve::serve;
 use crate::rewind::Rewind;
 use crate::tcp::Abort;
@@ -48,7 +49,7 @@ pub(crate) async fn refuse(
             let (head, _) = request.into_parts();
             let mut exchange = Exchange::begin(&telemetry, side, &head, peer, None);
             exchange.failed(&error);
-            error.respond(&head.headers, false).map(|body| body.reporting(exchange))
+            error.respond(is_grpc(&head.headers), false).map(|body| body.reporting(exchange))
         }
     };
     // However it ends: its end was refused anyway.

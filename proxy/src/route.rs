@@ -121,6 +121,19 @@ pub struct Routes {
 const MOST: usize = 4_096;
 
 impl Routes {
+    /// The route to a target of which nothing new was heard since it was made; the usual case, and waits for nothing.
+    pub fn known(&self, target: &Target, discovery: &Discovery, deny_unknown: bool) -> Option<Arc<Route>> {
+        let resolution = discovery.lookup(target)?;
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let route = known.get(target)?;
+        let holds = match (&resolution, &route.destination) {
+            (Resolution::Mesh(now), Some(then)) => Arc::ptr_eq(now, then),
+            (Resolution::NotMesh, None) => !deny_unknown,
+            _ => false,
+        };
+        holds.then(|| Arc::clone(route))
+    }
+
     /// The route to a target; asks the control plane where nothing is known yet.
     pub async fn to(
         &self,

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 
 use bytes::BytesMut;
+use futures_util::FutureExt;
 use sheetbend_control_plane_client::model::Target;
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
@@ -151,6 +152,7 @@ impl Workers {
     }
 }
 
+/// Each way is in a box of its own: a connection holds no room for those that it does not take.
 async fn carry(job: Job, outbound: Outbound) {
     let (accepted, job) = match job {
         Job::Explicit(accepted) => (accepted, Kind::Explicit),
@@ -165,14 +167,14 @@ async fn carry(job: Job, outbound: Outbound) {
     match job {
         Kind::Explicit if outbound.shared.takes(ours, peer) => outbound.explicit(Box::new(stream), peer).await,
         Kind::Fixed(target) if outbound.shared.takes(ours, peer) => {
-            outbound.caught(Box::new(stream), target, peer).await;
+            outbound.caught(Box::new(stream), target, peer).boxed().await;
         }
         Kind::Explicit | Kind::Fixed(_) => {}
         Kind::Transparent => match original(&stream).and_then(|original| of_the_app(original, peer)) {
-            Ok(original) => outbound.caught(Box::new(stream), Target::from(original), peer).await,
+            Ok(original) => outbound.caught(Box::new(stream), Target::from(original), peer).boxed().await,
             Err(error) => {
                 let nothing = BytesMut::new();
-                refuse(&outbound.shared, Reporter::Source, Box::new(stream), nothing, error, peer).await;
+                refuse(&outbound.shared, Reporter::Source, Box::new(stream), nothing, error, peer).boxed().await;
             }
         },
         Kind::Redirected => {
@@ -181,11 +183,13 @@ async fn carry(job: Job, outbound: Outbound) {
             match original(&stream).and_then(|original| here.port_at(original).ok_or(Error::Loop(original))) {
                 Ok(port) => {
                     let inbound = Inbound { shared: outbound.shared, pool: outbound.pool, port };
-                    inbound.connection(Box::new(stream), peer).await;
+                    inbound.connection(Box::new(stream), peer).boxed().await;
                 }
                 Err(error) => {
                     let nothing = BytesMut::new();
-                    refuse(&outbound.shared, Reporter::Destination, Box::new(stream), nothing, error, peer).await;
+                    refuse(&outbound.shared, Reporter::Destination, Box::new(stream), nothing, error, peer)
+                        .boxed()
+                        .await;
                 }
             }
         }
@@ -193,7 +197,7 @@ async fn carry(job: Job, outbound: Outbound) {
             // Held for as long as the connection is carried.
             let _live = outbound.live;
             let inbound = Inbound { shared: outbound.shared, pool: outbound.pool, port };
-            inbound.connection(Box::new(stream), peer).await;
+            inbound.connection(Box::new(stream), peer).boxed().await;
         }
     }
 }

@@ -9,7 +9,7 @@ use http::{HeaderValue, Response, StatusCode};
 use sheetbend_control_plane_client::model::Target;
 
 use super::body::ResponseBody;
-use super::headers::{PROXY_STATUS, UNSENT, is_grpc};
+use super::headers::{PROXY_STATUS, UNSENT};
 use crate::telemetry::{Counter, Flags};
 use crate::upstream::{DialError, Place};
 
@@ -164,10 +164,10 @@ impl Error {
         }
     }
 
-    /// The response that tells the caller. `unsent` is told to a mesh peer only.
-    pub fn respond(&self, request_headers: &http::HeaderMap, to_peer: bool) -> Response<ResponseBody> {
+    /// The response that tells the caller, in gRPC's form to a gRPC call. `unsent` is told to a mesh peer only.
+    pub fn respond(&self, grpc: bool, to_peer: bool) -> Response<ResponseBody> {
         let (status, word, _) = self.verdict();
-        let mut response = if is_grpc(request_headers) {
+        let mut response = if grpc {
             self.grpc_response()
         } else {
             let mut response = Response::new(ResponseBody::text(format!("sheetbend: {self}\n")));

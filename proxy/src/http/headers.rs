@@ -24,6 +24,19 @@ const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
 /// Every header by which our proxies speak to each other.
 const OURS: [HeaderName; 2] = [SENT_VERSION, UNSENT];
 
+/// A random UUID (RFC 9562 §5.4) of 128 random bits.
+pub fn request_id(bits: u128) -> HeaderValue {
+    const HEX: &[u8; 16] = b"0123456789abcdef";
+    let bits = bits & !(0xf << 76) | (4 << 76);
+    let bits = bits & !(0x3 << 62) | (2 << 62);
+    let mut text = [b'-'; 36];
+    let digits = text.iter_mut().enumerate().filter(|(at, _)| ![8, 13, 18, 23].contains(at));
+    for (nth, (_, digit)) in digits.enumerate() {
+        *digit = HEX[(bits >> (124 - 4 * nth)) as usize & 0xf];
+    }
+    HeaderValue::from_bytes(&text).unwrap_or(HeaderValue::from_static("-"))
+}
+
 /// Removes what only mesh peers may say.
 pub fn strip_ours(headers: &mut HeaderMap) {
     for name in &OURS {
@@ -189,6 +202,13 @@ mod tests {
             request = request.header(*name, *value);
         }
         request.body(()).expect("a request").into_parts().0
+    }
+
+    #[test]
+    fn a_request_id_is_a_random_uuid() {
+        let bits = 0x0123_4567_89ab_cdef_0123_4567_89ab_cdef;
+        assert_eq!(request_id(bits), "01234567-89ab-4def-8123-456789abcdef");
+        assert_eq!(request_id(u128::MAX), "ffffffff-ffff-4fff-bfff-ffffffffffff");
     }
 
     #[test]

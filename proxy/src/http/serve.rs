@@ -2,8 +2,11 @@
 
 use std::convert::Infallible;
 use std::future::Future;
+use std::pin::pin;
 use std::sync::Arc;
 
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
 use http::{Method, Request, Response, StatusCode};
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
@@ -39,9 +42,6 @@ where
     F: Fn(Request<Incoming>) -> R + Send + Sync + 'static,
     R: Future<Output = Response<ResponseBody>> + Send + 'static,
 {
-    let turns = Arc::new(Turns::default());
-    let io = TokioIo::new(HeadClock::new(io, http2, Arc::clone(&turns)));
-    let served = Arc::clone(&turns);
     let told = async move {
         tokio::select! {
             // An error means that the proxy itself is gone; the connection then ends with it.
@@ -49,44 +49,68 @@ where
             () = rest::dropped(rest) => {}
         }
     };
-    tokio::pin!(told);
-    if http2 {
-        // Until the connection ends.
-        let window = Windows::of_process().give();
-        let mut builder = http2::Builder::new(TokioExecutor::new());
-        builder
-            .timer(TokioTimer::new())
-            .max_concurrent_streams(128)
-            .initial_stream_window_size(window.stream)
-            .initial_connection_window_size(window.connection)
-            .max_header_list_size(HEADERS)
-            .max_send_buf_size(window.stream as usize);
-        let service = service_fn(move |request| {
-            let answer = handle(request);
-            async move { Ok::<_, Infallible>(answer.await) }
-        });
-        let connection = builder.serve_connection(io, service);
-        tokio::pin!(connection);
-        // The connection first: whatever it still has to say comes before the goodbye.
-        return tokio::select! {
-            ended = connection.as_mut() => ended,
-            () = &mut told => {
-                connection.as_mut().graceful_shutdown();
-                timeout(LAST, connection).await.unwrap_or(Ok(()))
-            }
-        };
+    let told = told.boxed();
+    let turns = Arc::new(Turns::default());
+    let io = TokioIo::new(HeadClock::new(io, http2, Arc::clone(&turns)));
+    // Each kind in a box of its own: a connection that idles holds no room for the other.
+    match http2 {
+        true => serve_http2(io, told, handle).boxed().await,
+        false => serve_http1(io, turns, told, handle).boxed().await,
     }
+}
+
+type Clocked = TokioIo<HeadClock<BoxIo>>;
+
+async fn serve_http2<F, R>(io: Clocked, told: BoxFuture<'static, ()>, handle: F) -> Result<(), hyper::Error>
+where
+    F: Fn(Request<Incoming>) -> R + Send + Sync + 'static,
+    R: Future<Output = Response<ResponseBody>> + Send + 'static,
+{
+    let service = service_fn(move |request| handle(request).map(Ok::<_, Infallible>));
+    // Until the connection ends.
+    let window = Windows::of_process().give();
+    let mut builder = http2::Builder::new(TokioExecutor::new());
+    builder
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(128)
+        .initial_stream_window_size(window.stream)
+        .initial_connection_window_size(window.connection)
+        .max_header_list_size(HEADERS)
+        .max_send_buf_size(window.stream as usize);
+    let mut connection = pin!(builder.serve_connection(io, service));
+    tokio::select! {
+        // The connection first: whatever it still has to say comes before the goodbye.
+        biased;
+        ended = connection.as_mut() => ended,
+        () = told => {
+            connection.as_mut().graceful_shutdown();
+            timeout(LAST, connection).await.unwrap_or(Ok(()))
+        }
+    }
+}
+
+async fn serve_http1<F, R>(
+    io: Clocked,
+    turns: Arc<Turns>,
+    told: BoxFuture<'static, ()>,
+    handle: F,
+) -> Result<(), hyper::Error>
+where
+    F: Fn(Request<Incoming>) -> R + Send + Sync + 'static,
+    R: Future<Output = Response<ResponseBody>> + Send + 'static,
+{
+    // Allocates once a request: hyper keeps room for a request's future as long as the connection is open.
     let service = service_fn(move |request: Request<Incoming>| {
-        let turn = served.begin();
+        let turn = turns.begin();
         let tunnel = request.method() == Method::CONNECT;
-        let (answer, served) = (handle(request), Arc::clone(&served));
-        async move {
-            let answer = answer.await;
+        let turns = Arc::clone(&turns);
+        let answered = move |answer: Response<ResponseBody>| {
             if answer.status() == StatusCode::SWITCHING_PROTOCOLS || (tunnel && answer.status().is_success()) {
-                served.leave();
+                turns.leave();
             }
             Ok::<_, Infallible>(answer.map(|body| body.taking(turn)))
-        }
+        };
+        handle(request).map(answered).boxed()
     });
     let mut builder = http1::Builder::new();
     // No timer: hyper's counts from the end of the request before, and would cut idle connections.
@@ -94,13 +118,14 @@ where
         .max_headers(100)
         .max_buf_size(HEADER_BYTES)
         .half_close(true)
+        .pipeline_flush(true)
         .timer(TokioTimer::new())
         .header_read_timeout(None);
-    let connection = builder.serve_connection(io, service).with_upgrades();
-    tokio::pin!(connection);
+    let mut connection = pin!(builder.serve_connection(io, service).with_upgrades());
     tokio::select! {
+        biased;
         ended = connection.as_mut() => ended,
-        () = &mut told => {
+        () = told => {
             connection.as_mut().graceful_shutdown();
             timeout(LAST, connection).await.unwrap_or(Ok(()))
         }

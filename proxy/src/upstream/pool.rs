@@ -1,6 +1,6 @@
 //! The HTTP connections of one worker: shared HTTP/2 between our proxies, kept HTTP/1.1 elsewhere.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::future::Future;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -32,7 +32,7 @@ const WAITS: Duration = Duration::from_secs(5);
 /// there are as many as it takes: a request that waits for another's stream would be coupled to a stranger.
 const IDLE_SHARED: usize = 2;
 /// Kept connections to one endpoint, for one worker.
-const MOST_KEPT: usize = 64;
+const MOST_KEPT: usize = 1024;
 /// How long a kept connection is trusted to be open at the other end.
 const KEPT_FOR: Duration = Duration::from_secs(3);
 /// What we take in one frame. A 1 MiB answer costs a tenth less CPU than in frames of 16 KiB, and a frame of this size
@@ -106,7 +106,8 @@ fn processed(error: &hyper::Error) -> Processed {
 #[derive(Default)]
 struct Connections {
     shared: Vec<SharedConnection>,
-    kept: Vec<Kept>,
+    /// The one used last is at the end.
+    kept: VecDeque<Kept>,
     turn: Arc<Turn>,
     /// Whether the endpoint is of the mesh.
     mesh: bool,
@@ -227,6 +228,12 @@ pub struct Checkout {
 }
 
 impl Checkout {
+    fn begin(pool: &Arc<Pool>, endpoint: &Arc<EndpointState>) -> Self {
+        endpoint.load.begin();
+        let (pool, endpoint) = (Arc::clone(pool), Arc::clone(endpoint));
+        Self { pool, endpoint, sender: None, streams: None, rest: None }
+    }
+
     /// The exchange has ended well: the connection may serve another.
     pub fn give_back(mut self) {
         if let Some(sender) = self.sender.take().filter(|sender| !sender.is_closed()) {
@@ -236,7 +243,7 @@ impl Checkout {
             }
             let kept = &mut all.of(&self.endpoint).kept;
             if kept.len() < MOST_KEPT {
-                kept.push(Kept { sender, since: Instant::now(), rest: self.rest.take() });
+                kept.push_back(Kept { sender, since: Instant::now(), rest: self.rest.take() });
             }
         }
     }
@@ -280,6 +287,18 @@ impl Pool {
         Self { connections: Mutex::default(), own }
     }
 
+    /// A connection to `endpoint` that is there already, if one serves: [`Pool::checkout`] without the wait.
+    pub fn ready(
+        self: &Arc<Self>,
+        endpoint: &Arc<EndpointState>,
+        wire: Wire,
+        fresh: bool,
+    ) -> Option<(Sender, Checkout)> {
+        let mut checkout = Checkout::begin(self, endpoint);
+        let sender = self.take(wire, fresh, &mut checkout)?;
+        Some((sender, checkout))
+    }
+
     /// A connection to `endpoint`, kept or new. `fresh` asks for one on which nothing was sent before.
     ///
     /// An endpoint that is not ours and is asked for [`Wire::Http2`] chooses: what comes back may be [`Sender::Http1`].
@@ -291,9 +310,7 @@ impl Pool {
         identity: &IdentityStore,
         telemetry: &Telemetry,
     ) -> Result<(Sender, Checkout), DialError> {
-        endpoint.load.begin();
-        let (pool, to) = (Arc::clone(self), Arc::clone(endpoint));
-        let mut checkout = Checkout { pool, endpoint: to, sender: None, streams: None, rest: None };
+        let mut checkout = Checkout::begin(self, endpoint);
         self.sweep();
         if let Some(sender) = self.take(wire, fresh, &mut checkout) {
             return Ok((sender, checkout));
@@ -433,9 +450,12 @@ impl Pool {
 
 impl Connections {
     fn take_kept(&mut self) -> Option<Kept> {
-        self.kept.retain(Kept::is_fresh);
-        // The one used last is the likeliest to be open still.
-        self.kept.pop()
+        let now = Instant::now();
+        while self.kept.front().is_some_and(|kept| now - kept.since >= KEPT_FOR) {
+            self.kept.pop_front();
+        }
+        // The one used last is the likeliest to be open still; one that is not ready has closed.
+        std::iter::from_fn(|| self.kept.pop_back()).find(|kept| kept.sender.is_ready())
     }
 
     /// The shared connection with the fewest streams, if it has room.
