@@ -157,10 +157,12 @@ impl Shared {
         if owner == Some(me) {
             return true;
         }
-        self.telemetry.count(Counter::RefusedOwner);
-        match owner {
-            Some(owner) => tracing::warn!(%peer, owner, "a connection of another user is refused"),
-            None => tracing::debug!(%peer, "a connection that nobody holds any more is closed"),
+        match (owner, self.telemetry.refused(Counter::RefusedOwner)) {
+            (Some(owner), Some(left_out)) => {
+                tracing::warn!(%peer, owner, left_out, "a connection of another user is refused");
+            }
+            (Some(_), None) => {}
+            (None, _) => tracing::debug!(%peer, "a connection that nobody holds any more is closed"),
         }
         false
     }

@@ -346,7 +346,10 @@ impl Inbound {
         match dial(&app, MeshAlpn::Tcp, identity, telemetry, &self.pool.own).await {
             Ok(dialed) => Some(dialed.io),
             Err(error) => {
-                tracing::warn!(app = ?app.socket_address(), %error, "the app does not take the connection");
+                const WHAT: &str = "the app does not take the connection";
+                if let Some(left_out) = telemetry.sparingly(WHAT) {
+                    tracing::warn!(app = ?app.socket_address(), %error, left_out, "{WHAT}");
+                }
                 None
             }
         }

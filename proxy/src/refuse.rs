@@ -32,7 +32,11 @@ pub(crate) async fn refuse(
         Ok(FirstBytes::Detected(Detected::Http2)) => true,
         // Whoever waits for the server to speak first, or speaks what we do not, cannot be told.
         _ => {
-            if let Some(left_out) = error.counter().and_then(|counter| shared.telemetry.refused(counter)) {
+            let said = match error.counter() {
+                Some(counter) => shared.telemetry.refused(counter),
+                None => shared.telemetry.sparingly("a connection is refused"),
+            };
+            if let Some(left_out) = said {
                 tracing::warn!(%peer, %error, left_out, "a connection is refused");
             }
             io.abort();

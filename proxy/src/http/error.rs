@@ -160,7 +160,8 @@ impl Error {
             Self::Loop(_) | Self::OwnConnection { .. } => Some(Counter::RefusedLoop),
             Self::NotRedirected(_) => Some(Counter::RefusedNotRedirected),
             Self::NoIdentity => Some(Counter::RefusedNoIdentity),
-            Self::Connect { .. } | Self::Broken { .. } | Self::Deadline => None,
+            Self::Connect { source, .. } => source.counter(),
+            Self::Broken { .. } | Self::Deadline => None,
         }
     }
 

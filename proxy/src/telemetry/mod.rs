@@ -54,14 +54,21 @@ pub struct Settings {
     pub access_log: AccessLogSettings,
 }
 
+/// A kind of log line that strangers can cause. There are as many as the code has.
+#[derive(PartialEq, Eq, Hash)]
+enum Line {
+    Refused(Counter),
+    Other(&'static str),
+}
+
 /// Everything this process counts. Shared by all its threads.
 pub struct Telemetry {
     identity: SpiffeId,
     service: ServiceName,
     edges: Mutex<HashMap<EdgeKey, Arc<Edge>>>,
     counters: Vec<metrics::Counter>,
-    /// What strangers can cause to be logged. One entry a reason; locked for refusals alone.
-    refusals: Mutex<HashMap<Counter, Sparingly>>,
+    /// What strangers can cause to be logged. Locked for such lines alone.
+    lines: Mutex<HashMap<Line, Sparingly>>,
     gauges: Vec<metrics::Gauge>,
     prometheus: PrometheusHandle,
     series: Arc<Series>,
@@ -95,7 +102,7 @@ impl Telemetry {
             service: settings.service,
             edges: Mutex::default(),
             counters,
-            refusals: Mutex::default(),
+            lines: Mutex::default(),
             gauges,
             prometheus,
             series,
@@ -146,8 +153,17 @@ impl Telemetry {
     /// Counts a refusal, and says whether to log it: `Some` of how many of its kind were left out since the last line.
     pub fn refused(&self, reason: Counter) -> Option<u64> {
         self.count(reason);
-        let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
-        refusals.entry(reason).or_default().at(self.started.elapsed())
+        self.said(Line::Refused(reason))
+    }
+
+    /// Whether to log a line that others can cause: `Some` of how many of its kind were left out since the last.
+    pub fn sparingly(&self, line: &'static str) -> Option<u64> {
+        self.said(Line::Other(line))
+    }
+
+    fn said(&self, line: Line) -> Option<u64> {
+        let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        lines.entry(line).or_default().at(self.started.elapsed())
     }
 
     /// Counts `n` events.

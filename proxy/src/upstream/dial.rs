@@ -116,6 +116,27 @@ impl DialError {
     }
 }
 
+impl DialError {
+    /// What a refusal of ours is counted as; none where it is the other end that cannot be reached.
+    pub fn counter(&self) -> Option<Counter> {
+        match self {
+            Self::NoIdentity | Self::OwnExpired(_) => Some(Counter::RefusedNoIdentity),
+            Self::Peer(PeerError::NoCertificate) => Some(Counter::RefusedNoCertificate),
+            Self::Peer(_) => Some(Counter::RefusedCertificate),
+            Self::Identity { .. } => Some(Counter::RefusedIdentity),
+            Self::Loop(_) => Some(Counter::RefusedLoop),
+            Self::Overflow | Self::WaitedTooLong => Some(Counter::RejectedPending),
+            Self::Shared(error) => error.counter(),
+            Self::Tcp(_)
+            | Self::TcpTimeout(_)
+            | Self::Handshake(_)
+            | Self::HandshakeTimeout
+            | Self::Protocol
+            | Self::Http(_) => None,
+        }
+    }
+}
+
 /// A connection to an endpoint, and what it turned out to speak.
 pub(crate) struct Dialed {
     /// The connection.
@@ -177,7 +198,13 @@ pub(crate) async fn dial(
     let handshake = TlsConnector::from(config.clone()).connect(server_name(endpoint), stream);
     let stream = match timeout(HANDSHAKE, handshake).await {
         Ok(Ok(stream)) => stream,
-        Ok(Err(error)) => return Err(DialError::Handshake(error)),
+        // In our own words where it was we who refused the peer.
+        Ok(Err(error)) => {
+            return Err(match PeerError::of_handshake(&error) {
+                Some(refused) => DialError::Peer(refused.clone()),
+                None => DialError::Handshake(error),
+            });
+        }
         Err(_) => return Err(DialError::HandshakeTimeout),
     };
     let connection = stream.get_ref().1;
