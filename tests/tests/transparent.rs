@@ -341,11 +341,11 @@ fn requests_share_connections_to_the_app_whoever_sends_them_and_each_address_has
     let web = mesh.pod("web", &right).port(right.v4.into(), 8000).flag(&["--workers", "1"]).start();
     let _app = web.http("::", 8000);
     caller.first_answer(&[&url(right.v4, 8000, "/")]);
-    // One client after the other, each with a connection of its own: over mutual TLS, and from outside in plain.
+    // Over mutual TLS, and from outside in plain, where each request comes on a connection of its own.
     let many = |ip: IpAddr| vec![url(ip, 8000, "/"); 20];
     let plain = |urls: Vec<String>| {
         let mut curl = node.command("curl");
-        curl.arg("-sS").args(urls);
+        curl.args(["-sS", "-H", "Connection: close"]).args(urls);
         finish(curl, START).ok()
     };
     let meshed = |urls: Vec<String>| caller.curl(&urls.iter().map(String::as_str).collect::<Vec<_>>()).ok();
