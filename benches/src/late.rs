@@ -66,6 +66,7 @@ fn config(bench: &Bench<'_>) -> io::Result<Config> {
         identity_dir: None,
         patience: PATIENCE,
         advertise: loopback.ip(),
+        also: Vec::new(),
         explicit: None,
         transparent: Vec::new(),
         redirected_inbound: None,

@@ -26,7 +26,14 @@ pub struct Registration {
     pub address: IpAddr,
     /// The ports served; none means withdrawn.
     pub ports: Vec<RegisteredPort>,
+    /// Other addresses of the same proxy, such as a pod's of the other family. Who calls one of them means this proxy;
+    /// nobody is led to them.
+    #[serde(default)]
+    pub also: Vec<IpAddr>,
 }
+
+/// More addresses than one proxy can sensibly have.
+pub const MAX_ADDRESSES: usize = 16;
 
 /// One port of the service, and the proxy's port that takes its traffic in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,7 +50,7 @@ pub struct RegisteredPort {
 impl Registration {
     /// The same address without a port: what a draining proxy says.
     pub fn withdrawn(&self) -> Self {
-        Self { address: self.address, ports: Vec::new() }
+        Self { address: self.address, ports: Vec::new(), also: Vec::new() }
     }
 
     /// Reads the registration in a node's metadata. `None`: this node does not register anything.
@@ -63,6 +70,9 @@ impl Registration {
     fn check(&self) -> Result<(), DecodeError> {
         if self.ports.len() > MAX_PORTS {
             return Err(DecodeError::TooMany { what: "registered ports", count: self.ports.len(), most: MAX_PORTS });
+        }
+        if self.also.len() > MAX_ADDRESSES {
+            return Err(DecodeError::TooMany { what: "addresses", count: self.also.len(), most: MAX_ADDRESSES });
         }
         if self.ports.iter().any(|p| p.port == 0 || p.inbound == 0) {
             return Err(DecodeError::invalid("registration.ports", "port 0 can not be reached"));
@@ -90,10 +100,11 @@ mod tests {
         #[test]
         fn a_registration_survives_the_wire(
             address in any::<IpAddr>(),
+            also in prop::collection::vec(any::<IpAddr>(), 0..3),
             ports in prop::collection::btree_map(1..=u16::MAX, (1..=u16::MAX, protocols()), 0..5),
         ) {
             let ports = ports.into_iter().map(|(port, (inbound, protocol))| RegisteredPort { port, inbound, protocol });
-            let registration = Registration { address, ports: ports.collect() };
+            let registration = Registration { address, ports: ports.collect(), also };
             let mut node = Node::default();
             registration.put_into(&mut node);
             prop_assert_eq!(Registration::of_node(&node).unwrap(), Some(registration));
@@ -108,7 +119,7 @@ mod tests {
     #[test]
     fn a_port_named_twice_is_refused() {
         let port = RegisteredPort { port: 80, inbound: 15106, protocol: AppProtocol::Http };
-        let registration = Registration { address: [127, 0, 0, 1].into(), ports: vec![port, port] };
+        let registration = Registration { address: [127, 0, 0, 1].into(), ports: vec![port, port], also: Vec::new() };
         let mut node = Node::default();
         registration.put_into(&mut node);
         let error = Registration::of_node(&node).unwrap_err();

@@ -53,6 +53,8 @@ pub(crate) struct Registered {
     pub(crate) instance: Instance,
     pub(crate) address: IpAddr,
     pub(crate) ports: Vec<RegisteredPort>,
+    #[serde(default)]
+    pub(crate) also: Vec<IpAddr>,
 }
 
 #[derive(Debug)]
@@ -119,7 +121,8 @@ impl Registry {
         if registration.ports.is_empty() {
             return Ok(self.remove(&instance));
         }
-        let registered = Registered { instance, address: registration.address, ports: registration.ports };
+        let Registration { address, ports, also } = registration;
+        let registered = Registered { instance, address, ports, also };
         let heard = Heard::Over { stream, last };
         // A process that came back on its old port under a new name is the same endpoint, not a second one.
         let replaced = self.same_place(&registered);
@@ -137,6 +140,7 @@ impl Registry {
                 self.holds(instance, stream)
                     && registered.address == registration.address
                     && registered.ports == registration.ports
+                    && registered.also == registration.also
             }
             None => registration.ports.is_empty(),
         }
@@ -283,7 +287,7 @@ mod tests {
 
     fn at(port: u16) -> Registration {
         let port = RegisteredPort { port: 8000, inbound: port, protocol: AppProtocol::Detect };
-        Registration { address: [127, 0, 0, 1].into(), ports: vec![port] }
+        Registration { address: [127, 0, 0, 1].into(), ports: vec![port], also: Vec::new() }
     }
 
     fn heard(now: Moment) -> Arc<LastHeard> {
@@ -294,7 +298,7 @@ mod tests {
 
     fn saved(service: &str, node: &str, inbound: u16) -> Registered {
         let at = at(inbound);
-        Registered { instance: instance(service, node), address: at.address, ports: at.ports }
+        Registered { instance: instance(service, node), address: at.address, ports: at.ports, also: at.also }
     }
 
     #[test]

@@ -80,7 +80,7 @@ impl World {
             };
             world.destinations.insert(name.clone(), reuse(destination, former.destinations.get(name)));
             let own = |endpoint: &&Endpoint| owners.get(&endpoint.address) == Some(&name.service);
-            for endpoint in port.endpoints.values().filter(own) {
+            for endpoint in port.endpoints.values().chain(port.also.values()).filter(own) {
                 world.endpoints.entry(endpoint.address).or_insert_with(|| (name.clone(), endpoint.clone()));
             }
         }
@@ -225,6 +225,8 @@ struct PortParts {
     protocol: AppProtocol,
     /// By where the app is: an address that is both registered and in a slice is one endpoint, the registered.
     endpoints: BTreeMap<SocketAddr, Endpoint>,
+    /// Endpoints by their other addresses: for those who call these, and for nobody else.
+    also: BTreeMap<SocketAddr, Endpoint>,
 }
 
 /// Resources by kind.
@@ -316,6 +318,10 @@ impl<'a> Parts<'a> {
                     weight: 1,
                     workload: one.instance.node.clone(),
                 };
+                for ip in &one.also {
+                    let address = SocketAddr::new(*ip, registered.inbound);
+                    parts.also.entry(address).or_insert(Endpoint { address, ..endpoint.clone() });
+                }
                 // Who was first keeps an address that two claim.
                 parts.endpoints.entry(address).or_insert(endpoint);
             }
@@ -332,8 +338,10 @@ impl<'a> Parts<'a> {
         }
         for one in inputs.registered {
             let Some(service) = service_of(&one.instance.identity) else { continue };
-            for port in &one.ports {
-                owners.entry(SocketAddr::new(one.address, port.inbound)).or_insert_with(|| service.clone());
+            for (port, ip) in
+                one.ports.iter().flat_map(|port| one.also.iter().chain([&one.address]).map(move |ip| (port, ip)))
+            {
+                owners.entry(SocketAddr::new(*ip, port.inbound)).or_insert_with(|| service.clone());
             }
         }
         owners
@@ -456,6 +464,7 @@ mod tests {
             instance: Instance { identity, node: format!("{service}-{inbound}").into() },
             address: ip.into(),
             ports: vec![RegisteredPort { port, inbound, protocol: AppProtocol::Detect }],
+            also: Vec::new(),
         }
     }
 
@@ -492,6 +501,18 @@ mod tests {
         assert!(world.cluster("web.default:8000@127.0.0.1:41000").is_some());
         assert!(world.routes("web.default:8000@127.0.0.1:41000").is_some());
         assert!(world.cluster("db.default:8000@127.0.0.1:41000").is_none());
+    }
+
+    #[test]
+    fn a_proxy_is_meant_by_each_of_its_addresses_and_reached_for_others_by_the_first() {
+        let mut one = registered("web", [192, 0, 2, 7], 8000, 8000);
+        one.also = vec!["2001:db8::7".parse().unwrap()];
+        let world = world(&[one], &[]);
+        assert_eq!(ask(&world, "[2001:db8::7]:8000").unwrap(), "web.default:8000@[2001:db8::7]:8000");
+        let cluster = world.cluster("web.default:8000").unwrap().cluster;
+        let addresses: Vec<_> = cluster.endpoints.iter().map(|endpoint| endpoint.address.to_string()).collect();
+        assert_eq!(addresses, ["192.0.2.7:8000"]);
+        assert!(world.cluster("web.default:8000@[2001:db8::7]:8000").is_some());
     }
 
     #[test]

@@ -45,7 +45,11 @@ impl Proxy {
 
     fn serve(&self, port: u16, inbound: u16) {
         let port = RegisteredPort { port, inbound, protocol: AppProtocol::Http };
-        self.registration.send_replace(Some(Registration { address: [127, 0, 0, 1].into(), ports: vec![port] }));
+        self.registration.send_replace(Some(Registration {
+            address: [127, 0, 0, 1].into(),
+            ports: vec![port],
+            also: Vec::new(),
+        }));
     }
 
     /// Waits until a target stands for what it should.

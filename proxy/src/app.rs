@@ -42,6 +42,8 @@ pub struct Config {
     pub patience: Duration,
     /// The address by which others reach this proxy.
     pub advertise: IpAddr,
+    /// Other addresses of this host, under which its app is called and served as well.
+    pub also: Vec<IpAddr>,
     /// The explicit listener: absolute-form and CONNECT.
     pub explicit: Option<SocketAddr>,
     /// The listeners of redirected outbound connections. IPv6 is left out where there is none.
@@ -175,7 +177,8 @@ pub struct Proxy {
     admin: SocketAddr,
     inbound: HashMap<u16, Served>,
     registration: watch::Sender<Option<Registration>>,
-    advertise: IpAddr,
+    /// What is registered before there is a port.
+    portless: Registration,
     tasks: Vec<tokio::task::JoinHandle<()>>,
 }
 
@@ -329,8 +332,8 @@ impl Proxy {
         for listener in redirected {
             tasks.push(workers.feed(listener, Job::Redirected));
         }
-        let advertise = config.advertise;
-        Ok(Self { shared, explicit: explicit_address, admin: admin_address, inbound, registration, advertise, tasks })
+        let portless = Registration { address: config.advertise, ports: Vec::new(), also: config.also };
+        Ok(Self { shared, explicit: explicit_address, admin: admin_address, inbound, registration, portless, tasks })
     }
 
     /// The explicit outbound listener.
@@ -357,8 +360,7 @@ impl Proxy {
         }
         let added = RegisteredPort { port, inbound: served.at.port(), protocol: served.protocol };
         self.registration.send_modify(|registration| {
-            let empty = || Registration { address: self.advertise, ports: Vec::new() };
-            let registration = registration.get_or_insert_with(empty);
+            let registration = registration.get_or_insert_with(|| self.portless.clone());
             registration.ports.retain(|known| known.port != port);
             registration.ports.push(added);
         });

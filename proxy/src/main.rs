@@ -32,9 +32,10 @@ struct Args {
     #[arg(long, value_name = "DIR")]
     identity_dir: Option<PathBuf>,
 
-    /// The address by which others reach this proxy
-    #[arg(long, value_name = "IP", default_value = "127.0.0.1")]
-    advertise: IpAddr,
+    /// The address by which others reach this proxy. Those after the first are addresses that stand for it when they are
+    /// called, such as a pod's of the other family
+    #[arg(long, value_name = "IP,…", value_delimiter = ',', default_value = "127.0.0.1")]
+    advertise: Vec<IpAddr>,
 
     /// A port of the app. Registered at once: whoever starts this proxy knows that the app is there. May be repeated
     #[arg(long, value_name = "PORT")]
@@ -128,12 +129,14 @@ fn run(args: Args) -> Result<(), Failure> {
         return Err((2, format!("--app needs one --port, here are {}: --inbound leads to that one", args.port.len())));
     }
     let app = args.app;
+    let Some(&advertise) = args.advertise.first() else { return Err((2, "--advertise: name an address".into())) };
     let config = Config {
         control_plane: args.control_plane,
         proof: Proof::Join(token),
         identity_dir: args.identity_dir,
         patience: Duration::from_secs(60),
-        advertise: args.advertise,
+        advertise,
+        also: args.advertise.into_iter().skip(1).collect(),
         explicit: args.explicit,
         transparent: args.outbound,
         redirected_inbound: app.is_none().then_some(args.inbound),

@@ -116,6 +116,7 @@ fn config(plan: &Plan, token: JoinToken, control_plane: String, advertise: IpAdd
         identity_dir: None,
         patience: PATIENCE,
         advertise,
+        also: Vec::new(),
         explicit: Some(loopback(0)),
         transparent: Vec::new(),
         redirected_inbound: None,

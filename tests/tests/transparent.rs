@@ -79,6 +79,21 @@ fn pods_call_each_other_by_name_and_by_address_and_the_cable_carries_no_plain_te
 }
 
 #[test]
+fn a_pod_with_two_addresses_is_called_over_mutual_tls_by_either() {
+    need!(pods());
+    let (left, right, node) = two_pods();
+    let mesh = mesh_on(&node, SERVICE);
+    let caller = mesh.pod("caller", &left).start();
+    let both = ["--advertise", "10.77.0.2,fd77::2", "--port", "8000", "--strict"];
+    let web = mesh.pod("web", &right).flag(&both).start();
+    let _app = web.http("::", 8000);
+    for ip in right.addresses() {
+        assert!(caller.first_answer(&[&url(ip, 8000, "/")]).contains(&format!("{ip} on ")), "{ip}");
+    }
+    assert!(caller.edges().iter().all(|edge| edge.mtls), "{:#?}", caller.edges());
+}
+
+#[test]
 fn a_pod_that_calls_itself_through_its_service_is_served_in_process_with_its_own_identity() {
     need!(pods());
     let (_left, right, node) = two_pods();
@@ -106,8 +121,7 @@ fn a_pod_that_calls_itself_through_its_service_is_served_in_process_with_its_own
 fn a_pod_whose_own_identity_may_not_call_it_is_refused_by_itself() {
     need!(pods());
     let (_left, right, node) = two_pods();
-    let mesh = mesh_on(&node, SERVICE);
-    let (address, service) = families(&right)[0];
+    let (mesh, (address, service)) = (mesh_on(&node, SERVICE), families(&right)[0]);
     let only = ["--allow", "spiffe://cluster.local/ns/default/sa/caller", "--port", "2500"];
     let web = mesh.pod("web", &right).port(address, 8000).flag(&only).start();
     let _apps = [web.http("0.0.0.0", 8000), web.lines("0.0.0.0", 2500, "hello")];

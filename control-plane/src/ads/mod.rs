@@ -282,7 +282,9 @@ impl<W: Wire> StreamTask<W> {
         let Some(node) = &self.node else { return Ok(()) };
         self.withdrew = registration.ports.is_empty();
         let peer = self.peer.address.ip();
-        self.shared.may_register(registration.address, peer).map_err(Status::permission_denied)?;
+        for address in registration.also.iter().chain([&registration.address]) {
+            self.shared.may_register(*address, peer).map_err(Status::permission_denied)?;
+        }
         if self.shared.knows(&node.instance, &registration, self.id) {
             return Ok(());
         }
