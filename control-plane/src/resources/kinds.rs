@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use serde_saphyr::Spanned;
 
 #[derive(Debug, Deserialize)]
@@ -57,7 +57,12 @@ pub(super) struct Port {
 pub(super) enum IntOrName {
     Int(u16),
     // A named port is a container's, which no file of ours has; endpoints carry the number.
-    Name(#[allow(dead_code)] String),
+    Name(#[serde(deserialize_with = "name")] ()),
+}
+
+/// A text that nobody looks at.
+fn name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<(), D::Error> {
+    String::deserialize(deserializer).map(drop)
 }
 
 #[derive(Debug, Deserialize)]
@@ -100,9 +105,8 @@ pub(super) struct Route<R> {
 pub(super) struct RouteSpec<R> {
     pub(super) parent_refs: Spanned<Vec<Reference>>,
     // A mesh route has no use for them: the destination is chosen before (GEP-1426).
-    #[serde(default)]
-    #[allow(dead_code)]
-    pub(super) hostnames: Vec<String>,
+    #[serde(default, rename = "hostnames")]
+    _hostnames: Vec<String>,
     #[serde(default = "Vec::new")]
     pub(super) rules: Vec<R>,
 }
@@ -122,8 +126,8 @@ pub(super) struct Reference {
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct HttpRule {
-    #[allow(dead_code)]
-    pub(super) name: Option<String>,
+    #[serde(rename = "name")]
+    _name: Option<String>,
     #[serde(default)]
     pub(super) matches: Vec<HttpMatch>,
     #[serde(default)]
@@ -157,8 +161,8 @@ pub(super) struct HeaderMatch {
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct GrpcRule {
-    #[allow(dead_code)]
-    pub(super) name: Option<String>,
+    #[serde(rename = "name")]
+    _name: Option<String>,
     #[serde(default)]
     pub(super) matches: Vec<GrpcMatch>,
     #[serde(default)]
@@ -184,10 +188,10 @@ pub(super) struct GrpcMethod {
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct MeshSettings {
-    #[allow(dead_code)]
-    pub(super) api_version: String,
-    #[allow(dead_code)]
-    pub(super) kind: String,
+    #[serde(rename = "apiVersion")]
+    _api_version: String,
+    #[serde(rename = "kind")]
+    _kind: String,
     pub(super) metadata: Meta,
     pub(super) spec: MeshSettingsSpec,
 }

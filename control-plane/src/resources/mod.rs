@@ -5,6 +5,7 @@
 //!
 //! A resource that got through is already checked: the types below hold nothing that would have to be doubted again.
 
+mod convert;
 mod folder;
 mod kinds;
 mod parse;

@@ -1,0 +1,316 @@
+//! What was written, kind by kind, made into what the control plane works with; or the place of the mistake in it.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use serde_saphyr::{Location, Spanned};
+use sheetbend_control_plane_client::model::{AppProtocol, Match, OutboundPolicy, PathMatch, ServiceName, Transport};
+
+use super::kinds::{self, Reference};
+use super::parse::{Checked, mistake};
+use super::{Parent, Route, RouteBackend, RouteRule, Service, ServicePort, Settings, Slice, SliceEndpoint, SlicePort};
+
+pub(super) fn service(raw: kinds::Service) -> Checked<Service> {
+    let name = name_of(&raw.metadata)?;
+    let mut cluster_ips = Vec::new();
+    for text in raw.spec.cluster_ip.iter().chain(&raw.spec.cluster_ips) {
+        // A headless service says "None".
+        if text.value != "None" && !text.value.is_empty() {
+            let ip = address(text)?;
+            if !cluster_ips.contains(&ip) {
+                cluster_ips.push(ip);
+            }
+        }
+    }
+    let mut ports = Vec::new();
+    for port in raw.spec.ports.iter().filter(|port| is_tcp(port)) {
+        let Some(number) = &port.port else {
+            return mistake(raw.metadata.name.referenced, "a port of this Service has no `port`", None);
+        };
+        let number = port_number(number)?;
+        let target = match port.target_port {
+            Some(kinds::IntOrName::Int(target)) if target != 0 => target,
+            _ => number,
+        };
+        ports.push(ServicePort { name: name_or_empty(port), port: number, target, protocol: protocol(port) });
+    }
+    Ok(Service { name, cluster_ips, ports })
+}
+
+pub(super) fn slice(raw: kinds::EndpointSlice) -> Checked<Slice> {
+    let object = name_of(&raw.metadata)?;
+    let Some(service) = raw.metadata.labels.get("kubernetes.io/service-name") else {
+        let hint = "set it to the Service that these endpoints belong to";
+        return mistake(raw.metadata.name.referenced, "the label `kubernetes.io/service-name` is missing", hint);
+    };
+    let service = ServiceName { service: service.as_str().into(), namespace: object.namespace.clone() };
+    let mut ports = Vec::new();
+    for port in raw.ports.iter().filter(|port| is_tcp(port)) {
+        let Some(number) = &port.port else {
+            return mistake(raw.metadata.name.referenced, "a port of this EndpointSlice has no `port`", None);
+        };
+        ports.push(SlicePort { name: name_or_empty(port), port: port_number(number)?, protocol: protocol(port) });
+    }
+    let mut endpoints = Vec::new();
+    for endpoint in raw.endpoints.iter().filter(|endpoint| endpoint.conditions.ready != Some(false)) {
+        let workload = endpoint.target_ref.as_ref().and_then(|to| to.name.as_deref()).unwrap_or_default();
+        for text in &endpoint.addresses {
+            endpoints.push(SliceEndpoint { address: address(text)?, workload: workload.into() });
+        }
+    }
+    Ok(Slice { object, service, transport: transport(&raw.metadata)?, ports, endpoints })
+}
+
+/// `sheetbend.io/identity` makes the endpoints meshed; `sheetbend.io/peer: mtls` says that they are not ours.
+fn transport(meta: &kinds::Meta) -> Checked<Transport> {
+    let peer = meta.annotations.get("sheetbend.io/peer");
+    let Some(identity) = meta.annotations.get("sheetbend.io/identity") else {
+        return match peer {
+            Some(peer) => {
+                let hint = "add the annotation sheetbend.io/identity, a SPIFFE id";
+                mistake(peer.referenced, "a peer without an identity cannot be verified", hint)
+            }
+            None => Ok(Transport::Plain),
+        };
+    };
+    let id = identity
+        .value
+        .parse()
+        .or_else(|error: sheetbend_certs::SpiffeIdError| mistake(identity.referenced, error.to_string(), None))?;
+    match peer.map(|peer| (peer.value.as_str(), peer.referenced)) {
+        None | Some(("sheetbend", _)) => Ok(Transport::Sheetbend(id)),
+        Some(("mtls", _)) => Ok(Transport::MutualTls(id)),
+        Some((other, at)) => mistake(at, format!("`{other}` is not a kind of peer"), "write sheetbend or mtls"),
+    }
+}
+
+pub(super) fn http_route(raw: kinds::Route<kinds::HttpRule>) -> Checked<Route> {
+    let (name, parents) = parents_of(&raw.metadata, &raw.spec.parent_refs)?;
+    let mut rules = Vec::new();
+    for rule in &raw.spec.rules {
+        let matches = rule.matches.iter().map(http_match).collect::<Checked<_>>()?;
+        rules.push(RouteRule { matches, backends: backends(&rule.backend_refs, &name)? });
+    }
+    Ok(Route { kind: "HTTPRoute", name, parents, rules })
+}
+
+fn http_match(raw: &kinds::HttpMatch) -> Checked<Match> {
+    let path = raw.path.as_ref().map(path_match).transpose()?.flatten();
+    let method = match &raw.method {
+        Some(method) if !method.value.bytes().all(|b| b.is_ascii_uppercase()) => {
+            return mistake(method.referenced, format!("`{}` is not a method", method.value), "write it in upper case");
+        }
+        method => method.as_ref().map(|m| m.value.as_str().into()),
+    };
+    Ok(Match { path, method, headers: raw.headers.iter().map(header).collect::<Checked<_>>()? })
+}
+
+fn path_match(raw: &kinds::Path) -> Checked<Option<PathMatch>> {
+    let value = raw.value.as_ref().map_or("/", |value| value.value.as_str());
+    if let Some(value) = raw.value.as_ref().filter(|value| !value.value.starts_with('/')) {
+        return mistake(value.referenced, format!("the path `{}` does not begin with /", value.value), None);
+    }
+    match raw.r#type.as_ref().map_or("PathPrefix", |t| t.value.as_str()) {
+        "Exact" => Ok(Some(PathMatch::Exact(value.into()))),
+        "PathPrefix" if value == "/" => Ok(None),
+        "PathPrefix" => Ok(Some(PathMatch::Prefix(value.trim_end_matches('/').into()))),
+        other => {
+            let at = raw.r#type.as_ref().map_or(Location::UNKNOWN, |t| t.referenced);
+            mistake(at, format!("path type `{other}` is not obeyed here"), "write Exact or PathPrefix")
+        }
+    }
+}
+
+fn header(raw: &kinds::HeaderMatch) -> Checked<(Arc<str>, Arc<str>)> {
+    if let Some(kind) = raw.r#type.as_ref().filter(|kind| kind.value != "Exact") {
+        return mistake(
+            kind.referenced,
+            format!("header match type `{}` is not obeyed here", kind.value),
+            "write Exact",
+        );
+    }
+    let token = |b: u8| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b);
+    match !raw.name.value.is_empty() && raw.name.value.bytes().all(token) {
+        true => Ok((raw.name.value.to_ascii_lowercase().into(), raw.value.value.as_str().into())),
+        false => mistake(raw.name.referenced, format!("`{}` is not a header's name", raw.name.value), None),
+    }
+}
+
+pub(super) fn grpc_route(raw: kinds::Route<kinds::GrpcRule>) -> Checked<Route> {
+    let (name, parents) = parents_of(&raw.metadata, &raw.spec.parent_refs)?;
+    let mut rules = Vec::new();
+    for rule in &raw.spec.rules {
+        let matches = rule.matches.iter().map(grpc_match).collect::<Checked<_>>()?;
+        rules.push(RouteRule { matches, backends: backends(&rule.backend_refs, &name)? });
+    }
+    Ok(Route { kind: "GRPCRoute", name, parents, rules })
+}
+
+/// gRPC's method is the path `/SERVICE/METHOD`.
+fn grpc_match(raw: &kinds::GrpcMatch) -> Checked<Match> {
+    let headers = raw.headers.iter().map(header).collect::<Checked<_>>()?;
+    let Some(method) = &raw.method else { return Ok(Match { headers, ..Match::default() }) };
+    if let Some(kind) = method.r#type.as_ref().filter(|kind| kind.value != "Exact") {
+        return mistake(
+            kind.referenced,
+            format!("method match type `{}` is not obeyed here", kind.value),
+            "write Exact",
+        );
+    }
+    let path = match (&method.service, &method.method) {
+        (Some(service), Some(method)) => Some(PathMatch::Exact(format!("/{}/{}", service.value, method.value).into())),
+        (Some(service), None) => Some(PathMatch::Prefix(format!("/{}", service.value).into())),
+        (None, Some(method)) => {
+            return mistake(
+                method.referenced,
+                "a method without its service is not obeyed here",
+                "name the service too",
+            );
+        }
+        (None, None) => None,
+    };
+    Ok(Match { path, method: None, headers })
+}
+
+fn parents_of(meta: &kinds::Meta, refs: &Spanned<Vec<Reference>>) -> Checked<(ServiceName, Vec<Parent>)> {
+    let name = name_of(meta)?;
+    if refs.value.is_empty() {
+        return mistake(refs.referenced, "no parentRef: this route is attached to nothing", "name a Service");
+    }
+    let mut parents = Vec::new();
+    for parent in &refs.value {
+        let (service, port) = to_service(parent, &name, "parentRef")?;
+        if service.namespace != name.namespace {
+            let at = parent.namespace.as_ref().map_or(parent.name.referenced, |n| n.referenced);
+            let hint = "put the route into the namespace of its Service";
+            return mistake(at, "routes of another namespace than their Service's are not obeyed here", hint);
+        }
+        parents.push(Parent { service, port });
+    }
+    Ok((name, parents))
+}
+
+fn backends(refs: &[Reference], route: &ServiceName) -> Checked<Vec<RouteBackend>> {
+    let mut backends = Vec::new();
+    for reference in refs {
+        let (service, port) = to_service(reference, route, "backendRef")?;
+        let Some(port) = port else {
+            return mistake(reference.name.referenced, "this backendRef has no `port`", "a Service needs one");
+        };
+        let weight = reference.weight.as_ref().map_or(1, |w| w.value);
+        if let Some(wrong) = reference.weight.as_ref().filter(|w| w.value > 1_000_000) {
+            return mistake(wrong.referenced, format!("weight {} is above 1000000", wrong.value), None);
+        }
+        backends.push(RouteBackend { service, port, weight });
+    }
+    if backends.iter().all(|backend| backend.weight == 0) {
+        let at = refs.first().map_or(Location::UNKNOWN, |first| first.name.referenced);
+        return mistake(at, "a rule without a backend of some weight answers nothing", "name a Service and its port");
+    }
+    Ok(backends)
+}
+
+fn to_service(reference: &Reference, route: &ServiceName, what: &str) -> Checked<(ServiceName, Option<u16>)> {
+    let kind = reference.kind.as_ref();
+    // A parentRef without a kind means a Gateway, a backendRef without one a Service.
+    let is_service = kind.map_or(what == "backendRef", |kind| kind.value == "Service");
+    if !is_service {
+        let at = kind.map_or(reference.name.referenced, |kind| kind.referenced);
+        return mistake(at, format!("this {what} is no Service"), "write kind: Service and group: \"\"");
+    }
+    if let Some(group) = reference.group.as_ref().filter(|group| !matches!(group.value.as_str(), "" | "core")) {
+        return mistake(group.referenced, format!("a Service is not in group `{}`", group.value), "write group: \"\"");
+    }
+    let namespace = match &reference.namespace {
+        Some(namespace) => label(namespace)?,
+        None => route.namespace.clone(),
+    };
+    let port = reference.port.as_ref().map(port_number).transpose()?;
+    Ok((ServiceName { service: label(&reference.name)?, namespace }, port))
+}
+
+pub(super) fn settings(raw: kinds::MeshSettings) -> Checked<Settings> {
+    let outbound_policy = match raw.spec.outbound_policy.as_ref().map(|p| (p.value.as_str(), p.referenced)) {
+        None => None,
+        Some(("Allow", _)) => Some(OutboundPolicy::Allow),
+        Some(("Deny", _)) => Some(OutboundPolicy::Deny),
+        Some((other, at)) => return mistake(at, format!("outboundPolicy `{other}`"), "write Allow or Deny"),
+    };
+    Ok(Settings {
+        object: name_of(&raw.metadata)?,
+        trust_domain: raw.spec.trust_domain.map(|t| t.value.as_str().into()),
+        mesh_ranges: raw.spec.mesh_ranges.iter().map(range).collect::<Checked<_>>()?,
+        allowed_addresses: raw.spec.allowed_addresses.iter().map(range).collect::<Checked<_>>()?,
+        outbound_policy,
+    })
+}
+
+fn name_of(meta: &kinds::Meta) -> Checked<ServiceName> {
+    let namespace = match &meta.namespace {
+        Some(namespace) => label(namespace)?,
+        None => "default".into(),
+    };
+    Ok(ServiceName { service: label(&meta.name)?, namespace })
+}
+
+/// A name as SPIFFE ids and DNS can both carry it.
+fn label(text: &Spanned<String>) -> Checked<Arc<str>> {
+    let good = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'_' | b'.');
+    match (1..=253).contains(&text.value.len()) && text.value.bytes().all(good) {
+        true => Ok(text.value.as_str().into()),
+        false => {
+            let hint = "lower-case letters, digits, `-`, `_` and `.` are all that it may have";
+            mistake(text.referenced, format!("`{}` is not a name", text.value), hint)
+        }
+    }
+}
+
+fn address(text: &Spanned<String>) -> Checked<IpAddr> {
+    match text.value.parse::<IpAddr>() {
+        Ok(ip) => Ok(ip.to_canonical()),
+        Err(_) => mistake(text.referenced, format!("`{}` is not an IP address", text.value), None),
+    }
+}
+
+/// `10.0.0.0/8`, or one address.
+fn range(text: &Spanned<String>) -> Checked<IpNet> {
+    match text.value.parse::<IpNet>().or_else(|error| text.value.parse::<IpAddr>().map(IpNet::from).map_err(|_| error))
+    {
+        Ok(net) => Ok(net.trunc()),
+        Err(_) => {
+            let hint = "write one like 10.0.0.0/8 or 192.0.2.7";
+            mistake(text.referenced, format!("`{}` is not a range of addresses", text.value), hint)
+        }
+    }
+}
+
+fn port_number(port: &Spanned<u16>) -> Checked<u16> {
+    match port.value {
+        0 => mistake(port.referenced, "port 0 cannot be reached", "ports go from 1 to 65535"),
+        number => Ok(number),
+    }
+}
+
+fn is_tcp(port: &kinds::Port) -> bool {
+    port.protocol.as_deref().unwrap_or("TCP") == "TCP"
+}
+
+fn name_or_empty(port: &kinds::Port) -> Arc<str> {
+    port.name.as_deref().unwrap_or_default().into()
+}
+
+/// What a port speaks: its `appProtocol`, or else the first part of its name (`http-admin`), as Istio reads it.
+fn protocol(port: &kinds::Port) -> AppProtocol {
+    let word = port.app_protocol.as_deref().or(port.name.as_deref()).unwrap_or_default();
+    match word.split('-').next().unwrap_or_default() {
+        "http" => AppProtocol::Http,
+        "http2" | "h2c" => AppProtocol::Http2,
+        "kubernetes.io/h2c" => AppProtocol::Http2,
+        "kubernetes.io/ws" => AppProtocol::Http,
+        "grpc" => AppProtocol::Grpc,
+        "tcp" | "mysql" | "mongo" | "redis" | "postgres" | "postgresql" | "smtp" => AppProtocol::Tcp,
+        "https" | "tls" => AppProtocol::Tls,
+        _ => AppProtocol::Detect,
+    }
+}

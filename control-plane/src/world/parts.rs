@@ -1,0 +1,247 @@
+//! Resources and registrations on their way to a world: sorted, matched, and put together port by port.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use sheetbend_certs::SpiffeId;
+use sheetbend_control_plane_client::model::{
+    AppProtocol, Backend, Cluster, ClusterName, Endpoint, Match, Mesh, OutboundPolicy, PathMatch, Rule, ServiceName,
+    ServicePort, Transport,
+};
+
+use super::{ClusterEntry, Inputs, World, reuse};
+use crate::registry::Registered;
+use crate::resources::{Resource, Route, Service, Settings, Slice};
+
+/// A service port while it is being put together.
+#[derive(Default)]
+pub(super) struct PortParts {
+    pub(super) protocol: AppProtocol,
+    /// By where the app is: an address that is both registered and in a slice is one endpoint, the registered.
+    pub(super) endpoints: BTreeMap<SocketAddr, Endpoint>,
+    /// Endpoints by their other addresses: for those who call these, and for nobody else.
+    pub(super) also: BTreeMap<SocketAddr, Endpoint>,
+}
+
+/// Resources by kind.
+pub(super) struct Parts<'a> {
+    pub(super) services: BTreeMap<&'a ServiceName, &'a Service>,
+    pub(super) slices: Vec<&'a Slice>,
+    pub(super) routes: Vec<&'a Route>,
+    pub(super) settings: Vec<&'a Settings>,
+}
+
+impl<'a> Parts<'a> {
+    pub(super) fn sort(resources: &'a [Resource]) -> Self {
+        let mut parts =
+            Self { services: BTreeMap::new(), slices: Vec::new(), routes: Vec::new(), settings: Vec::new() };
+        for resource in resources {
+            match resource {
+                Resource::Service(service) => drop(parts.services.insert(&service.name, service)),
+                Resource::Slice(slice) => parts.slices.push(slice),
+                Resource::Route(route) => parts.routes.push(route),
+                Resource::Settings(settings) => parts.settings.push(settings),
+            }
+        }
+        parts
+    }
+
+    pub(super) fn ports(&self, inputs: &Inputs<'_>) -> BTreeMap<ServicePort, PortParts> {
+        let mut ports: BTreeMap<ServicePort, PortParts> = BTreeMap::new();
+        for service in self.services.values() {
+            for port in &service.ports {
+                let name = ServicePort { service: service.name.clone(), port: port.port };
+                ports.entry(name).or_default().protocol = port.protocol;
+            }
+        }
+        let reachable = |address: SocketAddr| inputs.same_machine || !address.ip().is_loopback();
+        for slice in &self.slices {
+            for port in &slice.ports {
+                let number = self.port_of_slice(slice, port);
+                let parts = ports.entry(ServicePort { service: slice.service.clone(), port: number }).or_default();
+                set_protocol(parts, port.protocol);
+                for (address, endpoint) in slice.addresses(port).filter(|(address, _)| reachable(*address)) {
+                    let endpoint = Endpoint {
+                        address,
+                        transport: slice.transport.clone(),
+                        weight: 1,
+                        workload: endpoint.workload.clone(),
+                    };
+                    parts.endpoints.insert(address, endpoint);
+                }
+            }
+        }
+        for one in inputs.registered {
+            self.add_registered(one, reachable, &mut ports);
+        }
+        ports
+    }
+
+    /// A slice's port is the Service's of the same name, or of the same target; without one it is itself.
+    pub(super) fn port_of_slice(&self, slice: &Slice, port: &crate::resources::SlicePort) -> u16 {
+        let Some(service) = self.services.get(&slice.service) else { return port.port };
+        let by_name = service.ports.iter().find(|p| p.name == port.name && !p.name.is_empty());
+        let by_target = service.ports.iter().find(|p| p.target == port.port);
+        by_name.or(by_target).or(service.ports.iter().find(|p| p.name == port.name)).map_or(port.port, |p| p.port)
+    }
+
+    pub(super) fn add_registered(
+        &self,
+        one: &Registered,
+        reachable: impl Fn(SocketAddr) -> bool,
+        ports: &mut BTreeMap<ServicePort, PortParts>,
+    ) {
+        let Some(service) = service_of(&one.instance.identity) else { return };
+        for registered in &one.ports {
+            let address = SocketAddr::new(one.address, registered.inbound);
+            if !reachable(address) {
+                continue;
+            }
+            let declared = self.services.get(&service).into_iter().flat_map(|s| &s.ports);
+            let mut numbers: Vec<u16> = declared.filter(|p| p.target == registered.port).map(|p| p.port).collect();
+            if numbers.is_empty() {
+                numbers.push(registered.port);
+            }
+            for number in numbers {
+                let parts = ports.entry(ServicePort { service: service.clone(), port: number }).or_default();
+                set_protocol(parts, registered.protocol);
+                parts.endpoints.remove(&SocketAddr::new(one.address, registered.port));
+                let endpoint = Endpoint {
+                    address,
+                    transport: Transport::Sheetbend(one.instance.identity.clone()),
+                    weight: 1,
+                    workload: one.instance.node.clone(),
+                };
+                for ip in &one.also {
+                    let address = SocketAddr::new(*ip, registered.inbound);
+                    parts.also.entry(address).or_insert(Endpoint { address, ..endpoint.clone() });
+                }
+                // Who was first keeps an address that two claim.
+                parts.endpoints.entry(address).or_insert(endpoint);
+            }
+        }
+    }
+
+    /// Whom an address stands for, if more than one claims it: what the operator wrote, then who was first.
+    pub(super) fn owners(&self, inputs: &Inputs<'_>) -> HashMap<SocketAddr, ServiceName> {
+        let mut owners = HashMap::new();
+        for slice in &self.slices {
+            for (address, _) in slice.ports.iter().flat_map(|port| slice.addresses(port)) {
+                owners.entry(address).or_insert_with(|| slice.service.clone());
+            }
+        }
+        for one in inputs.registered {
+            let Some(service) = service_of(&one.instance.identity) else { continue };
+            for (port, ip) in
+                one.ports.iter().flat_map(|port| one.also.iter().chain([&one.address]).map(move |ip| (port, ip)))
+            {
+                owners.entry(SocketAddr::new(*ip, port.inbound)).or_insert_with(|| service.clone());
+            }
+        }
+        owners
+    }
+
+    pub(super) fn rules(&self, name: &ServicePort) -> Vec<Rule> {
+        let mut rules: Vec<Rule> = Vec::new();
+        for route in &self.routes {
+            let attached =
+                |p: &crate::resources::Parent| p.service == name.service && p.port.is_none_or(|port| port == name.port);
+            if !route.parents.iter().any(attached) {
+                continue;
+            }
+            for (number, rule) in route.rules.iter().enumerate() {
+                rules.extend(expand(route, number, rule));
+            }
+        }
+        // Gateway API: of the matches of all routes the most specific one decides. A stable sort keeps their order.
+        rules.sort_by_key(|rule| std::cmp::Reverse(rule.matches.first().map(specificity)));
+        rules
+    }
+
+    pub(super) fn mesh(&self, inputs: &Inputs<'_>, ports: &BTreeMap<ServicePort, PortParts>) -> Mesh {
+        let mut ranges: Vec<ipnet::IpNet> = self.settings.iter().flat_map(|s| s.mesh_ranges.iter().copied()).collect();
+        ranges.extend(self.services.values().flat_map(|s| s.cluster_ips.iter().map(|ip| ipnet::IpNet::from(*ip))));
+        ranges.sort_unstable();
+        ranges.dedup();
+        let namespaces: HashSet<&str> = ports.keys().map(|name| &*name.service.namespace).collect();
+        let mut domains: Vec<Arc<str>> = vec!["svc".into(), "svc.cluster.local".into(), "default".into()];
+        domains.push(format!("svc.{}", inputs.trust_domain).into());
+        domains.extend(namespaces.into_iter().map(Arc::from));
+        domains.sort_unstable();
+        domains.dedup();
+        // The stricter of two wins.
+        let denied = self.settings.iter().any(|s| s.outbound_policy == Some(OutboundPolicy::Deny));
+        let outbound_policy = if denied { OutboundPolicy::Deny } else { OutboundPolicy::Allow };
+        Mesh { trust_domain: inputs.trust_domain.clone(), ranges, domains, outbound_policy }
+    }
+}
+
+/// Beside a local process the service account is the service.
+pub(super) fn service_of(identity: &SpiffeId) -> Option<ServiceName> {
+    let (namespace, account) = identity.workload()?;
+    // With a dot in the namespace, `a.b.c` could be two services.
+    if namespace.contains('.') {
+        return None;
+    }
+    Some(ServiceName { service: account.into(), namespace: namespace.into() })
+}
+
+fn set_protocol(parts: &mut PortParts, said: AppProtocol) {
+    if parts.protocol == AppProtocol::Detect {
+        parts.protocol = said;
+    }
+}
+
+/// One rule a match, so that the matches of several routes can be put in order.
+fn expand(route: &Route, number: usize, rule: &crate::resources::RouteRule) -> Vec<Rule> {
+    let backends: Vec<Backend> = rule
+        .backends
+        .iter()
+        .filter(|b| b.weight > 0)
+        .map(|b| {
+            let name = ServicePort { service: b.service.clone(), port: b.port };
+            Backend { cluster: name.to_string().into(), weight: b.weight }
+        })
+        .collect();
+    let name: Arc<str> = format!("{}/{}#{number}", route.name.namespace, route.name.service).into();
+    let one = |matches| Rule { name: name.clone(), matches, backends: backends.clone() };
+    match rule.matches.is_empty() {
+        true => vec![one(Vec::new())],
+        false => rule.matches.iter().map(|m| one(vec![m.clone()])).collect(),
+    }
+}
+
+/// HTTPRouteMatch, "Proxy or Load Balancer routing configuration generated from HTTPRoutes MUST prioritize".
+fn specificity(one: &Match) -> (bool, usize, bool, usize) {
+    let (exact, length) = match &one.path {
+        Some(PathMatch::Exact(path)) => (true, path.len()),
+        Some(PathMatch::Prefix(path)) => (false, path.len()),
+        None => (false, 0),
+    };
+    (exact, length, one.method.is_some(), one.headers.len())
+}
+
+/// The cluster of every service port, and an empty one for whatever a route names that is not there: it answers 503,
+/// and the rest of the route works.
+pub(super) fn clusters(
+    ports: &BTreeMap<ServicePort, PortParts>,
+    parts: &Parts<'_>,
+    former: &World,
+) -> HashMap<ClusterName, ClusterEntry> {
+    let mut all: BTreeMap<ServicePort, (Vec<Endpoint>, AppProtocol)> = BTreeMap::new();
+    for (name, port) in ports {
+        all.insert(name.clone(), (port.endpoints.values().cloned().collect(), port.protocol));
+    }
+    for backend in parts.routes.iter().flat_map(|r| &r.rules).flat_map(|r| &r.backends) {
+        all.entry(ServicePort { service: backend.service.clone(), port: backend.port }).or_default();
+    }
+    all.into_iter()
+        .map(|(service, (endpoints, protocol))| {
+            let name: ClusterName = service.to_string().into();
+            let cluster = Cluster { name: name.clone(), service, endpoints };
+            let cluster = reuse(cluster, former.clusters.get(&name).map(|entry| &entry.cluster));
+            (name, ClusterEntry { cluster, protocol })
+        })
+        .collect()
+}

@@ -1,0 +1,138 @@
+use sheetbend_control_plane_client::model::{Match, PathMatch};
+
+use super::*;
+use crate::registry::Instance;
+use crate::resources::{Parent, Route, RouteBackend, RouteRule, Service};
+use sheetbend_control_plane_client::registration::RegisteredPort;
+
+fn registered(service: &str, ip: [u8; 4], port: u16, inbound: u16) -> Registered {
+    let identity = format!("spiffe://cluster.local/ns/default/sa/{service}").parse().unwrap();
+    Registered {
+        instance: Instance { identity, node: format!("{service}-{inbound}").into() },
+        address: ip.into(),
+        ports: vec![RegisteredPort { port, inbound, protocol: AppProtocol::Detect }],
+        also: Vec::new(),
+    }
+}
+
+fn world(registered: &[Registered], resources: &[Resource]) -> World {
+    build(registered, resources, true, &World::default())
+}
+
+fn build(registered: &[Registered], resources: &[Resource], same_machine: bool, former: &World) -> World {
+    let inputs = Inputs { trust_domain: "cluster.local".into(), registered, resources, same_machine };
+    World::build(&inputs, former)
+}
+
+fn ask(world: &World, target: &str) -> Option<String> {
+    let destination = world.resolve(&target.parse().unwrap(), "default")?;
+    Some(destination.default_cluster.to_string())
+}
+
+fn name(service: &str) -> ServiceName {
+    ServiceName { service: service.into(), namespace: "default".into() }
+}
+
+#[test]
+fn a_service_is_reached_by_every_one_of_its_names() {
+    let world = world(&[registered("web", [127, 0, 0, 1], 8000, 41000)], &[]);
+    let web = Some("web.default:8000".to_string());
+    for host in ["web", "web.default", "web.default.svc", "web.default.svc.cluster.local"] {
+        assert_eq!(ask(&world, &format!("{host}:8000")), web, "{host}");
+        assert_eq!(ask(&world, &format!("{host}:80")), web, "{host} has one port");
+    }
+    for other in ["web:81", "web.other:8000", "db:8000", "example.org:80", "127.0.0.1:8000"] {
+        assert_eq!(ask(&world, other), None, "{other}");
+    }
+    assert_eq!(ask(&world, "127.0.0.1:41000").unwrap(), "web.default:8000@127.0.0.1:41000");
+    assert!(world.cluster("web.default:8000@127.0.0.1:41000").is_some());
+    assert!(world.routes("web.default:8000@127.0.0.1:41000").is_some());
+    assert!(world.cluster("db.default:8000@127.0.0.1:41000").is_none());
+}
+
+#[test]
+fn a_proxy_is_meant_by_each_of_its_addresses_and_reached_for_others_by_the_first() {
+    let mut one = registered("web", [192, 0, 2, 7], 8000, 8000);
+    one.also = vec!["2001:db8::7".parse().unwrap()];
+    let world = world(&[one], &[]);
+    assert_eq!(ask(&world, "[2001:db8::7]:8000").unwrap(), "web.default:8000@[2001:db8::7]:8000");
+    let cluster = world.cluster("web.default:8000").unwrap().cluster;
+    let addresses: Vec<_> = cluster.endpoints.iter().map(|endpoint| endpoint.address.to_string()).collect();
+    assert_eq!(addresses, ["192.0.2.7:8000"]);
+    assert!(world.cluster("web.default:8000@[2001:db8::7]:8000").is_some());
+}
+
+#[test]
+fn an_address_that_two_claim_is_of_who_was_first() {
+    let claims = [registered("web", [127, 0, 0, 1], 8000, 41000), registered("a-thief", [127, 0, 0, 1], 1, 41000)];
+    assert_eq!(ask(&world(&claims, &[]), "127.0.0.1:41000").unwrap(), "web.default:8000@127.0.0.1:41000");
+}
+
+#[test]
+fn port_80_is_ambiguous_when_there_are_two() {
+    let two = [registered("web", [127, 0, 0, 1], 8000, 41000), registered("web", [127, 0, 0, 1], 9000, 41001)];
+    assert_eq!(ask(&world(&two, &[]), "web:80"), None);
+}
+
+#[test]
+fn loopback_endpoints_are_told_on_their_own_machine_only() {
+    let both = [registered("web", [127, 0, 0, 1], 8000, 41000), registered("web", [192, 0, 2, 7], 8000, 15106)];
+    let far = build(&both, &[], false, &World::default());
+    let cluster = far.cluster("web.default:8000").unwrap().cluster;
+    assert_eq!(cluster.endpoints.len(), 1);
+    assert_eq!(cluster.endpoints[0].address.to_string(), "192.0.2.7:15106");
+}
+
+#[test]
+fn what_did_not_change_keeps_its_place_in_memory() {
+    let mut all = vec![registered("web", [127, 0, 0, 1], 8000, 41000)];
+    let first = world(&all, &[]);
+    all.push(registered("db", [127, 0, 0, 1], 5432, 41001));
+    let second = build(&all, &[], true, &first);
+    let of = |world: &World| world.routes("web.default:8000").unwrap();
+    assert!(Arc::ptr_eq(&of(&first), &of(&second)));
+    assert!(Arc::ptr_eq(
+        &first.cluster("web.default:8000").unwrap().cluster,
+        &second.cluster("web.default:8000").unwrap().cluster
+    ));
+}
+
+#[test]
+fn a_service_resource_names_the_port_of_what_registers_behind_it() {
+    let service = Service {
+        name: name("web"),
+        cluster_ips: vec![[10, 9, 8, 7].into()],
+        ports: vec![crate::resources::ServicePort {
+            name: "http".into(),
+            port: 80,
+            target: 8000,
+            protocol: AppProtocol::Http,
+        }],
+    };
+    let world = world(&[registered("web", [127, 0, 0, 1], 8000, 41000)], &[Resource::Service(service)]);
+    assert_eq!(ask(&world, "10.9.8.7:80").unwrap(), "web.default:80");
+    assert_eq!(world.cluster("web.default:80").unwrap().cluster.endpoints.len(), 1);
+    assert_eq!(world.mesh.ranges.len(), 1);
+}
+
+#[test]
+fn the_most_specific_match_comes_first_and_missing_backends_are_empty_clusters() {
+    let path = |path| Match { path: Some(path), ..Match::default() };
+    let to = |service: &str| vec![RouteBackend { service: name(service), port: 8000, weight: 1 }];
+    let route = Route {
+        kind: "HTTPRoute",
+        name: name("split"),
+        parents: vec![Parent { service: name("web"), port: None }],
+        rules: vec![
+            RouteRule { matches: vec![path(PathMatch::Prefix("/a".into()))], backends: to("a") },
+            RouteRule { matches: Vec::new(), backends: to("rest") },
+            RouteRule { matches: vec![path(PathMatch::Exact("/a".into()))], backends: to("exact") },
+        ],
+    };
+    let world = world(&[registered("web", [127, 0, 0, 1], 8000, 41000)], &[Resource::Route(route)]);
+    let web = world.routes("web.default:8000").unwrap();
+    let order: Vec<&str> = web.rules.iter().map(|r| &*r.backends[0].cluster).collect();
+    assert_eq!(order, ["exact.default:8000", "a.default:8000", "rest.default:8000"]);
+    assert!(web.clusters["a.default:8000"].endpoints.is_empty());
+    assert_eq!(web.clusters.len(), 4);
+}
