@@ -9,6 +9,8 @@
 mod dial;
 mod own;
 mod pool;
+mod sender;
+mod turn;
 mod windows;
 
 use std::collections::HashMap;
@@ -23,9 +25,10 @@ use sheetbend_control_plane_client::model::{ServicePort, Target, Transport};
 pub use dial::{BoxIo, DialError, Io};
 pub(crate) use dial::{Dialed, dial};
 pub(crate) use own::{Entering, Own};
-pub(crate) use pool::HEADERS;
 pub(crate) use pool::Pooled;
-pub use pool::{Checkout, Pool, SendError, Sender, Wire};
+pub use pool::{Checkout, Pool};
+pub(crate) use sender::HEADERS;
+pub use sender::{SendError, Sender, Wire};
 pub(crate) use windows::Windows;
 
 use crate::telemetry::{Edge, EdgeKey, Peer, Protocol, Reporter, Telemetry};

@@ -1,33 +1,26 @@
 //! The HTTP connections of one worker: shared HTTP/2 between our proxies, kept HTTP/1.1 elsewhere.
 
 use std::collections::{HashMap, VecDeque};
-use std::future::Future;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use http::{Request, Response};
-use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use sheetbend_certs::{IdentityStore, Material, MeshAlpn, Sha256, TrustBundle};
 use sheetbend_control_plane_client::model::Transport;
 use tokio::sync::watch;
 
-use super::windows::Windows;
+use super::sender::{Sender, Wire, connect_h2, until_over};
+use super::turn::Turns;
 use super::{DialError, Dialed, EndpointState, Own, dial};
 use crate::http::body::RequestBody;
-use crate::http::error::{Processed, h2_error};
 use crate::rest::Rest;
-use crate::telemetry::{Counter, Telemetry};
+use crate::telemetry::Telemetry;
 
 /// Streams on one shared connection before another is dialed: 80 % of the 128 that our proxies allow. Where a peer allows
 /// fewer, 80 % of those: hyper would queue the rest without saying so.
 const FULL: usize = 128 * 80 / 100;
-/// Requests that wait for a connection to one endpoint, for all workers of two together 10,000.
-const MOST_WAITING: usize = 5_000;
-/// How long one waits at most: for somebody else's TCP connection (1 s) and handshake (2 s), and then some.
-const WAITS: Duration = Duration::from_secs(5);
 /// Shared connections to one endpoint that one worker keeps though nothing is under way on them. While something is,
 /// there are as many as it takes: a request that waits for another's stream would be coupled to a stranger.
 const IDLE_SHARED: usize = 2;
@@ -35,80 +28,12 @@ const IDLE_SHARED: usize = 2;
 const MOST_KEPT: usize = 1024;
 /// How long a kept connection is trusted to be open at the other end.
 const KEPT_FOR: Duration = Duration::from_secs(3);
-/// What we take in one frame. A 1 MiB answer costs a tenth less CPU than in frames of 16 KiB, and a frame of this size
-/// still keeps others on the connection waiting for far less than a millisecond.
-pub(crate) const FRAME: u32 = 256 * 1024;
-/// Headers within the mesh.
-pub(crate) const HEADERS: u32 = 96 * 1024;
-
-/// What is spoken on a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Wire {
-    /// HTTP/2, shared by many requests.
-    Http2,
-    /// HTTP/1.1, one request at a time.
-    Http1,
-}
-
-/// A connection that takes a request.
-pub enum Sender {
-    /// One of many streams.
-    Http2(http2::SendRequest<RequestBody>),
-    /// All of it.
-    Http1(http1::SendRequest<RequestBody>),
-}
-
-/// A request that got no answer.
-pub struct SendError {
-    /// What broke.
-    pub source: hyper::Error,
-    /// Whether the request may have had an effect.
-    pub processed: Processed,
-}
-
-impl Sender {
-    /// What is spoken on it.
-    pub fn wire(&self) -> Wire {
-        match self {
-            Self::Http2(_) => Wire::Http2,
-            Self::Http1(_) => Wire::Http1,
-        }
-    }
-
-    /// Sends a request and waits for the head of its answer.
-    pub async fn send(&mut self, request: Request<RequestBody>) -> Result<Response<Incoming>, SendError> {
-        let failed = match self {
-            Self::Http2(sender) => sender.try_send_request(request).await,
-            Self::Http1(sender) => sender.try_send_request(request).await,
-        };
-        failed.map_err(|mut failed| {
-            let unsent = failed.take_message().is_some();
-            let source = failed.into_error();
-            let processed = if unsent { Processed::No(Counter::RetriedUnsent) } else { processed(&source) };
-            SendError { source, processed }
-        })
-    }
-}
-
-/// What a broken stream says about its request (RFC 9113 §8.7).
-fn processed(error: &hyper::Error) -> Processed {
-    let Some(error) = h2_error(error) else { return Processed::Maybe };
-    match error.reason() {
-        Some(h2::Reason::REFUSED_STREAM) if error.is_remote() && error.is_reset() => {
-            Processed::No(Counter::RetriedRefused)
-        }
-        // A graceful goodbye ends only the streams above its last id; those below it go on.
-        Some(h2::Reason::NO_ERROR) if error.is_remote() && error.is_go_away() => Processed::No(Counter::RetriedGoAway),
-        _ => Processed::Maybe,
-    }
-}
-
 #[derive(Default)]
 struct Connections {
     shared: Vec<SharedConnection>,
     /// The one used last is at the end.
     kept: VecDeque<Kept>,
-    turn: Arc<Turn>,
+    turns: Arc<Turns>,
     /// Whether the endpoint is of the mesh.
     mesh: bool,
     /// The endpoint chose HTTP/1.1 when it was asked for either: nothing is shared, and nobody takes turns.
@@ -142,37 +67,6 @@ impl SharedConnection {
     fn is_full(&self) -> bool {
         let allowed = (self.allowed.load(Relaxed) / 5).saturating_mul(4).clamp(1, FULL);
         self.streams.load(Relaxed) >= allowed
-    }
-}
-
-/// Who may dial a shared connection: one at a time, so that a burst does not dial one each. The others wait, not too many
-/// and not for long, and a failure is theirs too: they do not fail one after the other.
-#[derive(Default)]
-struct Turn {
-    waiting: AtomicUsize,
-    /// Counts failures, so that one who waited sees whether there was one meanwhile.
-    failures: AtomicUsize,
-    last: tokio::sync::Mutex<Option<Arc<DialError>>>,
-}
-
-/// One who waits for the turn.
-struct Waiting<'a>(&'a Turn);
-
-impl Drop for Waiting<'_> {
-    fn drop(&mut self) {
-        self.0.waiting.fetch_sub(1, Relaxed);
-    }
-}
-
-impl Turn {
-    /// Waits for the turn. `Err` when there are too many, or it takes too long.
-    async fn take(&self) -> Result<tokio::sync::MutexGuard<'_, Option<Arc<DialError>>>, DialError> {
-        if self.waiting.fetch_add(1, Relaxed) >= MOST_WAITING {
-            self.waiting.fetch_sub(1, Relaxed);
-            return Err(DialError::Overflow);
-        }
-        let _waiting = Waiting(self);
-        tokio::time::timeout(WAITS, self.last.lock()).await.map_err(|_| DialError::WaitedTooLong)
     }
 }
 
@@ -319,31 +213,25 @@ impl Pool {
             let dialed = dial(endpoint, MeshAlpn::Http1, identity, telemetry, &self.own).await?;
             return Ok((checkout.alone(dialed).await?, checkout));
         }
-        let turn = {
+        let turns = {
             let mut all = self.lock();
             let connections = all.of(endpoint);
-            (!connections.chose_http1).then(|| Arc::clone(&connections.turn))
+            (!connections.chose_http1).then(|| Arc::clone(&connections.turns))
         };
-        let Some(turn) = turn else {
+        let Some(turns) = turns else {
             return Ok((self.dial_either(&mut checkout, identity, telemetry).await?, checkout));
         };
-        let before = turn.failures.load(Relaxed);
-        let mut last = turn.take().await?;
+        let turn = turns.take().await?;
         // Whoever had the turn before may have dialed what serves us too, or may have failed for us too.
         if let Some(sender) = self.take(wire, fresh, &mut checkout) {
             return Ok((sender, checkout));
         }
-        if let Some(failure) = last.as_ref().filter(|_| turn.failures.load(Relaxed) != before) {
-            return Err(DialError::Shared(Arc::clone(failure)));
+        if let Some(failure) = turn.failed_meanwhile() {
+            return Err(failure);
         }
         match self.dial_either(&mut checkout, identity, telemetry).await {
             Ok(sender) => Ok((sender, checkout)),
-            Err(error) => {
-                let error = Arc::new(error);
-                turn.failures.fetch_add(1, Relaxed);
-                *last = Some(Arc::clone(&error));
-                Err(DialError::Shared(error))
-            }
+            Err(error) => Err(turn.fail(error)),
         }
     }
 
@@ -472,54 +360,5 @@ impl Connections {
         }
         emptiest.streams.fetch_add(1, Relaxed);
         Some((emptiest.sender.clone(), Arc::clone(&emptiest.streams)))
-    }
-}
-
-/// A shared connection, and how many streams its peer allows, kept up to date.
-pub(crate) async fn connect_h2(
-    dialed: Dialed,
-    ours: bool,
-) -> Result<(http2::SendRequest<RequestBody>, Arc<AtomicUsize>), DialError> {
-    let window = Windows::of_process().give();
-    let mut builder = http2::Builder::new(TokioExecutor::new());
-    builder
-        .timer(TokioTimer::new())
-        .initial_stream_window_size(window.stream)
-        .initial_connection_window_size(window.connection)
-        .max_frame_size(FRAME)
-        .max_header_list_size(HEADERS)
-        .max_send_buf_size(window.stream as usize);
-    if ours {
-        // gRPC servers punish pings; our own proxies do not.
-        builder.keep_alive_interval(Duration::from_secs(10)).keep_alive_timeout(Duration::from_secs(10));
-    }
-    let (sender, connection) = builder.handshake(TokioIo::new(dialed.io)).await.map_err(DialError::Http)?;
-    let allowed = Arc::new(AtomicUsize::new(connection.current_max_send_streams()));
-    let told = Arc::clone(&allowed);
-    let connection = async move {
-        let _window = window;
-        let mut connection = std::pin::pin!(connection);
-        std::future::poll_fn(|cx| {
-            let ended = connection.as_mut().poll(cx);
-            told.store(connection.current_max_send_streams(), Relaxed);
-            ended
-        })
-        .await
-    };
-    tokio::spawn(until_over(connection, dialed.rest));
-    Ok((sender, allowed))
-}
-
-/// Drives a connection to its end, and no longer than what it rests on allows.
-async fn until_over<T>(connection: impl Future<Output = T>, rest: Option<Rest>) {
-    let Some(rest) = rest else {
-        let _ = connection.await;
-        return;
-    };
-    tokio::select! {
-        // The connection first: its own end is the common one.
-        biased;
-        _ = connection => {}
-        () = rest.over() => {}
     }
 }

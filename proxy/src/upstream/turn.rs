@@ -1,0 +1,114 @@
+//! Who may dial a shared connection: one at a time, so that a burst of requests does not dial one each. The others wait, not
+//! too many and not for long, and a failure is theirs too: they do not fail one after the other.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::time::Duration;
+
+use tokio::sync::MutexGuard;
+use tokio::time::timeout;
+
+use super::DialError;
+
+/// Requests that wait for a connection to one endpoint, for all workers of two together 10,000.
+const MOST_WAITING: usize = 5_000;
+/// How long one waits at most: for somebody else's TCP connection (1 s) and handshake (2 s), and then some.
+const WAITS: Duration = Duration::from_secs(5);
+
+/// The turns of one endpoint.
+#[derive(Default)]
+pub(super) struct Turns {
+    waiting: AtomicUsize,
+    /// How many dials have failed, and how the last one did.
+    failures: AtomicUsize,
+    last: tokio::sync::Mutex<Option<Arc<DialError>>>,
+}
+
+/// One who waits.
+struct Waiting<'a>(&'a Turns);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Relaxed);
+    }
+}
+
+/// One's turn, until this is dropped.
+pub(super) struct Turn<'a> {
+    turns: &'a Turns,
+    last: MutexGuard<'a, Option<Arc<DialError>>>,
+    /// Failures when the wait began.
+    before: usize,
+}
+
+impl Turns {
+    /// Waits for one's turn. `Err` when too many wait, or it takes too long.
+    pub(super) async fn take(&self) -> Result<Turn<'_>, DialError> {
+        let before = self.failures.load(Relaxed);
+        let others = self.waiting.fetch_add(1, Relaxed);
+        let _waiting = Waiting(self);
+        if others >= MOST_WAITING {
+            return Err(DialError::Overflow);
+        }
+        let last = timeout(WAITS, self.last.lock()).await.map_err(|_| DialError::WaitedTooLong)?;
+        Ok(Turn { turns: self, last, before })
+    }
+}
+
+impl Turn<'_> {
+    /// How somebody failed while this one waited: what it would find too.
+    pub(super) fn failed_meanwhile(&self) -> Option<DialError> {
+        let failed = self.turns.failures.load(Relaxed) != self.before;
+        self.last.as_ref().filter(|_| failed).map(|error| DialError::Shared(Arc::clone(error)))
+    }
+
+    /// Tells those who wait how this one failed.
+    pub(super) fn fail(mut self, error: DialError) -> DialError {
+        let error = Arc::new(error);
+        self.turns.failures.fetch_add(1, Relaxed);
+        *self.last = Some(Arc::clone(&error));
+        DialError::Shared(error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn who_waits_for_one_that_fails_fails_with_it_and_who_comes_later_tries_anew() {
+        let turns = Arc::new(Turns::default());
+        let first = turns.take().await.unwrap();
+        assert!(first.failed_meanwhile().is_none());
+        let waits = || async { turns.take().await.unwrap().failed_meanwhile().map(|error| error.to_string()) };
+        let (second, third, ()) = tokio::join!(waits(), waits(), async {
+            tokio::task::yield_now().await;
+            first.fail(DialError::HandshakeTimeout);
+        });
+        let failure = Some(DialError::HandshakeTimeout.to_string());
+        assert_eq!((second, third), (failure.clone(), failure));
+        assert_eq!(waits().await, None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nobody_waits_for_ever_and_no_more_wait_than_may() {
+        let turns = Arc::new(Turns::default());
+        let held = turns.take().await.unwrap();
+        let waiting: Vec<_> = (0..MOST_WAITING)
+            .map(|_| {
+                let turns = Arc::clone(&turns);
+                tokio::spawn(async move { turns.take().await.err().map(|error| error.to_string()) })
+            })
+            .collect();
+        tokio::task::yield_now().await;
+        assert!(matches!(turns.take().await.err(), Some(DialError::Overflow)));
+        let began = tokio::time::Instant::now();
+        for one in waiting {
+            assert_eq!(one.await.unwrap(), Some(DialError::WaitedTooLong.to_string()));
+        }
+        assert_eq!(began.elapsed().as_secs(), WAITS.as_secs());
+        assert_eq!(turns.waiting.load(Relaxed), 0);
+        drop(held);
+        assert!(turns.take().await.is_ok());
+    }
+}
