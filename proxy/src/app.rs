@@ -366,8 +366,14 @@ impl Proxy {
         });
     }
 
-    /// Tells the mesh that nothing is served here any more, and waits until it has heard, 1 s at most.
+    /// Tells the mesh that nothing is served here any more, and waits until it has heard, 1 s at most. One who never served
+    /// anything says goodbye by it too: nobody then waits for it when roots change.
     pub async fn withdraw(&self) {
+        self.registration.send_if_modified(|registration| {
+            let silent = registration.is_none();
+            registration.get_or_insert_with(|| self.portless.clone());
+            silent
+        });
         self.shared.discovery.withdraw().await;
     }
 

@@ -117,3 +117,34 @@ async fn a_new_root_and_the_end_of_the_old_one_fail_no_request() {
     let answer = http::get(newcomer.proxy(), "http://server/").await.expect("an answer");
     assert_eq!(answer.text(), "tied\n");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_proxy_that_died_is_waited_for_by_name_and_can_be_left_behind() {
+    let mesh = Mesh::with_control_plane(&[]);
+    let app = App::saying("tied\n").await;
+    let server = mesh.run("server").port(app.port()).serve();
+    let mut dead = mesh.caller("dead");
+    let mut stopped = mesh.caller("stopped");
+    for sidecar in [&dead, &stopped] {
+        sidecar.first_answer("http://server/").await;
+    }
+    stopped.process.stop();
+    dead.process.kill();
+    let ca = mesh.ca().display().to_string();
+    mesh.finish(["certs", "rotate", "--dir", &ca]).ok();
+    let drop = |more: &[&str]| mesh.finish([&["certs", "rotate", "--drop-old", "--dir", &ca], more].concat());
+    let said = eventually("nobody but the dead one needs the old root", Duration::from_secs(90), || async {
+        let said = drop(&[]);
+        assert_eq!(said.status.code(), Some(1), "{}", said.stdout);
+        said.stderr.contains("1 of 2 proxies").then_some(said.stderr)
+    })
+    .await;
+    // One that said goodbye is not waited for; of one that did not, nobody can know whether it comes back.
+    assert!(said.contains("sa/dead") && said.contains("nobody has heard of it for"), "{said}");
+    assert!(said.contains("--leave-behind") && !said.contains("sa/stopped"), "{said}");
+    assert_eq!(drop(&["--leave-behind", "1h"]).status.code(), Some(1), "it is not silent for so long");
+    drop(&["--leave-behind", "1s"]).ok();
+    let roots = || async { server.page("/certs").await.json()["roots"].as_array().map_or(0, Vec::len) };
+    eventually("the old root is gone", START, || async { (roots().await == 1).then_some(()) }).await;
+    mesh.caller("newcomer").first_answer("http://server/").await;
+}
