@@ -100,7 +100,9 @@ mod tests {
                 tokio::spawn(async move { turns.take().await.err().map(|error| error.to_string()) })
             })
             .collect();
-        tokio::task::yield_now().await;
+        while turns.waiting.load(Relaxed) < MOST_WAITING {
+            tokio::task::yield_now().await;
+        }
         assert!(matches!(turns.take().await.err(), Some(DialError::Overflow)));
         let began = tokio::time::Instant::now();
         for one in waiting {
