@@ -2,7 +2,7 @@
 
 /// An HTTP server on an address and a port, which says who asks, and on which of its connections.
 pub(super) const HTTP: &str = r#"
-import http.server, itertools, socket, sys
+import http.server, itertools, socket, socketserver, sys
 connections = itertools.count(1)
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -17,6 +17,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(said)
     def log_message(self, *_): pass
 class Server(http.server.ThreadingHTTPServer):
+    def server_bind(self):
+        # HTTPServer's own looks for its name in DNS, which nobody answers here.
+        socketserver.TCPServer.server_bind(self)
     address_family = socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET
     allow_reuse_address = True
 Server((sys.argv[1], int(sys.argv[2])), Handler).serve_forever()
