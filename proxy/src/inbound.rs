@@ -189,6 +189,10 @@ impl Inbound {
             }
         };
         let inside = Inside::of(connection.alpn_protocol(), self.port.protocol);
+        if connection.alpn_protocol() == Some(MeshAlpn::H2.wire()) {
+            // Both ends of it always read, so that silence means that one is gone.
+            stream.get_ref().0.expect_steady_reader();
+        }
         let rest = Some(Rest::on(root, &self.shared.identity));
         let own = &self.port.name;
         let called = connection.server_name().filter(|_| ours);

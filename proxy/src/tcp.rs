@@ -24,6 +24,10 @@ pub trait Abort {
     /// Whether the peer is known to have reset the connection, or to be unreachable. For the time when nobody reads
     /// from it any more, because it has closed its half: a read would no longer tell.
     fn is_gone(&self) -> bool;
+
+    /// Says that the peer always reads, so that one who does not is gone ([`crate::listen::expect_steady_reader`]). Means
+    /// nothing where there is no socket underneath.
+    fn expect_steady_reader(&self) {}
 }
 
 impl Abort for TcpStream {
@@ -36,6 +40,11 @@ impl Abort for TcpStream {
         // ENOTCONN is how Linux tells that a socket has left every connected state.
         self.peer_addr().is_err()
     }
+
+    fn expect_steady_reader(&self) {
+        // Without it a lost peer is noticed later; nothing else depends on it.
+        let _ = crate::listen::expect_steady_reader(self);
+    }
 }
 
 impl<T: ?Sized + Abort> Abort for Box<T> {
@@ -46,6 +55,10 @@ impl<T: ?Sized + Abort> Abort for Box<T> {
     fn is_gone(&self) -> bool {
         (**self).is_gone()
     }
+
+    fn expect_steady_reader(&self) {
+        (**self).expect_steady_reader();
+    }
 }
 
 impl<T: Abort> Abort for Rewind<T> {
@@ -55,6 +68,10 @@ impl<T: Abort> Abort for Rewind<T> {
 
     fn is_gone(&self) -> bool {
         self.get_ref().is_gone()
+    }
+
+    fn expect_steady_reader(&self) {
+        self.get_ref().expect_steady_reader();
     }
 }
 
@@ -75,6 +92,10 @@ impl<T: Abort> Abort for server::TlsStream<T> {
 
     fn is_gone(&self) -> bool {
         self.get_ref().0.is_gone()
+    }
+
+    fn expect_steady_reader(&self) {
+        self.get_ref().0.expect_steady_reader();
     }
 }
 

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use sheetbend_proxy::listen::{self, BindError, bind};
+use sheetbend_proxy::rewind::Rewind;
+use sheetbend_proxy::tcp::Abort;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
@@ -47,8 +49,12 @@ async fn every_accepted_connection_has_its_options() {
     assert!(socket.tcp_nodelay().unwrap() && socket.keepalive().unwrap());
     assert_eq!(socket.tcp_keepalive_time().unwrap(), Duration::from_secs(10));
     assert_eq!(socket.tcp_keepalive_interval().unwrap(), Duration::from_secs(10));
-    listen::expect_steady_reader(&stream).unwrap();
-    assert_eq!(socket.tcp_user_timeout().unwrap(), Some(Duration::from_secs(30)));
+    assert_eq!(socket.tcp_user_timeout().unwrap(), None);
+    let again = socket.try_clone().unwrap();
+    // Through whatever a connection is wrapped in.
+    let wrapped: Box<dyn Abort> = Box::new(Rewind::new("read before", stream));
+    wrapped.expect_steady_reader();
+    assert_eq!(again.tcp_user_timeout().unwrap(), Some(Duration::from_secs(30)));
 }
 
 #[tokio::test]
