@@ -52,7 +52,7 @@ pub(crate) struct Plan {
 impl Plan {
     /// The usual plan, or a quick one.
     pub(crate) fn new(quick: bool, rounds: Option<usize>, makes: &[Make]) -> Self {
-        let (usual, window) = if quick { (2, 500) } else { (7, 1500) };
+        let (usual, window) = if quick { (2, 500) } else { (5, 1000) };
         Self {
             rounds: rounds.unwrap_or(usual),
             warm: Duration::from_millis(300),

@@ -58,7 +58,7 @@ impl Rest {
 }
 
 /// [`Rest::dropped`] of a connection that may rest on nothing: then never.
-pub async fn dropped(rest: Option<Rest>) {
+async fn dropped(rest: Option<Rest>) {
     match rest {
         Some(rest) => rest.dropped().await,
         None => pending().await,

@@ -271,8 +271,9 @@ impl Kept {
 /// A response's body on its way back.
 pub struct ResponseBody {
     kind: Kind,
-    /// Reports when it is dropped, so whatever ends this body ends the exchange.
-    exchange: Option<Exchange>,
+    /// Reports when it is dropped, so whatever ends this body ends the exchange. Boxed: hyper keeps room for a body as long
+    /// as the connection is open.
+    exchange: Option<Box<Exchange>>,
     /// What the connection goes back to its pool with.
     checkout: Option<Checkout>,
     deadline: Option<Pin<Box<Sleep>>>,
@@ -305,7 +306,7 @@ impl ResponseBody {
 
     /// Lets `exchange` end with this body.
     pub fn reporting(mut self, exchange: Exchange) -> Self {
-        self.exchange = Some(exchange);
+        self.exchange = Some(Box::new(exchange));
         self
     }
 

@@ -18,7 +18,7 @@ use tokio::time::timeout;
 use super::body::ResponseBody;
 use super::error::h2_error;
 use super::head_clock::{self, HEAD_TIME, HeadClock, Turns};
-use crate::rest::{self, LAST, Rest};
+use crate::rest::{LAST, Rest};
 use crate::telemetry::Counter;
 use crate::upstream::{BoxIo, HEADERS, Windows};
 
@@ -42,14 +42,20 @@ where
     F: Fn(Request<Incoming>) -> R + Send + Sync + 'static,
     R: Future<Output = Response<ResponseBody>> + Send + 'static,
 {
-    let told = async move {
-        tokio::select! {
-            // An error means that the proxy itself is gone; the connection then ends with it.
-            _ = drain.wait_for(|drain| *drain) => {}
-            () = rest::dropped(rest) => {}
-        }
+    let draining = async move {
+        // An error means that the proxy itself is gone; the connection then ends with it.
+        let _ = drain.wait_for(|drain| *drain).await;
     };
-    let told = told.boxed();
+    let told = match rest {
+        None => draining.boxed(),
+        Some(rest) => async move {
+            tokio::select! {
+                () = draining => {}
+                () = rest.dropped() => {}
+            }
+        }
+        .boxed(),
+    };
     let turns = Arc::new(Turns::default());
     let io = TokioIo::new(HeadClock::new(io, http2, Arc::clone(&turns)));
     // Each kind in a box of its own: a connection that idles holds no room for the other.
@@ -84,7 +90,7 @@ where
         ended = connection.as_mut() => ended,
         () = told => {
             connection.as_mut().graceful_shutdown();
-            timeout(LAST, connection).await.unwrap_or(Ok(()))
+            timeout(LAST, connection).boxed().await.unwrap_or(Ok(()))
         }
     }
 }
@@ -127,7 +133,7 @@ where
         ended = connection.as_mut() => ended,
         () = told => {
             connection.as_mut().graceful_shutdown();
-            timeout(LAST, connection).await.unwrap_or(Ok(()))
+            timeout(LAST, connection).boxed().await.unwrap_or(Ok(()))
         }
     }
 }
