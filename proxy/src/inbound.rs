@@ -2,17 +2,14 @@
 
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwap;
 use bytes::BytesMut;
 use futures_util::FutureExt;
 use http::{HeaderValue, Request, Response, Version};
 use hyper::body::Incoming;
-use sheetbend_certs::{ALPN_H2, IdentityStore, MeshAlpn, SpiffeId, VerifiedPeer, format_time};
+use sheetbend_certs::{IdentityStore, MeshAlpn, SpiffeId, VerifiedPeer};
 use sheetbend_control_plane_client::model::{AppProtocol, Transport};
-use tokio::time::timeout;
-use tokio_rustls::TlsAcceptor;
 
 use crate::app::Shared;
 use crate::client_hello::Hello;
@@ -25,14 +22,12 @@ use crate::http::error::{Error, Refusal};
 use crate::http::exchange::Exchange;
 use crate::http::headers::{self, SENT_VERSION};
 use crate::http::serve::{fault, serve};
+use crate::mtls::{self, HANDSHAKE, Inside};
 use crate::rest::{Rest, splice_for};
 use crate::rewind::Rewind;
 use crate::tcp::Abort;
 use crate::telemetry::{Counter, Edge, EdgeKey, Peer, Protocol, Reporter};
 use crate::upstream::{BoxIo, EndpointState, Place, Pool, Wire, dial};
-
-/// For a ClientHello, and for the handshake after it.
-const HANDSHAKE: Duration = Duration::from_secs(2);
 
 /// One port of the app.
 pub(crate) struct Port {
@@ -141,58 +136,18 @@ impl Inbound {
         }
     }
 
-    /// Ends mutual TLS, of a proxy of ours or of anybody else with a certificate of the mesh.
+    /// A connection inside mutual TLS, of a proxy of ours or of anybody else with a certificate of the mesh.
     async fn terminate(self, io: Rewind<BoxIo>, ours: bool, peer: SocketAddr) {
-        let telemetry = &self.shared.telemetry;
-        let Some(material) = self.shared.identity.current() else {
-            telemetry.count(Counter::RefusedNoIdentity);
+        let Some((stream, verified)) = mtls::accept(io, ours, peer, self.port.protocol, &self.shared).await else {
             return;
-        };
-        if material.is_over(SystemTime::now()) {
-            if let Some(left_out) = telemetry.refused(Counter::RefusedNoIdentity) {
-                let since = format_time(material.identity.not_after);
-                tracing::error!(%peer, since, left_out, "a connection is refused: this proxy's own certificate has expired");
-            }
-            return;
-        }
-        let config = match ours {
-            true => &material.server,
-            false => material.server_any(matches!(self.port.protocol, AppProtocol::Http2 | AppProtocol::Grpc)),
-        };
-        let stream = match timeout(HANDSHAKE, TlsAcceptor::from(config.clone()).accept(io)).await {
-            Ok(Ok(stream)) => stream,
-            Ok(Err(error)) => {
-                if let Some(left_out) = telemetry.refused(handshake_refusal(&error)) {
-                    tracing::warn!(%peer, %error, left_out, "a TLS handshake failed");
-                }
-                return;
-            }
-            Err(_) => {
-                telemetry.count(Counter::RefusedHandshakeTimeout);
-                return;
-            }
         };
         let connection = stream.get_ref().1;
-        telemetry.count(match connection.handshake_kind() {
-            Some(rustls::HandshakeKind::Resumed) => Counter::HandshakesResumed,
-            _ => Counter::HandshakesFull,
-        });
-        // After every handshake: a resumed one has verified nobody.
-        let chain = connection.peer_certificates().unwrap_or_default();
-        let VerifiedPeer { id, root, .. } = match material.bundle.verify(chain, SystemTime::now()) {
-            Ok(verified) => verified,
-            Err(error) => {
-                if let Some(left_out) = telemetry.refused(Counter::RefusedCertificate) {
-                    tracing::warn!(%peer, %error, left_out, "a peer is refused");
-                }
-                return;
-            }
-        };
         let inside = Inside::of(connection.alpn_protocol(), self.port.protocol);
         if connection.alpn_protocol() == Some(MeshAlpn::H2.wire()) {
             // Both ends of it always read, so that silence means that one is gone.
             stream.get_ref().0.expect_steady_reader();
         }
+        let VerifiedPeer { id, root, .. } = verified;
         let rest = Some(Rest::on(root, &self.shared.identity));
         let own = &self.port.name;
         let called = connection.server_name().filter(|_| ours);
@@ -357,51 +312,6 @@ impl Inbound {
                 None
             }
         }
-    }
-}
-
-/// What runs inside a TLS connection.
-enum Inside {
-    Http {
-        http2: bool,
-    },
-    Opaque,
-    /// The peer did not say: its first bytes tell.
-    Unsaid,
-}
-
-impl Inside {
-    fn ours(alpn: MeshAlpn) -> Self {
-        match alpn {
-            MeshAlpn::H2 => Self::Http { http2: true },
-            MeshAlpn::Http1 => Self::Http { http2: false },
-            MeshAlpn::Tcp => Self::Opaque,
-        }
-    }
-
-    fn of(alpn: Option<&[u8]>, app: AppProtocol) -> Self {
-        match (alpn.and_then(MeshAlpn::from_wire), alpn) {
-            (Some(ours), _) => Self::ours(ours),
-            // Bytes that nobody is to look into, whatever they are called.
-            (None, _) if app == AppProtocol::Tcp => Self::Opaque,
-            // Nothing but HTTP/1.1 and HTTP/2 is ever agreed on.
-            (None, Some(http)) => Self::Http { http2: http == ALPN_H2 },
-            (None, None) => Self::Unsaid,
-        }
-    }
-}
-
-/// Why a handshake failed, as it is counted.
-fn handshake_refusal(error: &std::io::Error) -> Counter {
-    use rustls::{Error as E, PeerIncompatible as P};
-    match error.get_ref().and_then(|inner| inner.downcast_ref()) {
-        Some(E::NoCertificatesPresented) => Counter::RefusedNoCertificate,
-        Some(E::InvalidCertificate(_)) => Counter::RefusedCertificate,
-        // What a client without TLS 1.3 looks like: it lists older versions, or has never heard of listing them.
-        Some(E::PeerIncompatible(P::Tls12NotOfferedOrEnabled | P::SupportedVersionsExtensionRequired)) => {
-            Counter::RefusedTlsVersion
-        }
-        _ => Counter::RefusedHandshake,
     }
 }
 

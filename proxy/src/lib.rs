@@ -34,6 +34,7 @@
 //! | [`detect`], [`client_hello`] | pure: first bytes in, a verdict out |
 //! | [`first_bytes`], [`rewind`] | reading a connection just far enough, and giving it back whole |
 //! | `outbound`, `inbound`, `here`, [`tcp`] | app → mesh; mesh → app; what leads back to ourselves; opaque bytes |
+//! | `mtls`, [`rest`] | who calls, by mutual TLS; the end of what rests on a dropped root |
 //! | `forward`, [`http`] | attempts and retries; hyper, and the one table from an error to an answer |
 //! | [`route`], [`policy`] | what the control plane said, ready for requests |
 //! | [`traffic`] | pure: state and `now` in, a decision out: balancing, retries |
@@ -58,6 +59,7 @@ pub mod http;
 mod in_process;
 mod inbound;
 pub mod listen;
+mod mtls;
 mod observe;
 mod outbound;
 pub mod policy;
