@@ -119,12 +119,12 @@ where
         handle(request).map(answered).boxed()
     });
     let mut builder = http1::Builder::new();
+    // No pipeline_flush: with it hyper keeps all of a response for a client that does not read.
     // No timer: hyper's counts from the end of the request before, and would cut idle connections.
     builder
         .max_headers(100)
         .max_buf_size(HEADER_BYTES)
         .half_close(true)
-        .pipeline_flush(true)
         .timer(TokioTimer::new())
         .header_read_timeout(None);
     let mut connection = pin!(builder.serve_connection(io, service).with_upgrades());
