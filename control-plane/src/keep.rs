@@ -81,8 +81,13 @@ pub(crate) async fn registrations(shared: Arc<Shared>) {
         let mut look = interval(LOOK);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let (mut saved, mut failing) = (None, false);
+        let mut worlds = shared.worlds();
         loop {
-            look.tick().await;
+            tokio::select! {
+                _ = look.tick() => {}
+                // What proxies are told must outlive us, however soon we are killed.
+                Ok(()) = worlds.changed() => {}
+            }
             shared.sweep();
             let (keeper, mut last) = (shared.clone(), saved.take());
             let outcome = tokio::task::spawn_blocking(move || {
