@@ -80,7 +80,7 @@ fn measure(shared: &Shared) {
     gauge(Gauge::OpenInbound, inbound);
     gauge(Gauge::PooledMesh, pooled.mesh);
     gauge(Gauge::PooledPlain, pooled.plain);
-    telemetry.gauge_set(Gauge::ReceiveWindows, Windows::of_process().given() as f64);
+    telemetry.gauge_set(Gauge::ReceiveWindows, Windows::given_in_all() as f64);
     gauge(Gauge::Draining, usize::from(*shared.inbound_drain.borrow()));
     let snapshot = shared.discovery.snapshot();
     let destinations = snapshot.iter().filter(|(_, resolution)| matches!(resolution, Resolution::Mesh(_))).count();

@@ -20,7 +20,7 @@ use super::error::h2_error;
 use super::head_clock::{self, HEAD_TIME, HeadClock, Turns};
 use crate::rest::{LAST, Rest};
 use crate::telemetry::Counter;
-use crate::upstream::{BoxIo, HEADERS, Windows};
+use crate::upstream::{BoxIo, HEADERS, STREAMS, Windows};
 
 /// Headers of an app's request.
 const HEADER_BYTES: usize = 60 * 1024;
@@ -42,6 +42,8 @@ where
     F: Fn(Request<Incoming>) -> R + Send + Sync + 'static,
     R: Future<Output = Response<ResponseBody>> + Send + 'static,
 {
+    // Who has shown who it is has something to rest on.
+    let windows = if rest.is_some() { Windows::of_peers() } else { Windows::of_others() };
     let draining = async move {
         // An error means that the proxy itself is gone; the connection then ends with it.
         let _ = drain.wait_for(|drain| *drain).await;
@@ -60,25 +62,30 @@ where
     let io = TokioIo::new(HeadClock::new(io, http2, Arc::clone(&turns)));
     // Each kind in a box of its own: a connection that idles holds no room for the other.
     match http2 {
-        true => serve_http2(io, told, handle).boxed().await,
+        true => serve_http2(io, windows, told, handle).boxed().await,
         false => serve_http1(io, turns, told, handle).boxed().await,
     }
 }
 
 type Clocked = TokioIo<HeadClock<BoxIo>>;
 
-async fn serve_http2<F, R>(io: Clocked, told: BoxFuture<'static, ()>, handle: F) -> Result<(), hyper::Error>
+async fn serve_http2<F, R>(
+    io: Clocked,
+    windows: &'static Windows,
+    told: BoxFuture<'static, ()>,
+    handle: F,
+) -> Result<(), hyper::Error>
 where
     F: Fn(Request<Incoming>) -> R + Send + Sync + 'static,
     R: Future<Output = Response<ResponseBody>> + Send + 'static,
 {
     let service = service_fn(move |request| handle(request).map(Ok::<_, Infallible>));
     // Until the connection ends.
-    let window = Windows::of_process().give();
+    let window = windows.give();
     let mut builder = http2::Builder::new(TokioExecutor::new());
     builder
         .timer(TokioTimer::new())
-        .max_concurrent_streams(128)
+        .max_concurrent_streams(STREAMS)
         .initial_stream_window_size(window.stream)
         .initial_connection_window_size(window.connection)
         .max_header_list_size(HEADERS)

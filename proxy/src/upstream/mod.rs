@@ -29,7 +29,7 @@ pub(crate) use pool::Pooled;
 pub use pool::{Checkout, Pool};
 pub(crate) use sender::HEADERS;
 pub use sender::{SendError, Sender, Wire};
-pub(crate) use windows::Windows;
+pub(crate) use windows::{STREAMS, Windows};
 
 use crate::telemetry::{Edge, EdgeKey, Peer, Protocol, Reporter, Telemetry};
 use crate::traffic::balance::Load;

@@ -13,14 +13,14 @@ use tokio::sync::watch;
 
 use super::sender::{Sender, Wire, connect_h2, until_over};
 use super::turn::Turns;
-use super::{DialError, Dialed, EndpointState, Own, dial};
+use super::{DialError, Dialed, EndpointState, Own, STREAMS, dial};
 use crate::http::body::RequestBody;
 use crate::rest::Rest;
 use crate::telemetry::Telemetry;
 
-/// Streams on one shared connection before another is dialed: 80 % of the 128 that our proxies allow. Where a peer allows
+/// Streams on one shared connection before another is dialed: 80 % of the [`STREAMS`] that our proxies allow. Where a peer allows
 /// fewer, 80 % of those: hyper would queue the rest without saying so.
-const FULL: usize = 128 * 80 / 100;
+const FULL: usize = STREAMS as usize * 80 / 100;
 /// Shared connections to one endpoint that one worker keeps though nothing is under way on them. While something is,
 /// there are as many as it takes: a request that waits for another's stream would be coupled to a stranger.
 const IDLE_SHARED: usize = 2;

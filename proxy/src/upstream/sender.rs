@@ -90,7 +90,7 @@ pub(super) async fn connect_h2(
     dialed: Dialed,
     ours: bool,
 ) -> Result<(http2::SendRequest<RequestBody>, Arc<AtomicUsize>), DialError> {
-    let window = Windows::of_process().give();
+    let window = Windows::of_peers().give();
     let mut builder = http2::Builder::new(TokioExecutor::new());
     builder
         .timer(TokioTimer::new())

@@ -5,15 +5,16 @@
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-/// The largest window of a connection: 128 streams of 512 KiB.
-const LARGEST: u64 = 64 << 20;
-/// The smallest: with less, a connection would be of little use. Given even where the budget is spent, so that newcomers
-/// are served slowly rather than not at all.
-const SMALLEST: u64 = 1 << 20;
-/// Streams that a connection's window is meant for: as many as we allow at once.
-const STREAMS: u64 = 128;
-/// The smallest window of a stream, what HTTP/2 begins with (RFC 9113 §6.9.2).
-const SMALLEST_STREAM: u64 = 65_535;
+/// Streams of a connection at once. The window of a connection has room for all of them, so that readers who stop never
+/// starve another.
+pub(crate) const STREAMS: u32 = 128;
+/// What a peer may send, on one stream or on many, before it has read our windows (RFC 9113 §6.9.2).
+const FIRST: u64 = 65_535;
+/// The largest window of a connection: its streams have 512 KiB each.
+const LARGEST: u64 = STREAMS as u64 * (512 << 10) + FIRST;
+/// The smallest: its streams have 8 KiB each. Given even where the budget is spent, so that newcomers are served slowly
+/// rather than not at all.
+const SMALLEST: u64 = STREAMS as u64 * (8 << 10) + FIRST;
 /// The budget of a process whose memory is not limited.
 const BUDGET: u64 = 1 << 30;
 
@@ -28,22 +29,35 @@ pub(crate) struct Window<'a> {
     of: &'a Windows,
     /// Of the connection, in bytes.
     pub(crate) connection: u32,
-    /// Of each stream: a small part of the connection's, so that no reader who stops starves another.
+    /// Of each stream.
     pub(crate) stream: u32,
 }
+
+/// This process's: a quarter of what memory it may have, 1 GiB at most.
+static OF_PROCESS: LazyLock<(Windows, Windows)> = LazyLock::new(|| {
+    let quarter = memory_limit().map_or(BUDGET, |limit| limit / 4);
+    let budget = quarter.clamp(16 * SMALLEST, BUDGET);
+    (Windows::new(budget - budget / 4), Windows::new(budget / 4))
+});
 
 impl Windows {
     const fn new(budget: u64) -> Self {
         Self { budget, given: AtomicU64::new(0) }
     }
 
-    /// This process's: a quarter of what memory it may have, 1 GiB at most.
-    pub(crate) fn of_process() -> &'static Self {
-        static WINDOWS: LazyLock<Windows> = LazyLock::new(|| {
-            let quarter = memory_limit().map_or(BUDGET, |limit| limit / 4);
-            Windows::new(quarter.clamp(16 * SMALLEST, BUDGET))
-        });
-        &WINDOWS
+    /// Those for peers who have shown who they are, and for endpoints.
+    pub(crate) fn of_peers() -> &'static Self {
+        &OF_PROCESS.0
+    }
+
+    /// Those for callers who have not, the app among them: a quarter, which is all that they can take from anybody.
+    pub(crate) fn of_others() -> &'static Self {
+        &OF_PROCESS.1
+    }
+
+    /// What is given out now in this process, in bytes.
+    pub(crate) fn given_in_all() -> u64 {
+        Self::of_peers().given() + Self::of_others().given()
     }
 
     /// A window for a connection that begins: a quarter of what is left, within bounds.
@@ -52,13 +66,12 @@ impl Windows {
         // Never fails: the closure always gives a value.
         let (Ok(before) | Err(before)) = self.given.fetch_update(Relaxed, Relaxed, |given| Some(given + size(given)));
         let connection = size(before);
-        let stream = (connection / STREAMS).max(SMALLEST_STREAM);
+        let stream = (connection - FIRST) / u64::from(STREAMS);
         // Both are below 2^31, the most that HTTP/2 allows.
         Window { of: self, connection: connection as u32, stream: stream as u32 }
     }
 
-    /// What is given out now, in bytes.
-    pub(crate) fn given(&self) -> u64 {
+    fn given(&self) -> u64 {
         self.given.load(Relaxed)
     }
 }
@@ -85,12 +98,30 @@ mod tests {
     fn a_few_connections_get_all_they_can_use() {
         let windows = Windows::new(BUDGET);
         let given: Vec<_> = (0..8).map(|_| windows.give()).collect();
-        assert!(given.iter().all(|window| (window.connection, window.stream) == (64 << 20, 512 << 10)));
+        assert!(given.iter().all(|window| (window.connection, window.stream) == ((64 << 20) + 65_535, 512 << 10)));
         drop(given);
         assert_eq!(windows.given(), 0);
     }
 
+    #[test]
+    fn callers_who_have_not_shown_who_they_are_take_nothing_from_peers() {
+        let _taken: Vec<_> = (0..1_000).map(|_| Windows::of_others().give()).collect();
+        assert!(Windows::of_peers().give().connection > 2 * SMALLEST as u32);
+    }
+
     proptest! {
+        #[test]
+        fn streams_that_nobody_reads_leave_room_for_every_other(
+            budget in (16u64 << 20)..(2 << 30), connections in 1usize..200
+        ) {
+            let windows = Windows::new(budget);
+            for window in (0..connections).map(|_| windows.give()).collect::<Vec<_>>() {
+                let stopped = u64::from(STREAMS - 1) * u64::from(window.stream) + FIRST;
+                prop_assert!(stopped + u64::from(window.stream) <= u64::from(window.connection));
+                prop_assert!(window.stream >= 8 << 10);
+            }
+        }
+
         #[test]
         fn what_is_given_stays_within_the_budget_but_for_the_smallest(
             budget in (16u64 << 20)..(2 << 30), connections in 1usize..2_000
@@ -101,7 +132,6 @@ mod tests {
             let sum: u64 = given.iter().map(|window| u64::from(window.connection)).sum();
             prop_assert_eq!(sum, windows.given());
             prop_assert!(sum <= budget + smallest * SMALLEST);
-            prop_assert!(given.iter().all(|window| u64::from(window.stream) >= SMALLEST_STREAM));
             drop(given);
             prop_assert_eq!(windows.given(), 0);
         }
