@@ -117,8 +117,20 @@ pub struct Routes {
     known: Mutex<HashMap<Target, Arc<Route>>>,
 }
 
-/// Routes of targets nobody uses any more go when there are more than these.
+/// Routes that carry nothing go when there are this many.
 const MOST: usize = 4_096;
+
+/// Makes room for one more: what leads outside the mesh goes first. What carries requests stays, since its budget counts
+/// them, and however many those are, they are bounded.
+fn make_room(known: &mut HashMap<Target, Arc<Route>>) {
+    let busy = |route: &Arc<Route>| Arc::strong_count(route) > 1 || route.budget.in_flight() > 0;
+    if known.len() >= MOST {
+        known.retain(|_, route| route.destination.is_some() || busy(route));
+    }
+    if known.len() >= MOST {
+        known.retain(|_, route| busy(route));
+    }
+}
 
 impl Routes {
     /// The route to a target of which nothing new was heard since it was made; the usual case, and waits for nothing.
@@ -183,9 +195,7 @@ impl Routes {
                 }
             },
         };
-        if known.len() >= MOST {
-            known.clear();
-        }
+        make_room(&mut known);
         let route = Arc::new(route);
         known.insert(target.clone(), Arc::clone(&route));
         Ok(route)
@@ -226,5 +236,57 @@ async fn outside(target: &Target, discovery: &Discovery) -> Result<Resolution, E
             Ok(_) => Ok(Resolution::NotMesh),
             Err(_) => Err(nobody()),
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn target(number: usize) -> Target {
+        Target::new(&format!("host-{number}.example"), 80).unwrap()
+    }
+
+    fn many() -> HashMap<Target, Arc<Route>> {
+        let endpoints = Endpoints::default();
+        (0..MOST).map(target).map(|t| (t.clone(), Arc::new(Route::elsewhere(t, &endpoints)))).collect()
+    }
+
+    fn in_mesh(known: &mut HashMap<Target, Arc<Route>>, numbers: std::ops::Range<usize>) {
+        let destination: Destination = serde_json::from_value(serde_json::json!({
+            "name": {"service": {"service": "web", "namespace": "default"}, "port": 80},
+            "trust_domain": "cluster.local", "default_cluster": "web.default:80", "clusters": {},
+        }))
+        .unwrap();
+        let destination = Arc::new(destination);
+        for target in numbers.map(target) {
+            let route = Route::mesh(target.clone(), Arc::clone(&destination), &Endpoints::default(), Arc::default());
+            known.insert(target, Arc::new(route));
+        }
+    }
+
+    #[test]
+    fn what_carries_requests_keeps_its_budget_however_many_targets_come() {
+        let mut known = many();
+        let budget = Arc::clone(&known[&target(7)].budget);
+        budget.begin(Duration::ZERO);
+        let held = Arc::clone(&known[&target(8)]);
+        make_room(&mut known);
+        assert_eq!(known.len(), 2);
+        assert!(Arc::ptr_eq(&known[&target(7)].budget, &budget));
+        assert!(Arc::ptr_eq(&known[&target(8)], &held));
+    }
+
+    #[test]
+    fn what_leads_outside_the_mesh_goes_first() {
+        let mut known = many();
+        in_mesh(&mut known, 0..MOST - 1);
+        make_room(&mut known);
+        assert_eq!(known.len(), MOST - 1);
+        in_mesh(&mut known, 0..MOST);
+        make_room(&mut known);
+        assert!(known.is_empty());
     }
 }
