@@ -32,7 +32,7 @@ impl Target {
         let well_formed = !trimmed.is_empty()
             && trimmed.len() <= 253
             && trimmed.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'));
-        if !well_formed {
+        if !well_formed || ends_in_number(trimmed) {
             return Err(TargetError(host.to_string()));
         }
         Ok(Self { host: trimmed.to_ascii_lowercase().into(), port })
@@ -51,6 +51,17 @@ impl Target {
     /// The address, where the host is one.
     pub fn address(&self) -> Option<SocketAddr> {
         Some(SocketAddr::new(self.host.parse().ok()?, self.port))
+    }
+}
+
+/// Whether a host can only be an IPv4 address, in a form that some look-ups take (`0x7f.1`, `127.1`) and this does not
+/// (WHATWG URL, "ends in a number").
+fn ends_in_number(host: &str) -> bool {
+    let last = host.trim_end_matches('.').rsplit('.').next().unwrap_or_default();
+    let hex = last.strip_prefix("0x").or_else(|| last.strip_prefix("0X"));
+    match hex {
+        Some(hex) => hex.bytes().all(|b| b.is_ascii_hexdigit()),
+        None => last.bytes().all(|b| b.is_ascii_digit()),
     }
 }
 
@@ -312,4 +323,19 @@ pub enum Transport {
     MutualTls(SpiffeId),
     /// Outside the mesh.
     Plain,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_that_a_look_up_would_take_for_an_address_is_no_name() {
+        for host in ["10.66051", "167838211", "0x0a010203", "0XA.1", "0x", "10.1.2.0x3", "010.1.2.3", "10.1.515."] {
+            assert!(Target::new(host, 80).is_err(), "{host}");
+        }
+        for host in ["10.1.2.3", "fd00::1", "web-1", "1.example", "v1.0xyz", "0xa.example", "localhost"] {
+            assert!(Target::new(host, 80).is_ok(), "{host}");
+        }
+    }
 }
