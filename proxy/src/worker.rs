@@ -98,7 +98,7 @@ impl Workers {
             std::thread::Builder::new().name(format!("worker-{number}")).spawn(move || {
                 // What this worker sends to the app beside it. Bounded as the connections that ask for it are.
                 let (entrance, mut entering) = mpsc::unbounded_channel::<Entering>();
-                let own = Own::new(Arc::clone(&shared.here), &entrance);
+                let own = Own::new(Arc::clone(&shared.here), shared.discovery.clone(), &entrance);
                 let pool = Arc::clone(worker.pool.get_or_init(|| Arc::new(Pool::new(own))));
                 let routes = Arc::new(Routes::default());
                 runtime.block_on(async {

@@ -76,6 +76,27 @@ async fn an_address_outside_the_mesh_passes_while_the_control_plane_is_away_and_
     assert!(metrics.contains("unresolved"), "{metrics}");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_name_that_leads_to_an_address_of_the_mesh_is_not_called_in_plain() {
+    let app = App::saying("never in plain\n").await;
+    let outside = App::saying("outside\n").await;
+    let resources = tempfile::tempdir().expect("a folder");
+    let service = format!(
+        "apiVersion: v1\nkind: Service\nmetadata: {{name: ledger}}\nspec: {{clusterIP: 127.0.0.1, ports: [{{port: {}}}]}}\n",
+        app.port()
+    );
+    std::fs::write(resources.path().join("mesh.yaml"), service).expect("the resources are written");
+    let mesh = Mesh::with_control_plane(&["--resources", &resources.path().display().to_string()]);
+    let caller = mesh.caller("caller");
+    let get =
+        async |port: u16| http::get(caller.proxy(), &format!("http://localhost:{port}/")).await.expect("an answer");
+    let refused = get(app.port()).await;
+    assert_eq!(refused.status, 502, "{}", refused.text());
+    assert!(refused.text().contains("of the mesh"), "{}", refused.text());
+    assert_eq!(app.seen.load(std::sync::atomic::Ordering::Relaxed), 0);
+    assert_eq!(get(outside.port()).await.text(), "outside\n", "another port of that address is nobody's");
+}
+
 /// A meshed endpoint whose port somebody else has taken, and a caller that has an endpoint of it in mind.
 async fn taken_over(mesh: &Mesh) -> (Sidecar, std::net::SocketAddr) {
     let app = App::saying("the real one\n").await;

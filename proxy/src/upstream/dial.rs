@@ -76,6 +76,11 @@ pub enum DialError {
     /// The endpoint is a listener of this proxy.
     #[error("{0} is this proxy itself")]
     Loop(SocketAddr),
+    /// A name that is no part of the mesh leads to an address that is.
+    #[error(
+        "this name leads to {0}, which is of the mesh and not called in plain: call it by its address or its own name"
+    )]
+    OfMesh(SocketAddr),
     /// Too many requests wait for a connection.
     #[error("too many requests wait for a connection")]
     Overflow,
@@ -108,6 +113,7 @@ impl DialError {
                 (StatusCode::SERVICE_UNAVAILABLE, "tls_certificate_error", Flags::NO_IDENTITY)
             }
             Self::Loop(_) => (StatusCode::LOOP_DETECTED, "proxy_loop_detected", Flags::LOOP),
+            Self::OfMesh(_) => (StatusCode::BAD_GATEWAY, "destination_ip_prohibited", Flags::NO_ROUTE),
             Self::Shared(error) => error.verdict(),
             Self::Overflow | Self::WaitedTooLong => {
                 (StatusCode::SERVICE_UNAVAILABLE, "connection_limit_reached", Flags::UPSTREAM_OVERFLOW)
@@ -125,6 +131,7 @@ impl DialError {
             Self::Peer(_) => Some(Counter::RefusedCertificate),
             Self::Identity { .. } => Some(Counter::RefusedIdentity),
             Self::Loop(_) => Some(Counter::RefusedLoop),
+            Self::OfMesh(_) => Some(Counter::RefusedPolicy),
             Self::Overflow | Self::WaitedTooLong => Some(Counter::RejectedPending),
             Self::Shared(error) => error.counter(),
             Self::Tcp(_)
@@ -170,11 +177,15 @@ pub(crate) async fn dial(
             };
             telemetry.count(counter);
             let stream = connect(&endpoint.place, within).await?;
-            // A name may lead here as well; only its look-up tells.
-            return match stream.peer_addr() {
-                Ok(address) if own.is_listener(address) => Err(DialError::Loop(address)),
-                _ => Ok(plain(Box::new(stream))),
-            };
+            // A name may lead here as well, or into the mesh; only its look-up tells. Nothing is sent before.
+            let address = stream.peer_addr().map_err(DialError::Tcp)?;
+            if own.is_listener(address) {
+                return Err(DialError::Loop(address));
+            }
+            if matches!(endpoint.place, Place::Name(_)) && own.is_of_mesh(address).await {
+                return Err(DialError::OfMesh(address));
+            }
+            return Ok(plain(Box::new(stream)));
         }
     };
     let material = identity.current().ok_or(DialError::NoIdentity)?;

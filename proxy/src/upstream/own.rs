@@ -4,6 +4,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use sheetbend_certs::MeshAlpn;
+use sheetbend_control_plane_client::discovery::Discovery;
+use sheetbend_control_plane_client::model::{Resolution, Target};
 use tokio::sync::mpsc;
 
 use super::{BoxIo, EndpointState};
@@ -24,18 +26,27 @@ pub(crate) struct Entering {
 /// One worker's way to what this proxy itself serves.
 pub(crate) struct Own {
     here: Arc<Here>,
+    discovery: Discovery,
     /// Weak, since the worker ends when nobody else can give it work.
     entrance: mpsc::WeakUnboundedSender<Entering>,
 }
 
 impl Own {
-    pub(crate) fn new(here: Arc<Here>, entrance: &mpsc::UnboundedSender<Entering>) -> Self {
-        Self { here, entrance: entrance.downgrade() }
+    pub(crate) fn new(here: Arc<Here>, discovery: Discovery, entrance: &mpsc::UnboundedSender<Entering>) -> Self {
+        Self { here, discovery, entrance: entrance.downgrade() }
     }
 
     /// Whether a connection to `address` would only come back.
     pub(super) fn is_listener(&self, address: SocketAddr) -> bool {
         self.here.is_listener(address)
+    }
+
+    /// Whether `address` is one of the mesh's, as far as the control plane has not said otherwise: it is asked where it has
+    /// said nothing.
+    pub(super) async fn is_of_mesh(&self, address: SocketAddr) -> bool {
+        let target = Target::from(address);
+        let claimed = self.discovery.snapshot().claims(&target);
+        claimed && !matches!(self.discovery.resolve(&target).await, Ok(Resolution::NotMesh))
     }
 
     /// A connection to the app of an endpoint, if that is the one beside this proxy.
