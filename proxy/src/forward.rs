@@ -9,6 +9,7 @@ use http::uri::Authority;
 use http::{Request, Response, StatusCode, Version, request};
 use hyper::body::{Body, Incoming};
 use sheetbend_certs::IdentityStore;
+use tokio::sync::watch;
 
 use crate::http::body::{Keeper, RequestBody, ResponseBody};
 use crate::http::deadline::Deadline;
@@ -233,6 +234,7 @@ pub(crate) fn finish(
     mut exchange: Exchange,
     client: Option<hyper::upgrade::OnUpgrade>,
     telemetry: &Telemetry,
+    drain: &watch::Sender<bool>,
 ) -> Response<ResponseBody> {
     exchange.answered(answer.status().as_u16(), headers::grpc_status(answer.headers()));
     headers::strip_ours(answer.headers_mut());
@@ -240,7 +242,7 @@ pub(crate) fn finish(
         if let Some(client) = client {
             telemetry.count(Counter::UpgradesTunnelled);
             let rest = answer.extensions_mut().remove::<Rest>();
-            upgrade::join(client, hyper::upgrade::on(&mut answer), rest);
+            upgrade::join(client, hyper::upgrade::on(&mut answer), rest, drain.subscribe());
         }
         exchange.complete();
         return answer.map(|_| ResponseBody::empty());

@@ -107,7 +107,7 @@ impl Inbound {
             if ours || self.shared.strict || self.port.mesh_tls {
                 return self.terminate(Rewind::new(bytes.freeze(), io), ours, peer).boxed().await;
             }
-        } else if self.shared.strict && self.port.protocol != AppProtocol::Tls {
+        } else if self.shared.strict && first != FirstBytes::Detected(Detected::Tls) {
             if let Some(left_out) = self.shared.telemetry.refused(Counter::RefusedPlain) {
                 let port = self.port.port;
                 tracing::warn!(%peer, port, left_out, "a connection without mutual TLS is refused (strict)");
@@ -228,7 +228,7 @@ impl Inbound {
         let mut exchange = Exchange::begin(telemetry, Reporter::Destination, &head, caller.peer, caller.id.clone());
         let grpc = headers::is_grpc(&head.headers);
         match within(Deadline::of(&head.headers), self.forward(head, body, caller, &mut exchange)).await {
-            Ok((answer, client)) => finish(answer, exchange, client, telemetry),
+            Ok((answer, client)) => finish(answer, exchange, client, telemetry, &self.shared.inbound_drain),
             Err(error) => {
                 exchange.failed(&error);
                 error.respond(grpc, caller.ours).map(|body| body.reporting(exchange))
@@ -252,7 +252,9 @@ impl Inbound {
         if !self.allows(caller) {
             return Err(Error::Denied);
         }
-        let authority = headers::authority(&head);
+        // Who names no host means the one that was called.
+        let authority =
+            headers::authority(&head).or_else(|| self.port.app.load().socket_address()?.to_string().parse().ok());
         let authority = authority.ok_or(Error::Refused(Refusal::Malformed("no authority")))?;
         let upgrade = headers::asks_upgrade(&head);
         let client = upgrade.then(|| head.extensions.remove::<hyper::upgrade::OnUpgrade>()).flatten();
@@ -283,6 +285,7 @@ impl Inbound {
 
     /// Bytes that nobody looks into, over a connection to the app that may be there already.
     async fn opaque(&self, mut io: BoxIo, caller: Caller, dialed: Option<BoxIo>) {
+        let _under_way = self.shared.inbound_drain.subscribe();
         let edge = self.edge(&caller, Protocol::Tcp);
         let dialed = match dialed {
             None => self.dial().await,

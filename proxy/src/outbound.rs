@@ -141,7 +141,7 @@ impl Outbound {
         let mut exchange = Exchange::begin(&shared.telemetry, Reporter::Source, &head, peer, None);
         let grpc = headers::is_grpc(&head.headers);
         match within(Deadline::of(&head.headers), self.forward(head, body, target, peer, &mut exchange)).await {
-            Ok((answer, client)) => finish(answer, exchange, client, &shared.telemetry),
+            Ok((answer, client)) => finish(answer, exchange, client, &shared.telemetry, &shared.outbound_drain),
             Err(error) => {
                 exchange.failed(&error);
                 error.respond(grpc, false).map(|body| body.reporting(exchange))
@@ -293,6 +293,7 @@ impl Outbound {
 
     /// Bytes that nobody looks into.
     async fn opaque(&self, io: BoxIo, bytes: BytesMut, route: &Route, dialed: Option<Connected>, peer: SocketAddr) {
+        let _under_way = self.shared.outbound_drain.subscribe();
         let Connected { endpoint, io: mut server, rest } = match dialed {
             Some(dialed) => dialed,
             None => match self.connect(route).await {

@@ -110,6 +110,11 @@ impl Process {
         format!("--- {0} stdout\n{1}\n--- {0} stderr\n{2}", self.name, self.stdout(), self.stderr())
     }
 
+    /// How many files it has open.
+    pub fn open_files(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.id())).map_or(0, Iterator::count)
+    }
+
     /// Resident memory in bytes, from `/proc`.
     pub fn resident(&self) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.id())).unwrap_or_default();

@@ -1,13 +1,15 @@
 //! One caller's bad manners are nobody else's trouble.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use ::http::{Request, Response};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
-use sheetbend_tests::{AnyBody, App, Load, Mesh, Sidecar, full, http, long};
+use sheetbend_tests::{AnyBody, App, Load, Mesh, START, Sidecar, eventually, full, http, long};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 const LARGE: u64 = 100 * 1024 * 1024;
@@ -153,4 +155,103 @@ async fn pipelined_requests_are_answered_in_order() {
     stream.read_to_string(&mut said).await.expect("answers to the end");
     assert_eq!(said.matches("HTTP/1.1 200 OK").count(), 3, "{said}");
     assert_eq!(said.matches("small\n").count(), 3, "{said}");
+}
+
+/// Counts what is under way, for as long as it lives.
+struct UnderWay(Arc<AtomicUsize>);
+
+impl UnderWay {
+    fn begin(count: &Arc<AtomicUsize>) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(count))
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn callers_who_give_up_on_a_server_that_hangs_leave_nothing_behind() {
+    const CALLERS: usize = 60;
+    let mesh = Mesh::with_control_plane(&[]);
+    let under_way = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&under_way);
+    let app = App::start(move |request: Request<Incoming>| {
+        let mine = (request.uri().path() == "/hang").then(|| UnderWay::begin(&count));
+        async move {
+            if mine.is_some() {
+                std::future::pending::<()>().await;
+            }
+            Response::new(full("small\n"))
+        }
+    })
+    .await;
+    let server = mesh.run("server").port(app.port()).serve();
+    let caller = mesh.caller("caller");
+    caller.first_answer("http://server/").await;
+    let open_before = [&server, &caller].map(|sidecar| sidecar.process.open_files());
+    let mut callers = Vec::new();
+    for _ in 0..CALLERS {
+        let mut stream = tokio::net::TcpStream::connect(caller.proxy()).await.expect("a connection");
+        stream.write_all(b"GET http://server/hang HTTP/1.1\r\nHost: server\r\n\r\n").await.expect("a request");
+        callers.push(stream);
+    }
+    eventually("all of them wait", START, || async { (under_way.load(Ordering::Relaxed) == CALLERS).then_some(()) })
+        .await;
+    // Half of them close, half of them reset.
+    for stream in callers.iter().step_by(2) {
+        socket2::SockRef::from(stream).set_linger(Some(Duration::ZERO)).expect("an option");
+    }
+    drop(callers);
+    eventually("the server's requests are given up too", START, || async {
+        (under_way.load(Ordering::Relaxed) == 0).then_some(())
+    })
+    .await;
+    for (sidecar, before) in [&server, &caller].into_iter().zip(open_before) {
+        eventually("their connections are closed", START, || async {
+            (sidecar.process.open_files() < before + CALLERS / 2).then_some(())
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_burst_of_impatient_callers_ends_no_other_request_on_their_connection() {
+    let mesh = Mesh::with_control_plane(&[]);
+    let app = App::start(answer).await;
+    let server = mesh.run("server").port(app.port()).serve();
+    let caller = mesh.caller("caller");
+    caller.first_answer("http://server/").await;
+    let (proxy, before) = (caller.proxy(), app.seen.load(Ordering::Relaxed));
+    let mut patient = tokio::task::JoinSet::new();
+    for _ in 0..8 {
+        patient.spawn(async move {
+            http::send(proxy, "POST", "http://server/slow", "once").await.map_err(|e| e.to_string())
+        });
+    }
+    eventually("they are under way", START, || async {
+        (app.seen.load(Ordering::Relaxed) == before + 8).then_some(())
+    })
+    .await;
+    // While the other side is held up, so many come and go that it finds them all at once.
+    server.process.signal(rustix::process::Signal::STOP);
+    for _ in 0..3 {
+        let mut impatient = Vec::new();
+        for _ in 0..30 {
+            let mut stream = tokio::net::TcpStream::connect(proxy).await.expect("a connection");
+            stream.write_all(b"GET http://server/slow HTTP/1.1\r\nHost: server\r\n\r\n").await.expect("a request");
+            impatient.push(stream);
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        drop(impatient);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    server.process.signal(rustix::process::Signal::CONT);
+    while let Some(answer) = patient.join_next().await {
+        let answer = answer.expect("a task").unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!((answer.status.as_u16(), answer.text().as_str()), (200, "slow\n"));
+    }
 }

@@ -42,8 +42,10 @@ where
     F: Fn(Request<Incoming>) -> R + Send + Sync + 'static,
     R: Future<Output = Response<ResponseBody>> + Send + 'static,
 {
+    // Whoever stops this proxy waits until the last of these is gone.
+    let _under_way = drain.clone();
     // Who has shown who it is has something to rest on.
-    let windows = if rest.is_some() { Windows::of_peers() } else { Windows::of_others() };
+    let from_mesh = rest.is_some();
     let draining = async move {
         // An error means that the proxy itself is gone; the connection then ends with it.
         let _ = drain.wait_for(|drain| *drain).await;
@@ -62,7 +64,7 @@ where
     let io = TokioIo::new(HeadClock::new(io, http2, Arc::clone(&turns)));
     // Each kind in a box of its own: a connection that idles holds no room for the other.
     match http2 {
-        true => serve_http2(io, windows, told, handle).boxed().await,
+        true => serve_http2(io, from_mesh, told, handle).boxed().await,
         false => serve_http1(io, turns, told, handle).boxed().await,
     }
 }
@@ -71,7 +73,7 @@ type Clocked = TokioIo<HeadClock<BoxIo>>;
 
 async fn serve_http2<F, R>(
     io: Clocked,
-    windows: &'static Windows,
+    from_mesh: bool,
     told: BoxFuture<'static, ()>,
     handle: F,
 ) -> Result<(), hyper::Error>
@@ -81,15 +83,22 @@ where
 {
     let service = service_fn(move |request| handle(request).map(Ok::<_, Infallible>));
     // Until the connection ends.
+    let windows = if from_mesh { Windows::of_peers() } else { Windows::of_others() };
     let window = windows.give();
     let mut builder = http2::Builder::new(TokioExecutor::new());
     builder
         .timer(TokioTimer::new())
         .max_concurrent_streams(STREAMS)
+        // A burst of impatient callers, all of those that there is room for, ends no connection.
+        .max_pending_accept_reset_streams(2 * STREAMS as usize)
         .initial_stream_window_size(window.stream)
         .initial_connection_window_size(window.connection)
         .max_header_list_size(HEADERS)
         .max_send_buf_size(window.stream as usize);
+    if from_mesh {
+        // h2 counts frames for streams that it has forgotten over a connection's whole life; between ours that may be long.
+        builder.max_local_error_reset_streams(None);
+    }
     let mut connection = pin!(builder.serve_connection(io, service));
     tokio::select! {
         // The connection first: whatever it still has to say comes before the goodbye.
@@ -127,11 +136,12 @@ where
     });
     let mut builder = http1::Builder::new();
     // No pipeline_flush: with it hyper keeps all of a response for a client that does not read.
+    // Not half-closed: a caller who hangs up while an answer is waited for would go unnoticed for as long as that takes.
     // No timer: hyper's counts from the end of the request before, and would cut idle connections.
     builder
         .max_headers(100)
         .max_buf_size(HEADER_BYTES)
-        .half_close(true)
+        .half_close(false)
         .timer(TokioTimer::new())
         .header_read_timeout(None);
     let mut connection = pin!(builder.serve_connection(io, service).with_upgrades());

@@ -102,6 +102,8 @@ pub(super) async fn connect_h2(
     if ours {
         // gRPC servers punish pings; our own proxies do not.
         builder.keep_alive_interval(Duration::from_secs(10)).keep_alive_timeout(Duration::from_secs(10));
+        // However many callers give up at once, and however often: the connection is others' too.
+        builder.max_concurrent_reset_streams(256).max_local_error_reset_streams(None);
     }
     let (sender, connection) = builder.handshake(TokioIo::new(dialed.io)).await.map_err(DialError::Http)?;
     let allowed = Arc::new(AtomicUsize::new(connection.current_max_send_streams()));
