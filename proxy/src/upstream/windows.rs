@@ -90,6 +90,15 @@ fn memory_limit() -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::convert::Infallible;
+    use std::time::Duration;
+
+    use bytes::Bytes;
+    use http::{Request, Response};
+    use http_body_util::{BodyExt, Empty, Full};
+    use hyper::server::conn::http2;
+    use hyper::service::service_fn;
+    use hyper_util::rt::{TokioExecutor, TokioIo};
     use proptest::prelude::*;
 
     use super::*;
@@ -107,6 +116,28 @@ mod tests {
     fn callers_who_have_not_shown_who_they_are_take_nothing_from_peers() {
         let _taken: Vec<_> = (0..1_000).map(|_| Windows::of_others().give()).collect();
         assert!(Windows::of_peers().give().connection > 2 * SMALLEST as u32);
+    }
+
+    #[tokio::test]
+    async fn a_hundred_readers_who_stop_delay_no_other_on_the_smallest_connection() {
+        let windows = Windows::new(0);
+        let window = windows.give();
+        assert_eq!(u64::from(window.connection), SMALLEST);
+        let (ours, theirs) = tokio::io::duplex(64 << 10);
+        let answer = |_| async { Ok::<_, Infallible>(Response::new(Full::new(Bytes::from(vec![0; 100_000])))) };
+        let server = http2::Builder::new(TokioExecutor::new());
+        tokio::spawn(server.serve_connection(TokioIo::new(theirs), service_fn(answer)));
+        let mut client = hyper::client::conn::http2::Builder::new(TokioExecutor::new());
+        client.initial_stream_window_size(window.stream).initial_connection_window_size(window.connection);
+        let (mut sender, connection) = client.handshake(TokioIo::new(ours)).await.unwrap();
+        tokio::spawn(connection);
+        let mut get = async || sender.send_request(Request::new(Empty::<Bytes>::new())).await.unwrap();
+        let mut stopped = Vec::new();
+        for _ in 0..100 {
+            stopped.push(get().await);
+        }
+        let whole = async { get().await.into_body().collect().await.unwrap().to_bytes().len() };
+        assert_eq!(tokio::time::timeout(Duration::from_secs(20), whole).await, Ok(100_000));
     }
 
     proptest! {
