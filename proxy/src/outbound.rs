@@ -7,7 +7,6 @@ use bytes::BytesMut;
 use futures_util::FutureExt;
 use http::{HeaderValue, Method, Request, Response, Version};
 use hyper::body::Incoming;
-use hyper_util::rt::TokioIo;
 use sheetbend_certs::MeshAlpn;
 use sheetbend_control_plane_client::model::{AppProtocol, OutboundPolicy, Target, Transport};
 
@@ -21,6 +20,7 @@ use crate::http::error::{Error, Refusal};
 use crate::http::exchange::Exchange;
 use crate::http::headers::{self, X_REQUEST_ID};
 use crate::http::serve::{PATIENCE, fault, serve};
+use crate::http::upgrade;
 use crate::refuse::refuse;
 use crate::rest::{Rest, splice_for};
 use crate::rewind::Rewind;
@@ -243,7 +243,7 @@ impl Outbound {
         tokio::spawn(async move {
             if let Ok(upgraded) = hyper::upgrade::on(Request::from_parts(head, body)).await {
                 let within: std::pin::Pin<Box<dyn Future<Output = ()> + Send>> =
-                    Box::pin(this.caught(Box::new(TokioIo::new(upgraded)), target, peer));
+                    Box::pin(this.caught(upgrade::connection(upgraded), target, peer));
                 within.await;
             }
         });

@@ -83,6 +83,11 @@ impl<T> HeadClock<T> {
         Self { io, turns, heads, deadline: None }
     }
 
+    /// The connection, which is no longer HTTP.
+    pub(crate) fn into_inner(self) -> T {
+        self.io
+    }
+
     fn look_at(&mut self, bytes: &[u8]) {
         let begun = self.turns.begun.load(Relaxed);
         match &mut self.heads {
