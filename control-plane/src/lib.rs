@@ -20,6 +20,7 @@ mod local;
 mod metrics;
 mod own;
 mod persist;
+mod places;
 mod registry;
 mod report;
 mod resources;

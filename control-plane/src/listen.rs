@@ -8,28 +8,33 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
+use futures_util::FutureExt;
+use futures_util::future::{BoxFuture, MaybeDone, maybe_done};
 use rustls::ServerConfig;
 use sheetbend_certs::{SpiffeId, TrustBundle, VerifiedPeer, verify_peer_for_renewal};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio::time::{Sleep, sleep, timeout};
+use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tonic::transport::server::Connected;
 
+use crate::places::{Place, Places};
 use crate::registry::LastHeard;
 
 /// Connections of peers with a certificate.
 const MAX_CONNECTIONS: usize = 8_192;
-/// Handshakes under way. They end by themselves within 5 s, so that a flood of them delays others and locks nobody out.
+/// Handshakes under way. They end by themselves within 5 s; when all places are held, the oldest goes.
 const MAX_HANDSHAKES: usize = 512;
-/// Connections that have not shown a valid certificate: asking for a first one takes a second. One more is closed, and
-/// nobody who has a certificate ever waits for them.
+/// Connections that have not shown a valid certificate: asking for a first one takes a second. When all places are held,
+/// the oldest goes, and nobody who has a certificate ever waits for them.
 const MAX_STRANGERS: usize = 256;
+/// What a handshake, or a stranger's request, takes on a machine that is busy with many.
+const GRACE: Duration = Duration::from_secs(1);
 const HANDSHAKE: Duration = Duration::from_secs(5);
-/// How long a peer without a valid certificate may stay.
-const STRANGER_STAYS: Duration = Duration::from_secs(30);
+/// How long a peer without a valid certificate may stay: for one request, whose proof others may have to look at.
+const STRANGER_STAYS: Duration = Duration::from_secs(10);
 
 /// What the handshake proved.
 #[derive(Clone, Debug)]
@@ -63,12 +68,12 @@ pub(crate) async fn accept(
     started: Instant,
     connections: mpsc::Sender<io::Result<Connection>>,
 ) {
-    let strangers = Arc::new(Semaphore::new(MAX_STRANGERS));
+    let strangers = Places::new(MAX_STRANGERS, GRACE);
     let everybody = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    let handshakes = Arc::new(Semaphore::new(MAX_HANDSHAKES));
+    let handshakes = Places::new(MAX_HANDSHAKES, GRACE);
     loop {
         // The listener's own queue holds whoever waits here.
-        let Ok(handshake) = handshakes.clone().acquire_owned().await else { return };
+        handshakes.room().await;
         let Ok(place) = everybody.clone().acquire_owned().await else { return };
         let accepted = tokio::select! {
             // Whoever started us has gone: no order matters, nothing is lost but a connection nobody would serve.
@@ -84,9 +89,20 @@ pub(crate) async fn accept(
                 continue;
             }
         };
+        let Some(handshake) = handshakes.take(address.ip()) else {
+            tracing::debug!(%address, "too many handshakes with this address are under way");
+            continue;
+        };
         let (door, connections, strangers) = (door.load_full(), connections.clone(), strangers.clone());
         tokio::spawn(async move {
-            let entered = timeout(HANDSHAKE, enter(socket, address, &door, started, &strangers, place)).await;
+            let entered = timeout(HANDSHAKE, async {
+                // In no order: nobody else counts on a handshake that is dropped.
+                tokio::select! {
+                    entered = enter(socket, address, &door, started, &strangers, place) => entered,
+                    () = handshake.lost() => Err(io::Error::other("others needed its place")),
+                }
+            });
+            let entered = entered.await;
             drop(handshake);
             match entered {
                 Ok(Ok(connection)) => drop(connections.send(Ok(connection)).await),
@@ -102,7 +118,7 @@ async fn enter(
     address: SocketAddr,
     door: &Door,
     started: Instant,
-    strangers: &Arc<Semaphore>,
+    strangers: &Arc<Places>,
     place: OwnedSemaphorePermit,
 ) -> io::Result<Connection> {
     socket.set_nodelay(true)?;
@@ -111,16 +127,23 @@ async fn enter(
     let who = identify(&tls, &door.bundle, SystemTime::now());
     let last = Arc::new(LastHeard::default());
     last.set(started.elapsed());
-    let (stranger, leaves) = match who {
-        Who::Workload(_) => (None, None),
+    let leaves = match who {
+        Who::Workload(_) => None,
         Who::Expired { .. } | Who::Stranger => {
-            let place = strangers.clone().try_acquire_owned();
-            let place = place.map_err(|_| io::Error::other("too many peers without a certificate are here already"))?;
-            (Some(place), Some(Box::pin(sleep(STRANGER_STAYS))))
+            let place = strangers.take(address.ip());
+            let place =
+                place.ok_or_else(|| io::Error::other("too many peers without a certificate are here already"))?;
+            Some(maybe_done(leaves(place).boxed()))
         }
     };
     let peer = Peer { address, who, last };
-    Ok(Connection { tls, peer, started, leaves, _stranger: stranger, _place: place })
+    Ok(Connection { tls, peer, started, leaves, _place: place })
+}
+
+/// Returns once a stranger has to go.
+async fn leaves(place: Place) {
+    // An error is the end of its time, success that of its place.
+    let _ = timeout(STRANGER_STAYS, place.lost()).await;
 }
 
 /// After every handshake, resumed ones too: the library does not look again.
@@ -146,8 +169,8 @@ pub(crate) struct Connection {
     tls: TlsStream<TcpStream>,
     peer: Peer,
     started: Instant,
-    leaves: Option<Pin<Box<Sleep>>>,
-    _stranger: Option<OwnedSemaphorePermit>,
+    /// Of a stranger, with its place among them.
+    leaves: Option<MaybeDone<BoxFuture<'static, ()>>>,
     _place: OwnedSemaphorePermit,
 }
 
@@ -162,7 +185,7 @@ impl Connected for Connection {
 impl AsyncRead for Connection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         if let Some(leaves) = &mut self.leaves
-            && leaves.as_mut().poll(cx).is_ready()
+            && leaves.poll_unpin(cx).is_ready()
         {
             return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "a stranger stayed for too long")));
         }
