@@ -23,7 +23,7 @@ use sheetbend_certs::{VerifiedPeer, format_time};
 use sheetbend_control_plane_client::registration::Registration;
 use sheetbend_control_plane_client::xds::Kind;
 use tokio::sync::mpsc;
-use tokio::time::{MissedTickBehavior, interval, sleep_until};
+use tokio::time::{MissedTickBehavior, interval, sleep_until, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status, Streaming};
@@ -43,6 +43,8 @@ const UNDER_WAY: usize = 8;
 const REGISTRATION_PAUSE: Duration = Duration::from_millis(20);
 /// How often a stream looks whether its peer's certificate still holds.
 const LOOK: Duration = Duration::from_secs(5);
+/// How long a peer may leave what it was told unread while more waits for it.
+const READS_WITHIN: Duration = Duration::from_secs(10);
 const MAX_NODE_ID: usize = 256;
 
 /// The discovery service.
@@ -340,10 +342,33 @@ impl<W: Wire> StreamTask<W> {
     }
 
     async fn answer(&mut self, answers: Vec<W::Answer>) -> Result<(), Status> {
-        for answer in answers {
-            // A reader that does not read holds up its own stream alone.
-            self.answers.send(Ok(answer)).await.map_err(|_| Status::cancelled("the peer is gone"))?;
-        }
-        Ok(())
+        tell(&self.answers, answers, READS_WITHIN).await
+    }
+}
+
+/// A reader that does not read holds up its own stream alone, and that not for long: while it does, nobody looks
+/// whether its certificate still holds.
+async fn tell<T>(to: &mpsc::Sender<Result<T, Status>>, answers: Vec<T>, within: Duration) -> Result<(), Status> {
+    for answer in answers {
+        let told = timeout(within, to.send(Ok(answer))).await;
+        let told = told.map_err(|_| Status::deadline_exceeded("the peer does not read what it is told"))?;
+        told.map_err(|_| Status::cancelled("the peer is gone"))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_peer_that_stops_reading_loses_its_stream() {
+        let (to, mut reader) = mpsc::channel(UNDER_WAY);
+        let full = vec![(); UNDER_WAY];
+        tell(&to, full, Duration::from_secs(60)).await.unwrap();
+        let ended = tell(&to, vec![()], Duration::from_millis(20)).await.unwrap_err();
+        assert!(ended.message().contains("does not read"), "{ended}");
+        reader.recv().await.unwrap().unwrap();
+        tell(&to, vec![()], Duration::from_secs(60)).await.unwrap();
     }
 }
