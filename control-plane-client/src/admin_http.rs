@@ -4,7 +4,8 @@
 //! or a process talk to it: a `Host` that is no loopback name is refused (DNS rebinding), what another site's page
 //! asks is refused, and what changes something takes a POST that no browser sends by itself. It is bounded: 64
 //! connections,
-//! of which the oldest goes when one more comes; a minute each; 5 s and 16 KiB for a head, 4 KiB for a body.
+//! of which the oldest goes when one more comes, 8 of another host; a minute each; 5 s and 16 KiB for a head, 4 KiB for
+//! a body.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -25,6 +26,8 @@ use tokio::task::{AbortHandle, JoinSet};
 
 /// Connections at a time; `/ready` of a kubelet and a few people need few.
 const MAX_CONNECTIONS: usize = 64;
+/// Of them, those of one host that is not this one.
+const MAX_OF_ANOTHER: usize = 8;
 const HEAD_WITHIN: Duration = Duration::from_secs(5);
 /// However busy, a connection ends after this; a page that polls makes another.
 const CONNECTION_ENDS_AFTER: Duration = Duration::from_secs(60);
@@ -107,7 +110,7 @@ where
     F: Fn(Asked) -> Answer + Send + Sync + 'static,
 {
     let answer = Arc::new(answer);
-    let mut open: VecDeque<AbortHandle> = VecDeque::new();
+    let mut open: VecDeque<(IpAddr, AbortHandle)> = VecDeque::new();
     let mut connections = JoinSet::new(); // Dropped with this future, and ends them all.
     loop {
         let (socket, peer) = match listener.accept().await {
@@ -120,16 +123,28 @@ where
             }
         };
         while connections.try_join_next().is_some() {}
-        open.retain(|connection| !connection.is_finished());
-        if open.len() >= MAX_CONNECTIONS
-            && let Some(oldest) = open.pop_front()
-        {
+        open.retain(|(_, connection)| !connection.is_finished());
+        let hosts: Vec<IpAddr> = open.iter().map(|(host, _)| *host).collect();
+        if let Some((_, oldest)) = goes_for(peer.ip(), &hosts).and_then(|place| open.remove(place)) {
             oldest.abort();
         }
         let answer = Arc::clone(&answer);
-        open.push_back(connections.spawn(async move {
+        let connection = connections.spawn(async move {
             let _ = tokio::time::timeout(CONNECTION_ENDS_AFTER, connection(socket, peer, guarded, answer)).await;
-        }));
+        });
+        open.push_back((peer.ip(), connection));
+    }
+}
+
+/// Which connection goes when one of `host` comes: the oldest, of its own if it has as many as it may.
+fn goes_for(host: IpAddr, open: &[IpAddr]) -> Option<usize> {
+    let own = open.iter().filter(|other| **other == host).count();
+    match open.len() {
+        _ if own >= MAX_OF_ANOTHER && !host.to_canonical().is_loopback() => {
+            open.iter().position(|other| *other == host)
+        }
+        MAX_CONNECTIONS.. => Some(0),
+        _ => None,
     }
 }
 
@@ -343,6 +358,19 @@ mod tests {
             silent.push(socket);
         }
         assert_eq!(get(&format!("http://{address}"), "/ready").await.unwrap(), "GET /ready");
+    }
+
+    #[test]
+    fn one_host_that_comes_too_often_ends_its_own_connections_and_no_others() {
+        let (this, other, third) = ([127, 0, 0, 1].into(), [192, 0, 2, 1].into(), [192, 0, 2, 2].into());
+        let mut open = vec![third];
+        open.resize(1 + MAX_OF_ANOTHER, other);
+        assert_eq!(goes_for(other, &open), Some(1));
+        assert_eq!(goes_for(third, &open), None);
+        open.resize(MAX_CONNECTIONS - 1, this);
+        assert_eq!(goes_for(this, &open), None);
+        open.push(this);
+        assert_eq!(goes_for(this, &open), Some(0));
     }
 
     #[tokio::test]

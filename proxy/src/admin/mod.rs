@@ -6,18 +6,27 @@
 #[cfg(test)]
 mod tests;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use bytes::Bytes;
 use http::{Method, StatusCode};
 use sheetbend_control_plane_client::admin_http::{self, Answer, Asked};
 pub use sheetbend_control_plane_client::logging;
 use tokio::net::TcpListener;
+use tokio::time::Instant;
 
 use crate::telemetry::Telemetry;
 
 /// How often counts are filed under the time at which they happened: a slot of the graph's last minute.
 const TICK: Duration = Duration::from_secs(5);
+
+/// How old the metrics may be that others are shown. Rendering takes milliseconds of the thread that accepts connections
+/// too, and others may ask as often as they like.
+const FRESH: Duration = Duration::from_secs(1);
+
+/// Metrics as they were shown last, and when.
+type Rendered = Mutex<Option<(Instant, Bytes)>>;
 
 /// Gives one document of the admin port.
 pub type Document = Box<dyn Fn() -> serde_json::Value + Send + Sync>;
@@ -63,8 +72,9 @@ impl Admin {
     /// Serves until the future is dropped. The listener with [`Scope::Everything`] keeps the graph's time too.
     pub async fn serve(listener: TcpListener, state: Arc<AdminState>, scope: Scope) {
         let telemetry = Arc::clone(&state.telemetry);
-        let served =
-            admin_http::serve(listener, scope == Scope::Everything, move |asked| answer(&state, scope, &asked));
+        let rendered = Rendered::default();
+        let answer = move |asked| answer(&state, scope, &rendered, &asked);
+        let served = admin_http::serve(listener, scope == Scope::Everything, answer);
         if scope == Scope::Health {
             return served.await;
         }
@@ -81,7 +91,7 @@ impl Admin {
 
 const EVERYTHING: &str = "/ready /live /metrics /config_dump /clusters /certs /logging /server_info /graph[?format=json|dot|mermaid|table|html]";
 
-fn answer(state: &AdminState, scope: Scope, asked: &Asked) -> Answer {
+fn answer(state: &AdminState, scope: Scope, rendered: &Rendered, asked: &Asked) -> Answer {
     let get = asked.method == Method::GET;
     match (asked.path.as_str(), scope) {
         ("/logging", Scope::Everything) => logging::answer(asked, &state.log_filter, &state.set_log_filter),
@@ -91,13 +101,14 @@ fn answer(state: &AdminState, scope: Scope, asked: &Asked) -> Answer {
             Ok(()) => Answer::text(StatusCode::OK, "ready\n"),
             Err(why) => Answer::text(StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {why}\n")),
         },
-        ("/metrics" | "/stats/prometheus", _) => {
-            (state.measure)();
-            Answer {
-                content_type: "text/plain; version=0.0.4; charset=utf-8",
-                ..Answer::text(StatusCode::OK, state.telemetry.render_metrics())
-            }
-        }
+        ("/metrics" | "/stats/prometheus", _) => Answer {
+            content_type: "text/plain; version=0.0.4; charset=utf-8",
+            body: match scope {
+                Scope::Everything => metrics(state),
+                Scope::Health => recent_metrics(state, rendered),
+            },
+            ..Answer::text(StatusCode::OK, "")
+        },
         (_, Scope::Health) => Answer::not_found("/ready /live /metrics"),
         ("/config_dump", _) => Answer::json(&(state.config_dump)()),
         ("/clusters", _) => Answer::json(&(state.clusters)()),
@@ -106,5 +117,19 @@ fn answer(state: &AdminState, scope: Scope, asked: &Asked) -> Answer {
         ("/graph", _) => Answer::graph(asked, &state.telemetry.graph()),
         ("/", _) => Answer::text(StatusCode::OK, format!("{EVERYTHING}\n")),
         _ => Answer::not_found(EVERYTHING),
+    }
+}
+
+fn metrics(state: &AdminState) -> Bytes {
+    (state.measure)();
+    state.telemetry.render_metrics().into()
+}
+
+/// Rendered once a second, however many ask.
+fn recent_metrics(state: &AdminState, rendered: &Rendered) -> Bytes {
+    let mut rendered = rendered.lock().unwrap_or_else(PoisonError::into_inner);
+    match &*rendered {
+        Some((at, text)) if at.elapsed() < FRESH => text.clone(),
+        _ => rendered.insert((Instant::now(), metrics(state))).1.clone(),
     }
 }

@@ -1,5 +1,4 @@
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use serde_json::json;
 use sheetbend_control_plane_client::model::ServiceName;
@@ -12,16 +11,15 @@ struct Proxy {
     ready: Arc<AtomicBool>,
 }
 
-async fn started(scope: Scope) -> Proxy {
+fn state(ready: &Arc<AtomicBool>) -> AdminState {
     let telemetry = Telemetry::new(Settings {
         identity: "spiffe://cluster.local/ns/default/sa/web".parse().unwrap(),
         service: ServiceName { service: "web".into(), namespace: "default".into() },
         access_log: AccessLogSettings::default(),
     });
-    let ready = Arc::new(AtomicBool::new(false));
     let filter = Arc::new(Mutex::new("info".to_string()));
-    let (is_ready, current) = (Arc::clone(&ready), Arc::clone(&filter));
-    let state = AdminState {
+    let (is_ready, current) = (Arc::clone(ready), Arc::clone(&filter));
+    AdminState {
         telemetry,
         ready: Box::new(move || match is_ready.load(Ordering::Relaxed) {
             true => Ok(()),
@@ -40,7 +38,12 @@ async fn started(scope: Scope) -> Proxy {
             }
             other => Err(format!("`{other}` is no level")),
         }),
-    };
+    }
+}
+
+async fn started(scope: Scope) -> Proxy {
+    let ready = Arc::new(AtomicBool::new(false));
+    let state = state(&ready);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     tokio::spawn(Admin::serve(listener, Arc::new(state), scope));
@@ -97,6 +100,26 @@ async fn others_see_health_and_metrics_alone() {
         assert!(get(&proxy, path).await.unwrap_err().contains("404"), "{path}");
     }
     assert!(post(&proxy, "/logging", "debug").await.starts_with("HTTP/1.1 403"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn metrics_are_rendered_once_a_second_however_many_others_ask() {
+    let times = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&times);
+    let measure = Box::new(move || _ = counted.fetch_add(1, Ordering::Relaxed));
+    let state = AdminState { measure, ..state(&Arc::default()) };
+    let rendered = Rendered::default();
+    let path = "/metrics".to_string();
+    let asked = Asked { method: Method::GET, path, query: None, accept: None, body: Bytes::new() };
+    let ask = |scope| answer(&state, scope, &rendered, &asked).body;
+    let first = ask(Scope::Health);
+    assert_eq!(ask(Scope::Health), first);
+    assert_eq!(times.load(Ordering::Relaxed), 1);
+    tokio::time::advance(FRESH).await;
+    ask(Scope::Health);
+    assert_eq!(times.load(Ordering::Relaxed), 2);
+    ask(Scope::Everything);
+    assert_eq!(times.load(Ordering::Relaxed), 3, "the operator sees what is");
 }
 
 #[tokio::test]
