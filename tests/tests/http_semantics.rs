@@ -326,3 +326,15 @@ async fn huge_heads_are_an_answer_and_a_counter() {
     assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     assert!(pair.caller.counter("sheetbend_rejected_requests_total", &["headers_too_large"]).await >= 2.0);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_caller_without_a_sidecar_that_names_no_host_means_the_one_it_called() {
+    let app = Scripted::answering(WELL).await;
+    let pair = pair(app.port()).await;
+    // What load balancers send to see whether a server is there.
+    for probe in ["OPTIONS / HTTP/1.0\r\n\r\n", "GET /probe HTTP/1.1\r\nHost:\r\nConnection: close\r\n\r\n"] {
+        let said = dialogue(pair.server.inbound(), probe, "").await.unwrap();
+        assert!(said.starts_with("HTTP/1.1 200") || said.starts_with("HTTP/1.0 200"), "{probe}: {said}");
+    }
+    assert!(app.heard().contains(&format!("host: 127.0.0.1:{}\r\n", app.port())), "{}", app.heard());
+}

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use rustls::version::{TLS12, TLS13};
 use sheetbend_certs::{Ca, Csr, IssueRequest, KeyAndCsr};
-use sheetbend_tests::{App, Impostor, Mesh, START, Sidecar, eventually, http, need, program, tls};
+use sheetbend_tests::{App, Impostor, Mesh, START, Sidecar, eventually, http, need, program, tls, until_accepts};
 
 const HTTP1: &str = "sheetbend/http1.1";
 
@@ -253,4 +253,17 @@ async fn a_server_of_the_mesh_that_is_not_the_one_asked_for_is_told_nothing() {
     assert!(answer.status.is_server_error(), "{}", answer.status);
     let told = impostor.told();
     assert!(told.is_empty(), "the impostor was told {:?}", String::from_utf8_lossy(&told));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_strict_sidecar_takes_no_plain_text_for_a_port_whose_tls_is_the_app_s_either() {
+    let mesh = Mesh::with_control_plane(&[]);
+    let app = App::saying("inside\n").await;
+    let port = format!("{}/tls", app.port());
+    let strict = mesh.run("server").flag(&["--strict", "--port", &port]).serve();
+    until_accepts(strict.inbound(), START);
+    let said = http::send(strict.inbound(), "GET", "/", "").await;
+    assert!(said.is_err(), "{said:?}");
+    assert_eq!(app.seen.load(std::sync::atomic::Ordering::Relaxed), 0, "the program was asked");
+    assert!(strict.counter("sheetbend_refused_total", &["plain"]).await >= 1.0);
 }
