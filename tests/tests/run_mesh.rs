@@ -181,9 +181,9 @@ fn a_service_is_withdrawn_before_its_program_is_told_to_stop() {
     let mesh = Mesh::local();
     let port = free_port();
     let told = mesh.folder().join("told");
-    // It serves on for as long as it is let, and writes down when it was told to stop.
+    // It serves on for as long as it is let, a minute at most, and writes down when it was told to stop.
     let script = format!(
-        "trap 'echo told > {}' TERM; {} & while :; do wait $! && exit; kill -0 $! || exit; done",
+        "trap 'echo told > {}' TERM; timeout 60 {} & while :; do wait $! && exit; kill -0 $! || exit; done",
         told.display(),
         file_server(&python, port, &folder_with(&mesh, "web")).join(" ")
     );
