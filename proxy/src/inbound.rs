@@ -95,7 +95,8 @@ impl Inbound {
                     Ok(spoken) => first = spoken,
                 },
                 Ok(_) => {}
-                Err(_) => return,
+                // Half a conversation is not a whole one: whoever is left sees it break.
+                Err(_) => return io.abort(),
             }
             dialed = Some(Box::new(Rewind::new(said.freeze(), app)) as BoxIo);
         }
@@ -105,6 +106,7 @@ impl Inbound {
             let mesh = MeshAlpn::ALL.map(MeshAlpn::wire);
             let ours = matches!(&hello, Ok(Hello::Parsed(hello)) if hello.offers(&mesh));
             if ours || self.shared.strict || self.port.mesh_tls {
+                drop(dialed);
                 return self.terminate(Rewind::new(bytes.freeze(), io), ours, peer).boxed().await;
             }
         } else if self.shared.strict && first != FirstBytes::Detected(Detected::Tls) {
@@ -130,8 +132,11 @@ impl Inbound {
     async fn detected(self, first: FirstBytes, bytes: BytesMut, io: BoxIo, caller: Caller, dialed: Option<BoxIo>) {
         let io: BoxIo = Box::new(Rewind::new(bytes.freeze(), io));
         match first {
-            FirstBytes::Detected(Detected::Http1) => self.http(io, false, caller).await,
-            FirstBytes::Detected(Detected::Http2) => self.http(io, true, caller).await,
+            FirstBytes::Detected(spoken @ (Detected::Http1 | Detected::Http2)) => {
+                // Requests have connections of their own; this one was for bytes.
+                drop(dialed);
+                self.http(io, spoken == Detected::Http2, caller).await;
+            }
             _ => self.opaque(io, caller, dialed).boxed().await,
         }
     }

@@ -29,22 +29,24 @@
 //!
 //! | module | its one job |
 //! |---|---|
-//! | [`app`] | the one place that knows every part: wiring, order of start and stop |
+//! | [`app`], `worker` | the one place that knows every part, order of start and stop; threads, each with its own pools |
 //! | [`listen`], [`proc_net`], `sock_diag` | where connections come in, and whose they are |
 //! | [`detect`], [`client_hello`] | pure: first bytes in, a verdict out |
 //! | [`first_bytes`], [`rewind`] | reading a connection just far enough, and giving it back whole |
-//! | `outbound`, `inbound`, `here`, [`tcp`] | app → mesh; mesh → app; what leads back to ourselves; opaque bytes |
+//! | `outbound`, `inbound`, [`tcp`] | app → mesh; mesh → app; opaque bytes |
+//! | `here`, `in_process`, `refuse` | what leads back to ourselves: handed over within the process, or refused |
 //! | `mtls`, [`rest`] | who calls, by mutual TLS; the end of what rests on a dropped root |
 //! | `forward`, [`http`] | attempts and retries; hyper, and the one table from an error to an answer |
 //! | [`route`], [`policy`] | what the control plane said, ready for requests |
 //! | [`traffic`] | pure: state and `now` in, a decision out: balancing, retries |
 //! | [`upstream`] | endpoints that outlive a change of configuration, connections to them, mutual TLS |
-//! | [`telemetry`], [`admin`] | what happened, and how to ask for it |
+//! | [`telemetry`], [`admin`], `observe` | what happened, and how to ask for it |
 //!
 //! # What always holds
 //!
 //! * A destination in the mesh is never dialed in plain, whatever fails.
-//! * A request that may have had an effect is not sent twice.
+//! * A request that may have had an effect is not sent twice, unless its method or its `Idempotency-Key` says that this
+//!   is as good as once.
 //! * What one caller does (hangs up, stops reading, sends noise) costs no other caller a request.
 //! * When the control plane is away, what is known goes on.
 

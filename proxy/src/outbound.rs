@@ -102,11 +102,11 @@ impl Outbound {
             }
         }
         match first {
-            Ok(FirstBytes::Detected(Detected::Http1)) => {
-                self.http(Box::new(Rewind::new(bytes.freeze(), io)), false, Some(target), peer).await;
-            }
-            Ok(FirstBytes::Detected(Detected::Http2)) => {
-                self.http(Box::new(Rewind::new(bytes.freeze(), io)), true, Some(target), peer).await;
+            Ok(FirstBytes::Detected(spoken @ (Detected::Http1 | Detected::Http2))) => {
+                // Requests have connections of their own; this one was for bytes.
+                drop(dialed);
+                let io = Box::new(Rewind::new(bytes.freeze(), io));
+                self.http(io, spoken == Detected::Http2, Some(target), peer).await;
             }
             Ok(FirstBytes::Closed) | Err(_) => {}
             Ok(_) => self.opaque(io, bytes, &route, dialed, peer).boxed().await,

@@ -36,7 +36,7 @@ pub fn ask() -> (Ask, Asked) {
 }
 
 /// Listens for the 1xx answers to a request over HTTP/1.1. A 100 that was waited for opens the way for the body; hyper can
-/// pass on none of the others, which are counted.
+/// pass on none of the others, which are counted. Allocates: hyper takes a callback only by way of the extensions.
 pub fn listen(request: &mut Request<RequestBody>, ask: Option<Ask>, telemetry: &Telemetry) {
     let dropped = telemetry.handle(Counter::InformationalDropped);
     let ask = Mutex::new(ask);
