@@ -155,10 +155,16 @@ impl Shared {
             return true;
         }
         let me = rustix::process::getuid().as_raw();
-        let owner = proc_net::owner_of_peer(ours, peer).ok().flatten();
-        if owner == Some(me) {
-            return true;
-        }
+        let owner = match proc_net::owner_of_peer(ours, peer) {
+            Ok(owner) if owner == Some(me) => return true,
+            Ok(owner) => owner,
+            Err(error) => {
+                if let Some(left_out) = self.telemetry.refused(Counter::RefusedOverload) {
+                    tracing::warn!(%peer, %error, left_out, "the kernel does not say whose a connection is: closed");
+                }
+                return false;
+            }
+        };
         match (owner, self.telemetry.refused(Counter::RefusedOwner)) {
             (Some(owner), Some(left_out)) => {
                 tracing::warn!(%peer, owner, left_out, "a connection of another user is refused");

@@ -7,7 +7,6 @@ use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -32,7 +31,9 @@ pub struct Listener {
     /// A descriptor kept for the moment when there are no others: given up, it lets us accept a connection in order to
     /// close it, where otherwise its client would hang in the backlog.
     spare: Option<File>,
-    turned_away: AtomicU64,
+    /// How many connections were closed as soon as they came, because no file descriptor was left.
+    turned_away: u64,
+    counter: metrics::Counter,
 }
 
 /// A connection as the kernel gave it, not yet tied to a runtime: it may be handed to another thread.
@@ -174,7 +175,7 @@ impl Listener {
         // undo for one that another worker serves; and there is no safe way to wait for a socket of one's own.
         // SAFETY: the socket owns its descriptor, is moved in here, and is neither replaced nor closed before the drop.
         let socket = unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE) }?;
-        Ok(Self { socket, local, spare: spare(), turned_away: AtomicU64::new(0) })
+        Ok(Self { socket, local, spare: spare(), turned_away: 0, counter: metrics::Counter::noop() })
     }
 
     /// Where it listens, with the port that the kernel chose if 0 was asked for.
@@ -182,9 +183,10 @@ impl Listener {
         self.local
     }
 
-    /// How many connections were closed as soon as they came, because no file descriptor was left.
-    pub fn turned_away(&self) -> u64 {
-        self.turned_away.load(Ordering::Relaxed)
+    /// Counts those whom it turns away because no file descriptor is left.
+    pub fn counting(mut self, turned_away: metrics::Counter) -> Self {
+        self.counter = turned_away;
+        self
     }
 
     /// The next connection. Waits for as long as it takes, and outlives whatever goes wrong with single connections or
@@ -193,22 +195,41 @@ impl Listener {
     /// Cancel safe: a connection is taken from the kernel and returned without a wait in between.
     pub async fn accept(&mut self) -> Accepted {
         loop {
-            let accepted = match self.socket.readable().await {
-                Ok(mut ready) => match ready.try_io(|socket| accept_now(socket.get_ref())) {
-                    Ok(accepted) => accepted,
-                    Err(_would_block) => continue,
-                },
-                Err(error) => Err(error),
+            let mut ready = match self.socket.readable().await {
+                Ok(ready) => ready,
+                Err(error) => {
+                    self.recover(&error).await;
+                    continue;
+                }
             };
-            match accepted {
-                Ok(accepted) => return accepted,
-                Err(error) => self.recover(&error).await,
+            match ready.try_io(|socket| accept_now(socket.get_ref())) {
+                Ok(Ok(accepted)) => return accepted,
+                Ok(Err(error)) if is_full(&error) => {
+                    // Linux takes the descriptor before it looks whether somebody waits: there may be nobody.
+                    self.spare = None;
+                    let turned_away = ready.try_io(|socket| accept_now(socket.get_ref()).map(drop));
+                    drop(ready);
+                    self.spare = spare();
+                    match turned_away {
+                        Ok(Ok(())) => self.count(),
+                        Ok(Err(error)) => self.recover(&error).await,
+                        Err(_would_block) => {}
+                    }
+                    match self.spare {
+                        // Connections that end give descriptors back; let them.
+                        Some(_) => tokio::task::yield_now().await,
+                        // Another thread took the descriptor, or the whole machine has none.
+                        None => sleep(BREATHER).await,
+                    }
+                }
+                Ok(Err(error)) => self.recover(&error).await,
+                Err(_would_block) => {}
             }
         }
     }
 
     /// After this, another accept makes sense.
-    async fn recover(&mut self, error: &io::Error) {
+    async fn recover(&self, error: &io::Error) {
         match Errno::from_io_error(error) {
             // Trouble of one connection that is gone by now; accept(2) says to treat these like EAGAIN.
             Some(
@@ -224,7 +245,8 @@ impl Listener {
                 | Errno::NONET
                 | Errno::OPNOTSUPP,
             ) => {}
-            Some(Errno::MFILE | Errno::NFILE) => self.turn_one_away().await,
+            // The descriptor that was kept is gone too.
+            Some(Errno::MFILE | Errno::NFILE) => sleep(BREATHER).await,
             // No memory, or what we cannot imagine: neither may become a busy loop.
             _ => {
                 tracing::warn!(listener = %self.local, %error, "cannot accept; trying again");
@@ -233,26 +255,19 @@ impl Listener {
         }
     }
 
-    /// Closes the oldest waiting connection, with the descriptor that was kept for it.
-    async fn turn_one_away(&mut self) {
-        self.spare = None;
-        let accepted = accept_now(self.socket.get_ref());
-        let done = accepted.is_ok();
-        drop(accepted);
-        self.spare = spare();
-        if done {
-            let count = self.turned_away.fetch_add(1, Ordering::Relaxed) + 1;
-            if count.is_power_of_two() {
-                tracing::warn!(listener = %self.local, count, "no file descriptor left: connection closed");
-            }
-            tokio::task::yield_now().await; // Connections that end give descriptors back; let them.
-        } else {
-            sleep(BREATHER).await;
-        }
-        if self.spare.is_none() {
-            sleep(BREATHER).await; // Another thread took the descriptor, or the whole machine has none.
+    /// The oldest waiting connection was closed, with the descriptor that was kept for it.
+    fn count(&mut self) {
+        self.counter.increment(1);
+        self.turned_away += 1;
+        if self.turned_away.is_power_of_two() {
+            let count = self.turned_away;
+            tracing::warn!(listener = %self.local, count, "no file descriptor left: connection closed");
         }
     }
+}
+
+fn is_full(error: &io::Error) -> bool {
+    matches!(Errno::from_io_error(error), Some(Errno::MFILE | Errno::NFILE))
 }
 
 fn accept_now(socket: &Socket) -> io::Result<Accepted> {

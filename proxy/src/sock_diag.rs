@@ -1,6 +1,7 @@
 //! Questions about sockets that the kernel answers by netlink (sock_diag(7)), without a walk through its whole table: a
 //! busy machine has tens of thousands of sockets in TIME_WAIT, and its table takes tens of milliseconds to read.
 
+use std::cell::Cell;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
@@ -83,24 +84,54 @@ fn question(family: u8, flags: u16, states: u32, local: SocketAddr, remote: Sock
     bytes
 }
 
+thread_local! {
+    /// Kept from question to question: a new one each would cost more than the answer, and be missing on the very day that
+    /// the file table is full.
+    static KERNEL: Cell<Option<OwnedFd>> = const { Cell::new(None) };
+}
+
 fn ask(question: &[u8]) -> io::Result<Vec<Socket>> {
-    let socket: OwnedFd =
-        socket_with(AddressFamily::NETLINK, SocketType::DGRAM, SocketFlags::CLOEXEC, Some(netlink::SOCK_DIAG))?;
-    set_socket_timeout(&socket, Timeout::Recv, Some(PATIENCE))?;
-    send(&socket, question, SendFlags::empty())?;
+    let kernel = match KERNEL.take() {
+        Some(kernel) => kernel,
+        None => {
+            let kernel =
+                socket_with(AddressFamily::NETLINK, SocketType::DGRAM, SocketFlags::CLOEXEC, Some(netlink::SOCK_DIAG))?;
+            set_socket_timeout(&kernel, Timeout::Recv, Some(PATIENCE))?;
+            kernel
+        }
+    };
+    // Dropped when the conversation breaks: what it still brings would be taken for the next question's answer.
+    let answer = converse(&kernel, question)?;
+    KERNEL.set(Some(kernel));
+    answer
+}
+
+/// Puts one question and takes in all of its answer, which may be an error of the kernel's.
+fn converse(kernel: &OwnedFd, question: &[u8]) -> io::Result<io::Result<Vec<Socket>>> {
+    send(kernel, question, SendFlags::empty())?;
     let mut sockets = Vec::new();
-    // The kernel fills at most this much of a dump's buffer at a time.
-    let mut buffer = vec![0; 32 * 1024];
+    // The most that the kernel puts into one datagram for a reader who never asked with more room (NLMSG_GOODSIZE).
+    let mut buffer = [0; 8 * 1024];
     loop {
-        let (_, length) = recv(&socket, buffer.as_mut_slice(), RecvFlags::empty())?;
-        if read(buffer.get(..length).unwrap_or_default(), &mut sockets)? {
-            return Ok(sockets);
+        let (_, length) = recv(kernel, &mut buffer[..], RecvFlags::empty())?;
+        match read(buffer.get(..length).unwrap_or_default(), &mut sockets)? {
+            Answer::More => {}
+            Answer::Whole => return Ok(Ok(sockets)),
+            Answer::Refused(error) => return Ok(Err(error)),
         }
     }
 }
 
-/// Takes in one datagram. Says whether it was the last.
-fn read(mut datagram: &[u8], sockets: &mut Vec<Socket>) -> io::Result<bool> {
+/// What a datagram means for the question.
+#[derive(Debug)]
+enum Answer {
+    More,
+    Whole,
+    Refused(io::Error),
+}
+
+/// Takes in one datagram.
+fn read(mut datagram: &[u8], sockets: &mut Vec<Socket>) -> io::Result<Answer> {
     let short = || io::Error::new(io::ErrorKind::InvalidData, "an answer of sock_diag is cut short");
     while !datagram.is_empty() {
         let length = u32::from_ne_bytes(array(datagram, 0).ok_or_else(short)?) as usize;
@@ -108,22 +139,22 @@ fn read(mut datagram: &[u8], sockets: &mut Vec<Socket>) -> io::Result<bool> {
         let flags = u16::from_ne_bytes(array(datagram, 6).ok_or_else(short)?);
         let body = datagram.get(HEADER..length).ok_or_else(short)?;
         match kind {
-            NLMSG_DONE => return Ok(true),
+            NLMSG_DONE => return Ok(Answer::Whole),
             NLMSG_ERROR => {
                 let code = i32::from_ne_bytes(array(body, 0).ok_or_else(short)?);
-                return Err(io::Error::from_raw_os_error(-code));
+                return Ok(Answer::Refused(io::Error::from_raw_os_error(-code)));
             }
             _ => sockets.extend(socket(body)),
         }
         /// NLM_F_MULTI: a part of several.
         const MULTI: u16 = 0x2;
         if flags & MULTI == 0 {
-            return Ok(true);
+            return Ok(Answer::Whole);
         }
         // NLMSG_ALIGN: the next begins at a multiple of four.
         datagram = datagram.get(length.next_multiple_of(4)..).unwrap_or_default();
     }
-    Ok(false)
+    Ok(Answer::More)
 }
 
 /// `struct inet_diag_msg`.

@@ -131,19 +131,17 @@ impl Workers {
     /// Accepts, and gives each connection to the worker that carries the fewest.
     pub(crate) fn feed(
         &self,
-        mut listener: Listener,
+        listener: Listener,
         job: impl Fn(Accepted) -> Job + Send + Sync + 'static,
     ) -> tokio::task::JoinHandle<()> {
         let workers = self.workers.clone();
         let telemetry = Arc::clone(&self.shared.telemetry);
+        let mut listener = listener.counting(telemetry.handle(Counter::RefusedOverload));
         tokio::spawn(async move {
-            let mut turned_away = 0;
             loop {
                 let job = job(listener.accept().await);
                 let inbound = job.is_inbound();
                 telemetry.count(if inbound { Counter::AcceptedInbound } else { Counter::AcceptedOutbound });
-                telemetry.count_by(Counter::RefusedOverload, listener.turned_away() - turned_away);
-                turned_away = listener.turned_away();
                 let Some((worker, jobs)) = workers.iter().min_by_key(|(worker, _)| worker.live()) else { return };
                 // Fails only when the thread is gone, and the process with it.
                 let _ = jobs.send((job, Live::begin(worker, inbound)));
@@ -162,8 +160,15 @@ async fn carry(job: Job, outbound: Outbound) {
         Job::Redirected(accepted) => (accepted, Kind::Redirected),
     };
     let peer = accepted.peer;
-    let Ok(stream) = accepted.register() else { return };
-    let Ok(ours) = stream.local_addr() else { return };
+    let (stream, ours) = match accepted.register().and_then(|stream| stream.local_addr().map(|ours| (stream, ours))) {
+        Ok(known) => known,
+        Err(error) => {
+            if let Some(left_out) = outbound.shared.telemetry.refused(Counter::RefusedOverload) {
+                tracing::warn!(%peer, %error, left_out, "a connection cannot be carried: closed");
+            }
+            return;
+        }
+    };
     match job {
         Kind::Explicit if outbound.shared.takes(ours, peer) => outbound.explicit(Box::new(stream), peer).await,
         Kind::Fixed(target) if outbound.shared.takes(ours, peer) => {
