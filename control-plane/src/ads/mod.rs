@@ -1,12 +1,14 @@
 //! Discovery: the aggregated stream, state of the world and incremental, in three dialects.
 //!
 //! - `session.rs`: PURE, what one stream subscribed to and was told. `view.rs`: the mesh in one dialect's words.
+//! - `pace.rs`: PURE, how often a stream may change its registration.
 //! - `envoy.rs`, `grpc.rs`: what those two want to hear differently. Our own words are in the client's crate.
 //!
 //! A stream is one task: it waits for a request or for a new world, and says what differs.
 
 mod envoy;
 mod grpc;
+mod pace;
 mod session;
 mod view;
 
@@ -23,11 +25,12 @@ use sheetbend_certs::{VerifiedPeer, format_time};
 use sheetbend_control_plane_client::registration::Registration;
 use sheetbend_control_plane_client::xds::Kind;
 use tokio::sync::mpsc;
-use tokio::time::{MissedTickBehavior, interval, sleep_until, timeout};
+use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status, Streaming};
 
+use self::pace::Pace;
 use self::session::Excess;
 pub(crate) use self::session::{Session, Told};
 pub(crate) use self::view::digest;
@@ -39,8 +42,6 @@ use crate::trust::Shown;
 
 /// Responses under way on one stream; the next change waits, and melts into those after it.
 const UNDER_WAY: usize = 8;
-/// A stream's registration changes at most so often: each means work for everybody.
-const REGISTRATION_PAUSE: Duration = Duration::from_millis(20);
 /// How often a stream looks whether its peer's certificate still holds.
 const LOOK: Duration = Duration::from_secs(5);
 /// How long a peer may leave what it was told unread while more waits for it.
@@ -89,7 +90,7 @@ impl Discovery {
             answers,
             session: Session::default(),
             node: None,
-            next_registration: Instant::now(),
+            pace: Pace::default(),
             withdrew: false,
         };
         tokio::spawn(task.run());
@@ -175,7 +176,7 @@ struct StreamTask<W: Wire> {
     answers: mpsc::Sender<Result<W::Answer, Status>>,
     session: Session,
     node: Option<Named>,
-    next_registration: Instant,
+    pace: Pace,
     /// It withdrew what it served: it is about to end, and nothing of it is left to wait for.
     withdrew: bool,
 }
@@ -290,8 +291,11 @@ impl<W: Wire> StreamTask<W> {
         if self.shared.knows(&node.instance, &registration, self.id) {
             return Ok(());
         }
-        sleep_until(self.next_registration.into()).await;
-        self.next_registration = Instant::now() + REGISTRATION_PAUSE;
+        let wait = self.pace.turn(Instant::now());
+        // Not waiting at all: the timer's shortest wait is a millisecond.
+        if !wait.is_zero() {
+            sleep(wait).await;
+        }
         let registered = self.shared.register(node.instance.clone(), registration, self.id, self.peer.last.clone());
         registered.map_err(|error| Status::resource_exhausted(error.to_string()))
     }
