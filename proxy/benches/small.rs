@@ -1,18 +1,27 @@
 //! The small decisions that every connection or request makes. `cargo bench -p sheetbend-proxy`.
 
+#[path = "../tests/mesh/mod.rs"]
+mod mesh;
+
 use std::hint::black_box;
+use std::sync::Arc;
 use std::time::Duration;
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use http::{Request, Version, request};
-use sheetbend_control_plane_client::model::ServiceName;
+use sheetbend_control_plane_client::discovery::Discovery;
+use sheetbend_control_plane_client::model::{Resolution, ServiceName, Target};
 use sheetbend_proxy::detect::detect;
 use sheetbend_proxy::http::headers;
+use sheetbend_proxy::route::Routes;
 use sheetbend_proxy::telemetry::{
     AccessLogSettings, EdgeKey, Flags, Outcome, Peer, Protocol, Reporter, Settings, Telemetry,
 };
 use sheetbend_proxy::traffic::balance::{self, Load};
 use sheetbend_proxy::traffic::retry::Budget;
+use sheetbend_proxy::upstream::Endpoints;
+
+use self::mesh::{Mesh, PATIENCE};
 
 fn detection(c: &mut Criterion) {
     let http1 = b"GET /cart/items?page=2 HTTP/1.1\r\nHost: web:8000\r\nAccept: */*\r\n\r\n";
@@ -23,6 +32,50 @@ fn detection(c: &mut Criterion) {
     for (name, bytes) in [("http1", &http1[..]), ("http2", http2), ("tls", &tls), ("opaque", opaque)] {
         group.bench_function(name, |b| b.iter(|| detect(black_box(bytes))));
     }
+}
+
+/// Waits until `target` is known to have so many endpoints.
+async fn known(discovery: &Discovery, target: &Target, endpoints: usize) {
+    let registered = async {
+        let mut changes = discovery.subscribe();
+        loop {
+            if let Ok(Resolution::Mesh(mesh)) = discovery.resolve(target).await
+                && mesh.clusters.values().map(|cluster| cluster.endpoints.len()).sum::<usize>() == endpoints
+            {
+                return;
+            }
+            changes.changed().await.expect("discovery goes on");
+        }
+    };
+    tokio::time::timeout(PATIENCE, registered).await.expect("the service registers");
+}
+
+fn routing(c: &mut Criterion) {
+    const ENDPOINTS: usize = 3;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let target = Target::new("web", 8000).expect("a target");
+    let (routes, discovery, _running) = runtime.block_on(async {
+        let mesh = Mesh::start().await;
+        let mut servers = Vec::new();
+        for _ in 0..ENDPOINTS {
+            servers.push(mesh.sidecar("web", Some(([127, 0, 0, 1], target.port()).into())).await);
+        }
+        let discovery = mesh.discovery("caller").await;
+        known(&discovery, &target, ENDPOINTS).await;
+        let routes = Routes::default();
+        let first = routes.to(&target, &discovery, &Endpoints::default(), false, &telemetry()).await;
+        assert!(first.is_ok_and(|route| route.destination().is_some()), "a route in the mesh");
+        (routes, discovery, (mesh, servers))
+    });
+    let head = typical_request();
+    let mut group = c.benchmark_group("route");
+    group.bench_function("to a known target", |b| {
+        b.iter(|| routes.known(black_box(&target), &discovery, false));
+    });
+    let route = routes.known(&target, &discovery, false).expect("a known target");
+    group.bench_function(format!("endpoint of {ENDPOINTS}"), |b| {
+        b.iter(|| route.pick(route.endpoints(Some(black_box(&head))), None, Duration::from_secs(5)));
+    });
 }
 
 fn balancing(c: &mut Criterion) {
@@ -92,13 +145,16 @@ fn header_handling(c: &mut Criterion) {
     });
 }
 
-fn counting(c: &mut Criterion) {
-    let telemetry = Telemetry::new(Settings {
+fn telemetry() -> Arc<Telemetry> {
+    Telemetry::new(Settings {
         identity: "spiffe://cluster.local/ns/default/sa/web".parse().expect("a SPIFFE id"),
         service: ServiceName { service: "web".into(), namespace: "default".into() },
         access_log: AccessLogSettings::default(),
-    });
-    let edge = telemetry.edge(EdgeKey {
+    })
+}
+
+fn counting(c: &mut Criterion) {
+    let edge = telemetry().edge(EdgeKey {
         reporter: Reporter::Source,
         peer: Peer::Unknown,
         destination: "web.default:8000".into(),
@@ -116,5 +172,5 @@ fn counting(c: &mut Criterion) {
     c.bench_function("telemetry/a request", |b| b.iter(|| edge.request(black_box(&outcome))));
 }
 
-criterion_group!(small, detection, balancing, header_handling, counting);
+criterion_group!(small, detection, routing, balancing, header_handling, counting);
 criterion_main!(small);
