@@ -51,6 +51,8 @@ enum Verb {
 }
 
 fn main() -> ExitCode {
+    // Before there is a second thread.
+    sheetbend_proxy::listen::make_room_for_descriptors();
     let outcome = match Cli::parse().verb {
         Verb::Certs(verb) => certs::run(verb),
         Verb::ControlPlane(args) => control_plane::run(args),

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::sync::LazyLock;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -14,8 +15,12 @@ pub(crate) const SMALL: usize = 128;
 /// Bytes of a large answer's body.
 pub(crate) const LARGE: usize = 1 << 20;
 
+/// The two answers. Made once: to make the large one takes longer than a request.
+static ANSWERS: LazyLock<[Vec<u8>; 2]> = LazyLock::new(|| [SMALL, LARGE].map(answer));
+
 /// Listens on loopback, and answers there as long as the current runtime lives.
 pub(crate) async fn serve() -> io::Result<SocketAddr> {
+    LazyLock::force(&ANSWERS);
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let address = listener.local_addr()?;
     tokio::spawn(async move {
@@ -40,13 +45,12 @@ async fn serve_connection(mut stream: TcpStream) -> io::Result<()> {
 }
 
 async fn serve_http1(mut stream: TcpStream, mut buffer: Vec<u8>) -> io::Result<()> {
-    let small = answer(SMALL);
-    let large = answer(LARGE);
+    let [small, large] = &*ANSWERS;
     loop {
         while let Some(end) = head_end(&buffer) {
             let wants_large = buffer.starts_with(b"GET /large");
             buffer.drain(..end);
-            stream.write_all(if wants_large { &large } else { &small }).await?;
+            stream.write_all(if wants_large { large } else { small }).await?;
         }
         if stream.read_buf(&mut buffer).await? == 0 {
             return Ok(());

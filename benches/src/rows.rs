@@ -151,6 +151,12 @@ pub(crate) async fn measure(bench: &Bench<'_>, plan: &Plan, only: &[Row]) -> io:
         if let (Some(p99), Some(system)) = (p99, systems(Http::One).last()) {
             outcome.add(Row::Registered, *system, p99 as f64);
         }
+        if let Some(p50) = taken.get(taken.len() / 2) {
+            outcome.notes.push(format!(
+                "Registration to the first request that it routes, p50: {:.1} ms.",
+                p50.as_secs_f64() * 1e3
+            ));
+        }
     }
     if wanted(Row::Size) {
         let program = &bench.programs;

@@ -20,8 +20,21 @@ use tokio::time::sleep;
 /// Connections that the kernel may hold for us between two accepts; `net.core.somaxconn` caps it (4,096 by default).
 const BACKLOG: i32 = 4096;
 
+/// Descriptors that a process has room for from the start: 64 KiB of the kernel's memory.
+const ROOM: u64 = 8192;
+
 /// How long to let the process and the machine recover when neither has a file descriptor or memory left.
 const BREATHER: Duration = Duration::from_millis(50);
+
+/// Makes room for many descriptors. To be called before there is a second thread: from then on each growth of the table,
+/// at 64, 128, 256 and so on, keeps whoever opens one waiting until all CPUs have passed through the scheduler (an RCU
+/// grace period, 5 to 30 ms on a busy machine), and with it every connection of a worker.
+pub fn make_room_for_descriptors() {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(ROOM);
+    let highest = i32::try_from(limit.min(ROOM)).unwrap_or(i32::MAX) - 1;
+    // The table stays as large as the highest descriptor ever made it. Without room it grows as it must.
+    drop(rustix::io::fcntl_dupfd_cloexec(std::io::stderr(), highest));
+}
 
 /// A listening socket.
 #[derive(Debug)]

@@ -103,6 +103,7 @@ fn upstream(text: &str) -> Result<(SocketAddr, Target), String> {
 }
 
 fn main() -> ExitCode {
+    sheetbend_proxy::listen::make_room_for_descriptors();
     // Huge pages make buffers resident that idle connections never used: 20 KiB a connection instead of 12, 25 MiB for an
     // idle pair instead of 14, in a bare pair built alike. Nothing was slower without them. A kernel without the call has
     // none.

@@ -113,3 +113,32 @@ fn with_no_descriptor_left_clients_are_closed_and_counted_and_later_ones_served(
         assert_eq!(accepted.peer, client.local_addr().unwrap());
     });
 }
+
+/// A growth of the table while other threads run would stall whoever opens a descriptor.
+#[test]
+fn a_table_with_room_for_many_descriptors_is_there_before_the_first_connection() {
+    const NAME: &str = "a_table_with_room_for_many_descriptors_is_there_before_the_first_connection";
+    if std::env::var_os("SHEETBEND_TEST_CHILD").is_none() {
+        // In a process whose limit is its own.
+        let status = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", NAME, "--nocapture"])
+            .env("SHEETBEND_TEST_CHILD", "1")
+            .status()
+            .unwrap();
+        assert!(status.success());
+        return;
+    }
+    let room = || {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let size = status.lines().find_map(|line| line.strip_prefix("FDSize:")).unwrap();
+        size.trim().parse::<u64>().unwrap()
+    };
+    let open = std::fs::read_dir("/proc/self/fd").unwrap().count();
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    let limit = maximum.unwrap_or(4096).min(4096);
+    setrlimit(Resource::Nofile, Rlimit { current: Some(limit), maximum }).unwrap();
+    assert!(room() < limit, "it is small by itself");
+    sheetbend_proxy::listen::make_room_for_descriptors();
+    assert!(room() >= limit, "as large as the limit allows: {}", room());
+    assert_eq!(std::fs::read_dir("/proc/self/fd").unwrap().count(), open, "and nothing of it is taken");
+}

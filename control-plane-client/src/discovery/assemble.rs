@@ -1,12 +1,12 @@
 //! PURE: destinations, put together of what was told.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use super::store::Stores;
-use crate::model::{Cluster, ClusterName, Destination, Resolution, Rule, ServicePort};
+use crate::model::{Cluster, ClusterName, Destination, Resolution, ServicePort};
 use crate::xds::Kind;
-use crate::xds::decode::Listener;
+use crate::xds::decode::{Listener, Routes};
 
 /// What was put together of the parts, kept so that what is equal stays one value.
 #[derive(Default)]
@@ -18,32 +18,38 @@ pub(super) struct Built {
 /// All that a destination is made of.
 pub(super) struct Parts<'a> {
     listener: &'a Listener,
-    rules: &'a [Rule],
+    routes: Option<&'a Routes>,
     default_cluster: &'a ClusterName,
-    clusters: BTreeSet<&'a ClusterName>,
     /// The newest of them.
     generation: u64,
 }
 
 impl<'a> Parts<'a> {
     /// `None`: something is missing yet.
+    ///
+    /// Looked up for every target whenever anything is told, and therefore without an allocation.
     pub(super) fn of(stores: &'a Stores, name: &str, listener: &'a Listener) -> Option<Self> {
         let mut generation = stores.generation(Kind::Listener, name);
-        let mut clusters: BTreeSet<&ClusterName> = listener.opaque.iter().collect();
-        let (rules, default_cluster) = match (&listener.routes, &listener.opaque) {
+        let (routes, default_cluster) = match (&listener.routes, &listener.opaque) {
             (Some(name), _) => {
                 let routes = stores.routes(name)?;
                 generation = generation.max(stores.generation(Kind::Routes, name));
-                clusters.extend(routes.clusters());
-                (&routes.rules[..], &routes.default_cluster)
+                (Some(routes), &routes.default_cluster)
             }
-            (None, Some(cluster)) => (&[][..], cluster),
+            (None, Some(cluster)) => (None, cluster),
             (None, None) => return None,
         };
-        for name in &clusters {
+        let mut parts = Self { listener, routes, default_cluster, generation };
+        for name in parts.clusters() {
             generation = generation.max(stores.cluster(name)?.generation);
         }
-        Some(Self { listener, rules, default_cluster, clusters, generation })
+        parts.generation = generation;
+        Some(parts)
+    }
+
+    /// Some more than once.
+    fn clusters(&self) -> impl Iterator<Item = &'a ClusterName> {
+        self.listener.opaque.iter().chain(self.routes.into_iter().flat_map(Routes::clusters))
     }
 
     /// `None`: nothing is newer than `generation`.
@@ -51,12 +57,12 @@ impl<'a> Parts<'a> {
         if self.generation <= generation {
             return None;
         }
-        let clusters = self.clusters.iter().filter_map(|name| Some(((*name).clone(), built.cluster(stores, name)?)));
+        let clusters = self.clusters().filter_map(|name| Some((name.clone(), built.cluster(stores, name)?)));
         let destination = Destination {
             name: self.listener.name.clone(),
             trust_domain: self.listener.trust_domain.clone(),
             protocol: self.listener.protocol,
-            rules: self.rules.to_vec(),
+            rules: self.routes.map(|routes| routes.rules.clone()).unwrap_or_default(),
             default_cluster: self.default_cluster.clone(),
             clusters: clusters.collect(),
         };

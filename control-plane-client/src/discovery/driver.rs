@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use envoy_types::pb::envoy::config::core::v3::Node;
 use envoy_types::pb::envoy::config::core::v3::node::UserAgentVersionType;
 use envoy_types::pb::envoy::service::discovery::v3::DeltaDiscoveryRequest;
+use futures_util::FutureExt;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::link::{Event, Link};
@@ -20,6 +21,9 @@ use crate::xds::{Kind, MESH};
 
 /// How often unused targets are looked for.
 const SWEEP: Duration = Duration::from_secs(5);
+
+/// Answers taken in before others have their turn.
+const AT_ONCE: usize = 16;
 
 type Waiter = oneshot::Sender<Result<Resolution, Unresolved>>;
 
@@ -73,7 +77,7 @@ pub(super) async fn run(config: DiscoveryConfig, shared: Arc<Shared>, mut comman
             Ok(()) = registration.changed() => driver.tell_node(),
             () = rotations.next() => driver.reopen(),
             _ = sweep.tick() => driver.sweep(),
-            event = driver.link.next() => driver.on_link(event),
+            event = driver.link.next() => driver.on_link_now(event),
         }
         driver.settle();
     }
@@ -111,6 +115,17 @@ impl Driver {
             resource_names_subscribe: subscribe,
             ..DeltaDiscoveryRequest::default()
         });
+    }
+
+    /// What happened, and what else has by now: a destination's parts are told one right after the other, and what follows
+    /// from all of them is looked at once.
+    fn on_link_now(&mut self, event: Event) {
+        self.on_link(event);
+        for _ in 1..AT_ONCE {
+            // Nobody is woken for what is not there yet: the task asks again before it rests.
+            let Some(event) = self.link.next().now_or_never() else { return };
+            self.on_link(event);
+        }
     }
 
     fn on_link(&mut self, event: Event) {

@@ -1,6 +1,5 @@
 //! Routes, decoded: which conditions and backends a proxy takes, and which it refuses.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use envoy_types::pb::envoy::config::route::v3 as rds;
@@ -28,10 +27,10 @@ pub struct Routes {
 }
 
 impl Routes {
-    /// Every cluster that the rules and the default name.
-    pub fn clusters(&self) -> BTreeSet<&ClusterName> {
+    /// Every cluster that the rules and the default name, some more than once.
+    pub fn clusters(&self) -> impl Iterator<Item = &ClusterName> {
         let backends = self.rules.iter().flat_map(|rule| &rule.backends).map(|backend| &backend.cluster);
-        backends.chain([&self.default_cluster]).collect()
+        backends.chain([&self.default_cluster])
     }
 }
 
