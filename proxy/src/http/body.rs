@@ -17,8 +17,8 @@ use super::deadline::Deadline;
 use super::error::Error;
 use super::exchange::Exchange;
 use super::expect::Asked;
-use super::head_clock::Turn;
 use super::headers::grpc_status;
+use super::turns::Turn;
 use crate::traffic::retry::BODY_COPY;
 use crate::upstream::Checkout;
 

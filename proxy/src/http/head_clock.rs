@@ -7,13 +7,13 @@
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Sleep, sleep};
 
+use super::turns::Turns;
 use crate::tcp::Abort;
 
 /// To send a head.
@@ -29,38 +29,6 @@ pub(crate) fn is_too_slow(error: &(dyn std::error::Error + 'static)) -> bool {
     })
 }
 
-/// What a connection and those who serve it know of each other.
-#[derive(Debug, Default)]
-pub(crate) struct Turns {
-    begun: AtomicUsize,
-    ended: AtomicUsize,
-    /// It is no longer HTTP.
-    left: AtomicBool,
-}
-
-impl Turns {
-    /// A request whose head is complete, until its response has ended.
-    pub(crate) fn begin(self: &Arc<Self>) -> Turn {
-        self.begun.fetch_add(1, Relaxed);
-        Turn(Arc::clone(self))
-    }
-
-    /// From now on the connection carries something else.
-    pub(crate) fn leave(&self) {
-        self.left.store(true, Relaxed);
-    }
-}
-
-/// One request's turn on its connection.
-#[derive(Debug)]
-pub(crate) struct Turn(Arc<Turns>);
-
-impl Drop for Turn {
-    fn drop(&mut self) {
-        self.0.ended.fetch_add(1, Relaxed);
-    }
-}
-
 /// A connection with a clock.
 pub(crate) struct HeadClock<T> {
     io: T,
@@ -72,14 +40,14 @@ pub(crate) struct HeadClock<T> {
 
 /// Where the heads are in what is read.
 enum Heads {
-    /// How many requests had begun when a byte of the next one came; `None` before.
-    Http1(Option<usize>),
+    /// Between the turns.
+    Http1,
     Http2(Frames),
 }
 
 impl<T> HeadClock<T> {
     pub(crate) fn new(io: T, http2: bool, turns: Arc<Turns>) -> Self {
-        let heads = if http2 { Heads::Http2(Frames::default()) } else { Heads::Http1(None) };
+        let heads = if http2 { Heads::Http2(Frames::default()) } else { Heads::Http1 };
         Self { io, turns, heads, deadline: None }
     }
 
@@ -89,10 +57,8 @@ impl<T> HeadClock<T> {
     }
 
     fn look_at(&mut self, bytes: &[u8]) {
-        let begun = self.turns.begun.load(Relaxed);
         match &mut self.heads {
-            Heads::Http1(waits) if begun == self.turns.ended.load(Relaxed) => *waits = Some(begun),
-            Heads::Http1(waits) => *waits = None,
+            Heads::Http1 => self.turns.read(),
             Heads::Http2(frames) => frames.read(bytes),
         }
     }
@@ -100,9 +66,7 @@ impl<T> HeadClock<T> {
     /// Which head is begun and not complete, if one is.
     fn unfinished(&self) -> Option<usize> {
         match &self.heads {
-            _ if self.turns.left.load(Relaxed) => None,
-            // The head is complete once its request has begun.
-            Heads::Http1(waits) => waits.filter(|waits| *waits == self.turns.begun.load(Relaxed)),
+            Heads::Http1 => self.turns.unfinished(),
             Heads::Http2(frames) => frames.unfinished(),
         }
     }
@@ -135,6 +99,7 @@ impl<T: AsyncRead + Unpin> AsyncRead for HeadClock<T> {
 
 impl<T: AsyncWrite + Unpin> AsyncWrite for HeadClock<T> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.turns.writes();
         Pin::new(&mut self.io).poll_write(cx, buf)
     }
 
@@ -143,6 +108,7 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for HeadClock<T> {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        self.turns.writes();
         Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
     }
 
@@ -151,7 +117,11 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for HeadClock<T> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
+        let flushed = Pin::new(&mut self.io).poll_flush(cx);
+        if flushed.is_ready() {
+            self.turns.flushed();
+        }
+        flushed
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -278,7 +248,7 @@ mod tests {
         assert!(tokio::time::timeout(day, clock.read(&mut buffer)).await.is_err(), "idle before the first byte");
         client.write_all(b"GET / HTTP/1.1\r\n").await.unwrap();
         assert_eq!(clock.read(&mut buffer).await.unwrap(), 16);
-        let turn = turns.begin();
+        let turn = turns.begin(true);
         client.write_all(b"a body").await.unwrap();
         assert_eq!(clock.read(&mut buffer).await.unwrap(), 6);
         assert!(tokio::time::timeout(day, clock.read(&mut buffer)).await.is_err(), "a body may pause");

@@ -8,4 +8,5 @@ pub mod expect;
 mod head_clock;
 pub mod headers;
 pub mod serve;
+mod turns;
 pub mod upgrade;

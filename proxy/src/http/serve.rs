@@ -1,27 +1,36 @@
 //! Serving HTTP on a connection that is known to speak it.
 
 use std::convert::Infallible;
-use std::future::Future;
-use std::pin::pin;
+use std::future::{Future, poll_fn};
+use std::mem::MaybeUninit;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::task::{Poll, ready};
+use std::time::Duration;
 
+use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use http::{Method, Request, Response, StatusCode};
-use hyper::body::Incoming;
+use hyper::body::{Body, Incoming};
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, ReadBuf};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
 use super::body::ResponseBody;
 use super::error::h2_error;
-use super::head_clock::{self, HEAD_TIME, HeadClock, Turns};
+use super::head_clock::{self, HEAD_TIME, HeadClock};
+use super::turns::Turns;
 use crate::rest::{LAST, Rest};
+use crate::rewind::Rewind;
 use crate::telemetry::Counter;
 use crate::upstream::{BoxIo, HEADERS, STREAMS, Windows};
 
+/// How long a connection waits for its next request before its buffers are given up.
+const IDLE: Duration = Duration::from_secs(1);
 /// Headers of an app's request.
 const HEADER_BYTES: usize = 60 * 1024;
 
@@ -60,19 +69,15 @@ where
         }
         .boxed(),
     };
-    let turns = Arc::new(Turns::default());
-    let io = TokioIo::new(HeadClock::new(io, http2, Arc::clone(&turns)));
     // Each kind in a box of its own: a connection that idles holds no room for the other.
     match http2 {
         true => serve_http2(io, from_mesh, told, handle).boxed().await,
-        false => serve_http1(io, turns, told, handle).boxed().await,
+        false => serve_http1(io, told, handle).boxed().await,
     }
 }
 
-type Clocked = TokioIo<HeadClock<BoxIo>>;
-
 async fn serve_http2<F, R>(
-    io: Clocked,
+    io: BoxIo,
     from_mesh: bool,
     told: BoxFuture<'static, ()>,
     handle: F,
@@ -99,6 +104,7 @@ where
         // h2 counts frames for streams that it has forgotten over a connection's whole life; between ours that may be long.
         builder.max_local_error_reset_streams(None);
     }
+    let io = TokioIo::new(HeadClock::new(io, true, Arc::default()));
     let mut connection = pin!(builder.serve_connection(io, service));
     tokio::select! {
         // The connection first: whatever it still has to say comes before the goodbye.
@@ -111,28 +117,73 @@ where
     }
 }
 
-async fn serve_http1<F, R>(
-    io: Clocked,
-    turns: Arc<Turns>,
-    told: BoxFuture<'static, ()>,
-    handle: F,
-) -> Result<(), hyper::Error>
+/// A connection of HTTP/1 as hyper reads and writes it.
+pub(super) type Clocked = TokioIo<HeadClock<Rewind<BoxIo>>>;
+
+/// Serves, and keeps an idle connection in little room: hyper's buffers, 16 KiB a connection, go when it has been idle for
+/// a while, and come back with the next byte.
+async fn serve_http1<F, R>(mut io: BoxIo, mut told: BoxFuture<'static, ()>, handle: F) -> Result<(), hyper::Error>
 where
     F: Fn(Request<Incoming>) -> R + Send + Sync + 'static,
     R: Future<Output = Response<ResponseBody>> + Send + 'static,
 {
+    let handle = Arc::new(handle);
+    let mut read = Bytes::new();
+    while let Some((rest, idle)) = until_idle(Rewind::new(read, io), &mut told, &handle).boxed().await? {
+        (read, io) = (rest, idle);
+        if read.is_empty() {
+            read = tokio::select! {
+                biased;
+                read = some_bytes(&mut io) => read,
+                () = told.as_mut() => Bytes::new(),
+            };
+        }
+        if read.is_empty() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// The next bytes, none at the connection's end.
+async fn some_bytes(io: &mut BoxIo) -> Bytes {
+    poll_fn(|cx| {
+        // On the stack, so that whoever waits holds no room.
+        let mut room = [MaybeUninit::uninit(); 4096];
+        let mut room = ReadBuf::uninit(&mut room);
+        let read = ready!(Pin::new(&mut *io).poll_read(cx, &mut room));
+        Poll::Ready(read.map_or_else(|_broken| Bytes::new(), |()| Bytes::copy_from_slice(room.filled())))
+    })
+    .await
+}
+
+/// Serves until the connection ends, or has been idle for [`IDLE`] and is given back, with what was read of a next request.
+async fn until_idle<F, R>(
+    io: Rewind<BoxIo>,
+    told: &mut BoxFuture<'static, ()>,
+    handle: &Arc<F>,
+) -> Result<Option<(Bytes, BoxIo)>, hyper::Error>
+where
+    F: Fn(Request<Incoming>) -> R + Send + Sync + 'static,
+    R: Future<Output = Response<ResponseBody>> + Send + 'static,
+{
+    let turns = Arc::new(Turns::default());
+    let io = TokioIo::new(HeadClock::new(io, false, Arc::clone(&turns)));
     // Allocates once a request: hyper keeps room for a request's future as long as the connection is open.
-    let service = service_fn(move |request: Request<Incoming>| {
-        let turn = turns.begin();
-        let tunnel = request.method() == Method::CONNECT;
-        let turns = Arc::clone(&turns);
-        let answered = move |answer: Response<ResponseBody>| {
-            if answer.status() == StatusCode::SWITCHING_PROTOCOLS || (tunnel && answer.status().is_success()) {
-                turns.leave();
-            }
-            Ok::<_, Infallible>(answer.map(|body| body.taking(turn)))
-        };
-        handle(request).map(answered).boxed()
+    let service = service_fn({
+        let (turns, handle) = (Arc::clone(&turns), Arc::clone(handle));
+        move |request: Request<Incoming>| {
+            let turn = turns.begin(!request.body().is_end_stream());
+            let tunnel = request.method() == Method::CONNECT;
+            let turns = Arc::clone(&turns);
+            let answered = move |answer: Response<ResponseBody>| {
+                if answer.status() == StatusCode::SWITCHING_PROTOCOLS || (tunnel && answer.status().is_success()) {
+                    turns.leave();
+                }
+                Ok::<_, Infallible>(answer.map(|body| body.taking(turn)))
+            };
+            handle(request).map(answered).boxed()
+        }
     });
     let mut builder = http1::Builder::new();
     // No pipeline_flush: with it hyper keeps all of a response for a client that does not read.
@@ -144,14 +195,36 @@ where
         .half_close(false)
         .timer(TokioTimer::new())
         .header_read_timeout(None);
-    let mut connection = pin!(builder.serve_connection(io, service).with_upgrades());
+    let mut connection = builder.serve_connection(io, service).with_upgrades();
     tokio::select! {
         biased;
-        ended = connection.as_mut() => ended,
-        () = told => {
-            connection.as_mut().graceful_shutdown();
-            timeout(LAST, connection).boxed().await.unwrap_or(Ok(()))
+        ended = &mut connection => return ended.map(|()| None),
+        () = told.as_mut() => {
+            Pin::new(&mut connection).graceful_shutdown();
+            return timeout(LAST, connection).boxed().await.unwrap_or(Ok(())).map(|()| None);
         }
+        () = idle(&turns) => {}
+    }
+    Ok(connection.into_parts().map(|parts| {
+        let (unread, io) = parts.io.into_inner().into_inner().into_inner();
+        let read = match (parts.read_buf.is_empty(), unread.is_empty()) {
+            (true, _) => unread,
+            (_, true) => parts.read_buf,
+            _ => [parts.read_buf, unread].concat().into(),
+        };
+        (read, io)
+    }))
+}
+
+/// Until a connection has been idle for [`IDLE`], or twice that.
+async fn idle(turns: &Turns) {
+    let mut begun = None;
+    loop {
+        let before = begun.replace(turns.begun());
+        if before == begun && turns.is_idle() {
+            return;
+        }
+        tokio::time::sleep(IDLE).await;
     }
 }
 
@@ -171,3 +244,84 @@ pub fn fault(error: &hyper::Error) -> Option<Counter> {
 /// How long a first byte's sender may take for a whole head.
 pub const PATIENCE: crate::first_bytes::Patience =
     crate::first_bytes::Patience { first_byte: None, decision: HEAD_TIME };
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderValue;
+    use http_body_util::BodyExt;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    /// A connection whose requests are answered with their paths.
+    async fn served() -> TcpStream {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let io: BoxIo = Box::new(listener.accept().await.unwrap().0);
+        tokio::spawn(async move {
+            let (_not_yet, drain) = watch::channel(false);
+            let answer = |request: Request<Incoming>| async move {
+                let path = HeaderValue::from_str(request.uri().path()).unwrap();
+                if path == "/early" {
+                    // The answer does not wait for the body, which somebody else goes on reading.
+                    tokio::spawn(request.into_body().collect());
+                } else {
+                    request.into_body().collect().await.unwrap();
+                }
+                let mut answer = Response::new(ResponseBody::empty());
+                answer.headers_mut().insert("path", path);
+                answer
+            };
+            serve(io, false, drain, None, answer).await
+        });
+        client
+    }
+
+    /// Sends, and expects answers to these paths, in their order.
+    async fn asks(client: &mut TcpStream, bytes: &str, paths: &[&str]) {
+        client.write_all(bytes.as_bytes()).await.unwrap();
+        for path in paths {
+            let mut head = Vec::new();
+            while !head.ends_with(b"\r\n\r\n") {
+                head.push(client.read_u8().await.expect("an answer"));
+            }
+            let head = String::from_utf8(head).unwrap();
+            assert!(head.starts_with("HTTP/1.1 200") && head.contains(&format!("path: {path}\r\n")), "{path}: {head}");
+        }
+    }
+
+    async fn long_idle() {
+        tokio::time::sleep(2 * IDLE + IDLE / 4).await;
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_was_idle_goes_on_where_it_was() {
+        let mut client = served().await;
+        for _ in 0..2 {
+            long_idle().await;
+            asks(&mut client, "GET /1 HTTP/1.1\r\nhost: a\r\n\r\n", &["/1"]).await;
+        }
+        long_idle().await;
+        asks(&mut client, "GET /2 HTTP/1.1\r\nhost: a\r\n\r\nGET /3 HTTP/1.1\r\nhost: a\r\n\r\n", &["/2", "/3"]).await;
+        long_idle().await;
+        asks(&mut client, "G", &[]).await;
+        long_idle().await;
+        asks(&mut client, "ET /4 HTTP/1.1\r\nhost: a\r\n\r\n", &["/4"]).await;
+        long_idle().await;
+        asks(&mut client, "GET /5 HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n", &["/5"]).await;
+        assert_eq!(client.read(&mut [0]).await.unwrap(), 0);
+    }
+
+    #[tokio::test]
+    async fn what_was_read_of_the_next_request_and_of_a_body_outlasts_an_answer() {
+        let mut client = served().await;
+        asks(&mut client, "GET /1 HTTP/1.1\r\nhost: a\r\n\r\nGET /2 HT", &["/1"]).await;
+        long_idle().await;
+        asks(&mut client, "TP/1.1\r\nhost: a\r\n\r\n", &["/2"]).await;
+        let early = "POST /early HTTP/1.1\r\nhost: a\r\ncontent-length: 9\r\n\r\n123";
+        asks(&mut client, early, &["/early"]).await;
+        long_idle().await;
+        asks(&mut client, "{56789GET /3 HTTP/1.1\r\nhost: a\r\n\r\n", &["/3"]).await;
+    }
+}

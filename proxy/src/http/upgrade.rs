@@ -4,7 +4,7 @@ use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
 use tokio::sync::watch;
 
-use super::head_clock::HeadClock;
+use super::serve::Clocked;
 use crate::rest::{Rest, splice_for};
 use crate::rewind::Rewind;
 use crate::tcp::Abort;
@@ -23,7 +23,7 @@ impl Abort for TokioIo<Upgraded> {
 /// The connection underneath, so that it can be reset, and seen to be gone: one that this proxy serves, or one that it
 /// has dialed. What hyper has read ahead of HTTP's end comes first.
 pub fn connection(upgraded: Upgraded) -> BoxIo {
-    let upgraded = match upgraded.downcast::<TokioIo<HeadClock<BoxIo>>>() {
+    let upgraded = match upgraded.downcast::<Clocked>() {
         Ok(served) => return Box::new(Rewind::new(served.read_buf, served.io.into_inner().into_inner())),
         Err(other) => other,
     };
