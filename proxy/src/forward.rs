@@ -1,19 +1,23 @@
 //! One request, one answer: attempts, retries, and what is counted. Outbound and inbound share it.
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
+use http::header::{CONNECTION, RETRY_AFTER, UPGRADE};
 use http::uri::Authority;
-use http::{Request, Response, StatusCode, Version, request};
+use http::{HeaderValue, Request, Response, StatusCode, Version, request};
 use hyper::body::{Body, Incoming};
+use hyper::upgrade::OnUpgrade;
 use sheetbend_certs::IdentityStore;
 use tokio::sync::watch;
+use tokio::time::timeout_at;
 
 use crate::http::body::{Keeper, RequestBody, ResponseBody};
 use crate::http::deadline::Deadline;
-use crate::http::error::{Error, Processed};
+use crate::http::error::{Error, Processed, Refusal};
 use crate::http::exchange::Exchange;
 use crate::http::expect::{self, Ask};
 use crate::http::headers::{self, SENT_VERSION, UNSENT};
@@ -34,8 +38,9 @@ pub(crate) struct Way<'a> {
 }
 
 /// A request on its way: the head as it will be sent, the body as often as it can be.
-pub(crate) struct Outgoing {
-    pub(crate) head: request::Parts,
+pub(crate) struct Outgoing<'a> {
+    /// Not moved in: every byte of a request's future is copied more than once.
+    pub(crate) head: &'a mut request::Parts,
     pub(crate) authority: Authority,
     /// The version the caller spoke.
     pub(crate) sent: Version,
@@ -119,7 +124,7 @@ impl Way<'_> {
         endpoint: &Arc<EndpointState>,
         wire: Wire,
         fresh: bool,
-        outgoing: &mut Outgoing,
+        outgoing: &mut Outgoing<'_>,
     ) -> Result<Response<ResponseBody>, Error> {
         let began = Instant::now();
         let failed = |source: DialError| {
@@ -134,14 +139,7 @@ impl Way<'_> {
                 checkout.boxed().await.map_err(failed)?
             }
         };
-        let Some((body, ask)) = outgoing.body.attempt() else {
-            return Err(Error::Refused(crate::http::error::Refusal::Malformed("the body cannot be sent again")));
-        };
-        let spoken = sender.wire();
-        let mut request = Request::from_parts(outgoing.for_wire(spoken, endpoint.is_ours())?, body);
-        if spoken == Wire::Http1 {
-            expect::listen(&mut request, ask, self.telemetry);
-        }
+        let request = self.request(outgoing, sender.wire(), endpoint.is_ours())?;
         let answer = sender.send(request).await.map_err(|failed| {
             endpoint.load.sample(FAILURE_COST, self.epoch.elapsed());
             Error::Broken { endpoint: endpoint.place.clone(), source: failed.source, processed: failed.processed }
@@ -157,11 +155,23 @@ impl Way<'_> {
         Ok(Response::from_parts(head, body))
     }
 
+    /// What is sent.
+    fn request(&self, outgoing: &mut Outgoing<'_>, wire: Wire, to_peer: bool) -> Result<Request<RequestBody>, Error> {
+        let Some((body, ask)) = outgoing.body.attempt() else {
+            return Err(Error::Refused(Refusal::Malformed("the body cannot be sent again")));
+        };
+        let mut request = Request::from_parts(outgoing.for_wire(wire, to_peer)?, body);
+        if wire == Wire::Http1 {
+            expect::listen(&mut request, ask, self.telemetry);
+        }
+        Ok(request)
+    }
+
     /// Whether a failed attempt is made once more: after which wait.
     pub(crate) fn again(
         &self,
         result: &Result<Response<ResponseBody>, Error>,
-        outgoing: &Outgoing,
+        outgoing: &Outgoing<'_>,
         before: u32,
         from_peer: bool,
         budget: &retry::Budget,
@@ -172,7 +182,7 @@ impl Way<'_> {
             }
             Ok(answer) => match answer.status() {
                 StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT => {
-                    let after = answer.headers().get(http::header::RETRY_AFTER);
+                    let after = answer.headers().get(RETRY_AFTER);
                     let seconds = after.and_then(|value| value.to_str().ok()?.trim().parse().ok());
                     Failure::Status { retry_after: seconds.map(Duration::from_secs) }
                 }
@@ -187,7 +197,7 @@ impl Way<'_> {
         let attempt = retry::Attempt {
             failure,
             before,
-            idempotent: headers::is_idempotent(&outgoing.head),
+            idempotent: headers::is_idempotent(outgoing.head),
             replayable: outgoing.body.is_whole(),
             left: outgoing.deadline.map(Deadline::left),
         };
@@ -204,11 +214,11 @@ impl Way<'_> {
     }
 }
 
-impl Outgoing {
+impl Outgoing<'_> {
     /// The head in the form that the next hop wants.
     fn for_wire(&mut self, wire: Wire, to_peer: bool) -> Result<request::Parts, Error> {
         let mut head = match self.once {
-            true => std::mem::replace(&mut self.head, Request::new(()).into_parts().0),
+            true => std::mem::replace(self.head, Request::new(()).into_parts().0),
             // A copy for each attempt: header maps share their values.
             false => self.head.clone(),
         };
@@ -219,7 +229,7 @@ impl Outgoing {
             Wire::Http2 => {
                 headers::to_h2(&mut head, self.authority.clone()).map_err(Error::Refused)?;
                 if to_peer && self.sent < Version::HTTP_2 {
-                    head.headers.insert(SENT_VERSION, http::HeaderValue::from_static("1.1"));
+                    head.headers.insert(SENT_VERSION, HeaderValue::from_static("1.1"));
                 }
             }
             Wire::Http1 => headers::to_h1(&mut head, &self.authority).map_err(Error::Refused)?,
@@ -231,8 +241,8 @@ impl Outgoing {
 /// Makes of an endpoint's answer what the caller gets: hop-by-hop headers end here, an upgrade joins the two sides.
 pub(crate) fn finish(
     mut answer: Response<ResponseBody>,
-    mut exchange: Exchange,
-    client: Option<hyper::upgrade::OnUpgrade>,
+    mut exchange: Box<Exchange>,
+    client: Option<OnUpgrade>,
     telemetry: &Telemetry,
     drain: &watch::Sender<bool>,
 ) -> Response<ResponseBody> {
@@ -255,10 +265,22 @@ pub(crate) fn finish(
 /// Ends a call when its deadline passes, wherever it is by then. Only a call that has one pays for the box.
 pub(crate) async fn within<T>(
     deadline: Option<Deadline>,
-    call: impl Future<Output = Result<T, Error>>,
+    call: Pin<&mut impl Future<Output = Result<T, Error>>>,
 ) -> Result<T, Error> {
     match deadline {
         None => call.await,
-        Some(deadline) => tokio::time::timeout_at(deadline.at(), Box::pin(call)).await.unwrap_or(Err(Error::Deadline)),
+        Some(deadline) => Box::pin(timeout_at(deadline.at(), call)).await.unwrap_or(Err(Error::Deadline)),
     }
+}
+
+/// Ends what is meant for this hop alone, but for an upgrade that is asked for, whose client's side this gives.
+pub(crate) fn strip(head: &mut request::Parts, upgrade: bool) -> Option<OnUpgrade> {
+    let client = upgrade.then(|| head.extensions.remove::<OnUpgrade>()).flatten();
+    let to = upgrade.then(|| head.headers.get(UPGRADE).cloned()).flatten();
+    headers::strip_hop_by_hop(&mut head.headers);
+    if let Some(to) = to {
+        head.headers.insert(UPGRADE, to);
+        head.headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+    }
+    client
 }

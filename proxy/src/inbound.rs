@@ -1,13 +1,15 @@
 //! Mesh → app: who calls, whether they may, and the way to the app.
 
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::{Arc, OnceLock};
 
 use arc_swap::ArcSwap;
 use bytes::BytesMut;
 use futures_util::FutureExt;
-use http::{HeaderValue, Request, Response, Version};
+use http::{Request, Response, Version, request};
 use hyper::body::Incoming;
+use hyper::upgrade::OnUpgrade;
 use sheetbend_certs::{IdentityStore, MeshAlpn, SpiffeId, VerifiedPeer};
 use sheetbend_control_plane_client::model::{AppProtocol, Transport};
 
@@ -15,7 +17,7 @@ use crate::app::Shared;
 use crate::client_hello::Hello;
 use crate::detect::Detected;
 use crate::first_bytes::{FirstBytes, Patience, Speaker, read_first, read_hello, who_speaks_first};
-use crate::forward::{Body1, Outgoing, Sending, Way, finish, protocol, within};
+use crate::forward::{Body1, Outgoing, Sending, Way, finish, protocol, strip, within};
 use crate::http::body::ResponseBody;
 use crate::http::deadline::Deadline;
 use crate::http::error::{Error, Refusal};
@@ -218,59 +220,64 @@ impl Inbound {
         let (drain, rest) = (self.shared.inbound_drain.subscribe(), caller.rest.clone());
         let telemetry = Arc::clone(&self.shared.telemetry);
         let this = Arc::new((self, caller));
-        let handle = move |request| {
-            let this = Arc::clone(&this);
-            async move { this.0.request(request, &this.1).await }
-        };
+        let handle = move |request| Self::request(Arc::clone(&this), request);
         if let Err(error) = serve(io, http2, drain, rest, handle).await {
             fault(&error).into_iter().for_each(|counter| telemetry.count(counter));
         }
     }
 
-    async fn request(&self, request: Request<Incoming>, caller: &Caller) -> Response<ResponseBody> {
-        let telemetry = &self.shared.telemetry;
-        let (head, body) = request.into_parts();
+    /// Not an async function, for the reason that the way out has.
+    fn request(
+        this: Arc<(Self, Caller)>,
+        request: Request<Incoming>,
+    ) -> impl Future<Output = Response<ResponseBody>> + Send {
+        let (inbound, caller) = &*this;
+        let (mut head, body) = request.into_parts();
+        let telemetry = &inbound.shared.telemetry;
         let mut exchange = Exchange::begin(telemetry, Reporter::Destination, &head, caller.peer, caller.id.clone());
         let grpc = headers::is_grpc(&head.headers);
-        match within(Deadline::of(&head.headers), self.forward(head, body, caller, &mut exchange)).await {
-            Ok((answer, client)) => finish(answer, exchange, client, telemetry, &self.shared.inbound_drain),
-            Err(error) => {
-                exchange.failed(&error);
-                error.respond(grpc, caller.ours).map(|body| body.reporting(exchange))
+        let deadline = Deadline::of(&head.headers);
+        async move {
+            let (inbound, caller) = &*this;
+            let result = {
+                let call = pin!(inbound.forward(&mut head, body, caller, &mut exchange));
+                within(deadline, call).await
+            };
+            let shared = &inbound.shared;
+            match result {
+                Ok((answer, client)) => finish(answer, exchange, client, &shared.telemetry, &shared.inbound_drain),
+                Err(error) => {
+                    exchange.failed(&error);
+                    error.respond(grpc, caller.ours).map(|body| body.reporting(exchange))
+                }
             }
         }
     }
 
     async fn forward(
         &self,
-        mut head: http::request::Parts,
+        head: &mut request::Parts,
         body: Incoming,
         caller: &Caller,
         exchange: &mut Exchange,
-    ) -> Result<(Response<ResponseBody>, Option<hyper::upgrade::OnUpgrade>), Error> {
-        headers::check_framing(&head).map_err(Error::Refused)?;
+    ) -> Result<(Response<ResponseBody>, Option<OnUpgrade>), Error> {
+        headers::check_framing(head).map_err(Error::Refused)?;
         let sent_http1 = caller.ours && head.headers.contains_key(SENT_VERSION);
         headers::strip_ours(&mut head.headers);
         let sent = if sent_http1 { Version::HTTP_11 } else { head.version };
         head.version = sent;
-        exchange.on(Arc::clone(self.edge(caller, protocol(&head))));
+        exchange.on(Arc::clone(self.edge(caller, protocol(head))));
         if !self.allows(caller) {
             return Err(Error::Denied);
         }
         // Who names no host means the one that was called.
         let authority =
-            headers::authority(&head).or_else(|| self.port.app.load().socket_address()?.to_string().parse().ok());
+            headers::authority(head).or_else(|| self.port.app.load().socket_address()?.to_string().parse().ok());
         let authority = authority.ok_or(Error::Refused(Refusal::Malformed("no authority")))?;
-        let upgrade = headers::asks_upgrade(&head);
-        let client = upgrade.then(|| head.extensions.remove::<hyper::upgrade::OnUpgrade>()).flatten();
-        let upgrade_to = upgrade.then(|| head.headers.get(http::header::UPGRADE).cloned()).flatten();
-        headers::strip_hop_by_hop(&mut head.headers);
-        if let Some(to) = upgrade_to {
-            head.headers.insert(http::header::UPGRADE, to);
-            head.headers.insert(http::header::CONNECTION, HeaderValue::from_static("upgrade"));
-        }
-        let fresh = upgrade || !headers::is_idempotent(&head);
-        let sending = if headers::expects_continue(&head) { Sending::WhenAsked } else { Sending::Once };
+        let upgrade = headers::asks_upgrade(head);
+        let client = strip(head, upgrade);
+        let fresh = upgrade || !headers::is_idempotent(head);
+        let sending = if headers::expects_continue(head) { Sending::WhenAsked } else { Sending::Once };
         let body = Body1::new(body, sending, exchange);
         let deadline = Deadline::of(&head.headers);
         let mut outgoing = Outgoing { head, authority, sent, body, upgrade, deadline, once: true };

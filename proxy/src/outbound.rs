@@ -1,19 +1,21 @@
 //! App → mesh: whom a connection or a request is for, and its way there.
 
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
 
 use bytes::BytesMut;
 use futures_util::FutureExt;
-use http::{HeaderValue, Method, Request, Response, Version};
+use http::{Method, Request, Response, Version, request};
 use hyper::body::Incoming;
+use hyper::upgrade::OnUpgrade;
 use sheetbend_certs::MeshAlpn;
 use sheetbend_control_plane_client::model::{AppProtocol, OutboundPolicy, Target, Transport};
 
 use crate::app::Shared;
 use crate::detect::{Detected, is_known_opaque};
 use crate::first_bytes::{FirstBytes, Patience, Speaker, read_first, who_speaks_first};
-use crate::forward::{Body1, Outgoing, Sending, Way, finish, protocol, within};
+use crate::forward::{Body1, Outgoing, Sending, Way, finish, protocol, strip, within};
 use crate::http::body::ResponseBody;
 use crate::http::deadline::Deadline;
 use crate::http::error::{Error, Refusal};
@@ -117,52 +119,59 @@ impl Outbound {
         let drain = self.shared.outbound_drain.subscribe();
         let telemetry = Arc::clone(&self.shared.telemetry);
         let this = Arc::new((self, target));
-        let handle = move |request| {
-            let this = Arc::clone(&this);
-            async move { this.0.request(request, this.1.as_ref(), peer).await }
-        };
+        let handle = move |request| Self::request(Arc::clone(&this), request, peer);
         if let Err(error) = serve(io, http2, drain, None, handle).await {
             fault(&error).into_iter().for_each(|counter| telemetry.count(counter));
         }
     }
 
     /// One request of the app.
-    async fn request(
-        &self,
+    ///
+    /// Not an async function, which would keep the request as it was given it: a request's future is copied more than
+    /// once on its way to where it is polled, and stays small.
+    fn request(
+        this: Arc<(Self, Option<Target>)>,
         request: Request<Incoming>,
-        target: Option<&Target>,
         peer: SocketAddr,
-    ) -> Response<ResponseBody> {
-        let shared = &self.shared;
+    ) -> impl Future<Output = Response<ResponseBody>> + Send {
         let (mut head, body) = request.into_parts();
         if !head.headers.contains_key(X_REQUEST_ID) {
             head.headers.insert(X_REQUEST_ID, headers::request_id(rand::random()));
         }
-        let mut exchange = Exchange::begin(&shared.telemetry, Reporter::Source, &head, peer, None);
+        let mut exchange = Exchange::begin(&this.0.shared.telemetry, Reporter::Source, &head, peer, None);
         let grpc = headers::is_grpc(&head.headers);
-        match within(Deadline::of(&head.headers), self.forward(head, body, target, peer, &mut exchange)).await {
-            Ok((answer, client)) => finish(answer, exchange, client, &shared.telemetry, &shared.outbound_drain),
-            Err(error) => {
-                exchange.failed(&error);
-                error.respond(grpc, false).map(|body| body.reporting(exchange))
+        let deadline = Deadline::of(&head.headers);
+        async move {
+            let (outbound, target) = &*this;
+            let result = {
+                let call = pin!(outbound.forward(&mut head, body, target.as_ref(), peer, &mut exchange));
+                within(deadline, call).await
+            };
+            let shared = &outbound.shared;
+            match result {
+                Ok((answer, client)) => finish(answer, exchange, client, &shared.telemetry, &shared.outbound_drain),
+                Err(error) => {
+                    exchange.failed(&error);
+                    error.respond(grpc, false).map(|body| body.reporting(exchange))
+                }
             }
         }
     }
 
     async fn forward(
         &self,
-        mut head: http::request::Parts,
+        head: &mut request::Parts,
         body: Incoming,
         target: Option<&Target>,
         peer: SocketAddr,
         exchange: &mut Exchange,
-    ) -> Result<(Response<ResponseBody>, Option<hyper::upgrade::OnUpgrade>), Error> {
-        headers::check_framing(&head).map_err(Error::Refused)?;
+    ) -> Result<(Response<ResponseBody>, Option<OnUpgrade>), Error> {
+        headers::check_framing(head).map_err(Error::Refused)?;
         headers::strip_ours(&mut head.headers);
         if head.method == Method::CONNECT && target.is_none() {
-            return Ok((self.tunnel(head, body, peer)?, None));
+            return Ok((self.tunnel(std::mem::replace(head, Request::new(()).into_parts().0), body, peer)?, None));
         }
-        let named = headers::authority(&head);
+        let named = headers::authority(head);
         let target = match (target, &named) {
             (Some(target), _) => target.clone(),
             (None, Some(authority)) => Target::new(host(authority.host()), authority.port_u16().unwrap_or(80))
@@ -174,25 +183,17 @@ impl Outbound {
             None => target.to_string().parse().map_err(|_| Error::Refused(Refusal::Malformed("no authority")))?,
         };
         let route = self.route(&target).await?;
-        let endpoints = route.endpoints(Some(&head));
-        let protocol = protocol(&head);
+        let endpoints = route.endpoints(Some(head));
+        let protocol = protocol(head);
         let now = self.shared.epoch.elapsed();
         if route.budget.in_flight() >= MOST_REQUESTS {
             return Err(Error::TooMany(target));
         }
         exchange.within(&route.budget, now);
 
-        let upgrade = headers::asks_upgrade(&head);
-        let expects = headers::expects_continue(&head);
-        let sent = head.version;
-        let mut head = head;
-        let client = upgrade.then(|| head.extensions.remove::<hyper::upgrade::OnUpgrade>()).flatten();
-        let upgrade_to = upgrade.then(|| head.headers.get(http::header::UPGRADE).cloned()).flatten();
-        headers::strip_hop_by_hop(&mut head.headers);
-        if let Some(to) = upgrade_to {
-            head.headers.insert(http::header::UPGRADE, to);
-            head.headers.insert(http::header::CONNECTION, HeaderValue::from_static("upgrade"));
-        }
+        let upgrade = headers::asks_upgrade(head);
+        let expects = headers::expects_continue(head);
+        let client = strip(head, upgrade);
         let sending = match (upgrade, expects) {
             (_, true) => Sending::WhenAsked,
             (true, false) => Sending::Once,
@@ -200,6 +201,7 @@ impl Outbound {
         };
         let body = Body1::new(body, sending, exchange);
         let deadline = Deadline::of(&head.headers);
+        let sent = head.version;
         let mut outgoing = Outgoing { head, authority, sent, body, upgrade, deadline, once: false };
         let way = self.way();
         let mut tried: Option<Arc<EndpointState>> = None;
@@ -212,7 +214,7 @@ impl Outbound {
             exchange.attempt(&endpoint);
             let wire = wire(&endpoint, &outgoing, expects);
             // What must not be sent twice takes no connection that may have closed in the meantime.
-            let fresh = upgrade || expects || before > 0 || !headers::is_idempotent(&outgoing.head);
+            let fresh = upgrade || expects || before > 0 || !headers::is_idempotent(outgoing.head);
             let result = way.attempt(&endpoint, wire, fresh, &mut outgoing).await;
             let again = way.again(&result, &outgoing, before, endpoint.is_ours(), &route.budget);
             let Some(after) = again else { return result.map(|answer| (answer, client)) };
@@ -225,12 +227,7 @@ impl Outbound {
     }
 
     /// `CONNECT host:port`: what comes through is a connection like any other.
-    fn tunnel(
-        &self,
-        head: http::request::Parts,
-        body: Incoming,
-        peer: SocketAddr,
-    ) -> Result<Response<ResponseBody>, Error> {
+    fn tunnel(&self, head: request::Parts, body: Incoming, peer: SocketAddr) -> Result<Response<ResponseBody>, Error> {
         let malformed = Error::Refused(Refusal::Malformed("CONNECT needs HOST:PORT"));
         let authority = head.uri.authority().filter(|authority| authority.port_u16().is_some());
         let Some(authority) = authority else { return Err(malformed) };
@@ -321,7 +318,7 @@ struct Connected {
 }
 
 /// What is spoken to an endpoint. One that is not ours, behind TLS, chooses itself between HTTP's versions.
-fn wire(endpoint: &EndpointState, outgoing: &Outgoing, expects: bool) -> Wire {
+fn wire(endpoint: &EndpointState, outgoing: &Outgoing<'_>, expects: bool) -> Wire {
     match outgoing.upgrade || expects {
         true => Wire::Http1,
         false if !matches!(endpoint.transport, Transport::Plain) => Wire::Http2,

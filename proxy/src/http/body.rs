@@ -305,8 +305,8 @@ impl ResponseBody {
     }
 
     /// Lets `exchange` end with this body.
-    pub fn reporting(mut self, exchange: Exchange) -> Self {
-        self.exchange = Some(Box::new(exchange));
+    pub fn reporting(mut self, exchange: Box<Exchange>) -> Self {
+        self.exchange = Some(exchange);
         self
     }
 

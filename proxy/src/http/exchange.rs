@@ -53,15 +53,15 @@ struct Facts {
 }
 
 impl Exchange {
-    /// Begins with a request as it came, its `x-request-id` made.
+    /// Begins with a request as it came, its `x-request-id` made. In a box, since it goes from hand to hand.
     pub fn begin(
         telemetry: &Arc<Telemetry>,
         reporter: Reporter,
         head: &request::Parts,
         downstream: SocketAddr,
         source: Option<SpiffeId>,
-    ) -> Self {
-        Self {
+    ) -> Box<Self> {
+        Box::new(Self {
             telemetry: Arc::clone(telemetry),
             edge: None,
             started: Instant::now(),
@@ -85,7 +85,7 @@ impl Exchange {
             endpoint: None,
             budget: None,
             ended: false,
-        }
+        })
     }
 
     /// The edge that this exchange counts on.

@@ -86,7 +86,8 @@ where
     F: Fn(Request<Incoming>) -> R + Send + Sync + 'static,
     R: Future<Output = Response<ResponseBody>> + Send + 'static,
 {
-    let service = service_fn(move |request| handle(request).map(Ok::<_, Infallible>));
+    // Allocates once a request, and spares it several copies: hyper hands its future on by value.
+    let service = service_fn(move |request| handle(request).map(Ok::<_, Infallible>).boxed());
     // Until the connection ends.
     let windows = if from_mesh { Windows::of_peers() } else { Windows::of_others() };
     let window = windows.give();

@@ -4,6 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 
+use futures_util::TryFutureExt;
+use futures_util::future::Either;
 use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
@@ -57,13 +59,18 @@ impl Sender {
         }
     }
 
-    /// Sends a request and waits for the head of its answer.
-    pub async fn send(&mut self, request: Request<RequestBody>) -> Result<Response<Incoming>, SendError> {
-        let failed = match self {
-            Self::Http2(sender) => sender.try_send_request(request).await,
-            Self::Http1(sender) => sender.try_send_request(request).await,
+    /// Sends a request; what it returns waits for the head of the answer.
+    ///
+    /// Not an async function, which would keep room for the request until then.
+    pub fn send(
+        &mut self,
+        request: Request<RequestBody>,
+    ) -> impl Future<Output = Result<Response<Incoming>, SendError>> + use<> {
+        let answer = match self {
+            Self::Http2(sender) => Either::Left(sender.try_send_request(request)),
+            Self::Http1(sender) => Either::Right(sender.try_send_request(request)),
         };
-        failed.map_err(|mut failed| {
+        answer.map_err(|mut failed| {
             let unsent = failed.take_message().is_some();
             let source = failed.into_error();
             let processed = if unsent { Processed::No(Counter::RetriedUnsent) } else { processed(&source) };
