@@ -24,7 +24,7 @@ pub use binaries::{binary, workspace};
 pub use cable::{Cable, assert_secret, shows};
 pub use graph::{Edge, edges, read_edges};
 pub use impostor::Impostor;
-pub use load::{Load, Tally};
+pub use load::{Good, Load, Tally};
 pub use mesh::{Mesh, Run, START, Sidecar};
 pub use need::{envoy, leave_out, namespaces, print_left_out, program, python, root, tools};
 pub use netns::{Host, two_hosts, two_pods};

@@ -3,13 +3,13 @@
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::Request;
 use http_body_util::Full;
 use tokio::task::JoinSet;
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
 
 use crate::http::{http1, read};
 
@@ -21,11 +21,20 @@ pub struct Load {
     tally: Arc<Mutex<Tally>>,
 }
 
+/// A good answer.
+#[derive(Clone, Copy, Debug)]
+pub struct Good {
+    /// When it was asked for.
+    pub asked: Instant,
+    /// How long it took.
+    pub took: Duration,
+}
+
 /// What became of the requests.
 #[derive(Clone, Debug, Default)]
 pub struct Tally {
-    /// How long each good answer took.
-    pub good: Vec<Duration>,
+    /// The good answers.
+    pub good: Vec<Good>,
     /// What went wrong with each of the others, with the time since the start.
     pub failed: Vec<(Duration, String)>,
 }
@@ -34,8 +43,11 @@ impl Load {
     /// `clients` connections through the sidecar at `proxy`, each asking for `url` at `rate` requests a second.
     pub fn start(proxy: SocketAddr, url: &str, clients: u32, rate: f64) -> Self {
         let mut load = Self { clients: JoinSet::new(), stop: Arc::default(), tally: Arc::default() };
-        for _ in 0..clients {
-            load.clients.spawn(client(proxy, url.into(), rate, load.stop.clone(), load.tally.clone()));
+        let every = Duration::from_secs_f64(1.0 / rate);
+        for number in 0..clients {
+            // One after the other, not all at once and over again.
+            let pace = interval_at(Instant::now() + every * number / clients, every);
+            load.clients.spawn(client(proxy, url.into(), pace, load.stop.clone(), load.tally.clone()));
         }
         load
     }
@@ -61,24 +73,15 @@ impl Tally {
         assert!(some.is_empty(), "{} of {} failed: {some:#?}", self.failed.len(), self.failed.len() + self.good.len());
         assert!(self.good.len() >= least, "only {} answers", self.good.len());
     }
-
-    /// The time within which that share of the good answers came.
-    pub fn quantile(&self, share: f64) -> Duration {
-        let mut good = self.good.clone();
-        good.sort_unstable();
-        let at = (good.len() as f64 * share) as usize;
-        good.get(at.min(good.len().saturating_sub(1))).copied().unwrap_or_default()
-    }
 }
 
-async fn client(proxy: SocketAddr, url: String, rate: f64, stop: Arc<AtomicBool>, tally: Arc<Mutex<Tally>>) {
+async fn client(proxy: SocketAddr, url: String, mut pace: Interval, stop: Arc<AtomicBool>, tally: Arc<Mutex<Tally>>) {
     let began = Instant::now();
-    let mut tick = interval(Duration::from_secs_f64(1.0 / rate));
-    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let host = url.split('/').nth(2).unwrap_or_default().to_string();
     let mut sender = None;
     while !stop.load(Ordering::Relaxed) {
-        tick.tick().await;
+        pace.tick().await;
         let asked = Instant::now();
         let call = async {
             let mut open = match sender.take() {
@@ -99,7 +102,7 @@ async fn client(proxy: SocketAddr, url: String, rate: f64, stop: Arc<AtomicBool>
         let outcome = tokio::time::timeout(Duration::from_secs(20), call).await;
         let mut tally = tally.lock().expect("no panic holds this lock");
         match outcome {
-            Ok(Ok(())) => tally.good.push(asked.elapsed()),
+            Ok(Ok(())) => tally.good.push(Good { asked, took: asked.elapsed() }),
             Ok(Err(error)) => tally.failed.push((began.elapsed(), error.to_string())),
             Err(_) => tally.failed.push((began.elapsed(), "no answer within 20 s".into())),
         }

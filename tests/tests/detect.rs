@@ -10,7 +10,7 @@ use bytes::BytesMut;
 use sheetbend_proxy::client_hello::{ClientHello, Hello};
 use sheetbend_proxy::detect::Detected;
 use sheetbend_proxy::first_bytes::{FirstBytes, Patience, read_first, read_hello};
-use sheetbend_tests::{App, Mesh, START, Scripted, eventually, hear, need, program, python, tls};
+use sheetbend_tests::{App, Mesh, START, Scripted, eventually, hear, http, need, program, python, tls};
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
@@ -127,35 +127,65 @@ async fn a_peer_whose_hello_is_late_is_a_peer_all_the_same() {
     assert!(edges.iter().any(|edge| edge.is("caller", "server", "http") && edge.mtls), "{edges:?}");
 }
 
+/// A program that waits to be spoken to, and how many connections it has.
+struct Patient {
+    program: Scripted,
+    open: Arc<AtomicUsize>,
+}
+
+impl Patient {
+    async fn start() -> Self {
+        let open = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&open);
+        let program = Scripted::start(move |mut line| {
+            let open = Arc::clone(&count);
+            async move {
+                open.fetch_add(1, Ordering::Relaxed);
+                if line.hear("\r\n\r\n").await.is_some() {
+                    line.say("HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 5\r\n\r\nwell\n").await;
+                }
+                open.fetch_sub(1, Ordering::Relaxed);
+            }
+        });
+        Self { program: program.await, open }
+    }
+
+    async fn has(&self, connections: usize) {
+        let look = || async { (self.open.load(Ordering::Relaxed) == connections).then_some(()) };
+        eventually(&format!("{connections} connections to the program"), START, look).await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_program_that_was_asked_whether_it_speaks_first_is_let_go_once_its_caller_has_spoken() {
-    let open = Arc::new(AtomicUsize::new(0));
-    let count = Arc::clone(&open);
-    let app = Scripted::start(move |mut line| {
-        let open = Arc::clone(&count);
-        async move {
-            open.fetch_add(1, Ordering::Relaxed);
-            if line.hear("\r\n\r\n").await.is_some() {
-                line.say("HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 5\r\n\r\nwell\n").await;
-            }
-            open.fetch_sub(1, Ordering::Relaxed);
-        }
-    })
-    .await;
+    let app = Patient::start().await;
     let mesh = Mesh::with_control_plane(&[]);
-    let server = mesh.run("server").port(app.port()).serve();
-    let mut late = TcpStream::connect(server.inbound()).await.unwrap();
-    let eventually_open = |expected| {
-        let open = Arc::clone(&open);
-        eventually("as many connections to the program", START, move || {
-            let seen = open.load(Ordering::Relaxed);
-            async move { (seen == expected).then_some(()) }
-        })
-    };
-    eventually_open(1).await;
-    late.write_all(b"GET / HTTP/1.1\r\nHost: server\r\n\r\n").await.unwrap();
-    hear(&mut late, "well\n").await.unwrap();
-    // The caller stays; nothing is left at the program's side.
-    eventually_open(0).await;
-    drop(late);
+    let server = mesh.run("server").port(app.program.port()).serve();
+    let caller = mesh.caller("caller");
+    caller.first_answer("http://server/").await;
+    let target = format!("server:{}", app.program.port());
+    for beside_a_sidecar in [false, true] {
+        let mut late = match beside_a_sidecar {
+            false => TcpStream::connect(server.inbound()).await.unwrap(),
+            true => http::tunnel(caller.proxy(), &target).await.unwrap(),
+        };
+        app.has(1).await;
+        late.write_all(b"GET / HTTP/1.1\r\nHost: server\r\n\r\n").await.unwrap();
+        hear(&mut late, "well\n").await.unwrap();
+        // The caller stays; nothing is left at the program's side.
+        app.has(0).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_program_that_was_asked_whether_it_speaks_first_is_let_go_once_mutual_tls_begins() {
+    let app = Patient::start().await;
+    let mesh = Mesh::with_control_plane(&[]);
+    let server = mesh.run("server").port(app.program.port()).serve();
+    let caller = mesh.certificate("caller", &["--service", "caller"]);
+    let late = TcpStream::connect(server.inbound()).await.unwrap();
+    app.has(1).await;
+    let config = tls::config(Some(&caller), &["sheetbend/http1.1"], &[&rustls::version::TLS13]);
+    let _inside = tls::shake(late, config, "server").await.unwrap();
+    app.has(0).await;
 }
