@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::load::http1::{Client, get};
@@ -157,8 +158,17 @@ impl Pair {
     }
 }
 
+/// Not one of those that the kernel gives to clients (32,768 and up): who asks for such a port until somebody listens there
+/// meets itself sooner or later, and then keeps the port from whoever was to listen.
 fn free_port() -> io::Result<SocketAddr> {
-    TcpListener::bind("127.0.0.1:0")?.local_addr()
+    static NEXT: AtomicU16 = AtomicU16::new(20_000);
+    loop {
+        let port = NEXT.fetch_add(1, Ordering::Relaxed);
+        match TcpListener::bind((Ipv4Addr::LOCALHOST, port)) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && port < 32_000 => {}
+            bound => return bound?.local_addr(),
+        }
+    }
 }
 
 type Sides = [(&'static str, Command); 2];
