@@ -53,10 +53,10 @@ async fn beside<T>(proxy: SocketAddr, what: impl Future<Output = T>) -> (Vec<Dur
 
 /// Others' requests beside trouble take no longer than twice the time that they take beside callers who want as much and
 /// know how to behave, but for one in a hundred of either. The two take turns, and whatever else this machine does may hit
-/// one of them: the best of three attempts counts.
+/// one of them: the best of five attempts counts.
 async fn unmoved(behaved: impl AsyncFn() -> Vec<Duration>, trouble: impl AsyncFn() -> Vec<Duration>) {
     let mut seen = Vec::new();
-    for _ in 0..3 {
+    for _ in 0..5 {
         let (mut beside_behaved, mut beside_trouble) = (Vec::new(), Vec::new());
         for _ in 0..3 {
             beside_behaved.extend(behaved().await);

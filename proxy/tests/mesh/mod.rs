@@ -12,7 +12,7 @@ use sheetbend_control_plane_client::discovery::{Discovery, DiscoveryConfig, Node
 use sheetbend_control_plane_client::identity::{IdentityClient, IdentityConfig, Proof};
 use sheetbend_control_plane_client::model::AppProtocol;
 use sheetbend_proxy::app::{AppPort, Config, Proxy};
-use sheetbend_proxy::telemetry::AccessLogSettings;
+use sheetbend_proxy::telemetry::{AccessLogOutput, AccessLogSettings};
 use tempfile::TempDir;
 use tokio::sync::watch;
 
@@ -70,7 +70,10 @@ impl Mesh {
             strict: false,
             allow: Vec::new(),
             deny_unknown: false,
-            access_log: AccessLogSettings::default(),
+            access_log: AccessLogSettings {
+                output: AccessLogOutput::Writer(Box::new(std::io::sink())),
+                ..AccessLogSettings::default()
+            },
             workers: 1,
         })
         .await
