@@ -12,10 +12,13 @@ use hyper::body::Incoming;
 use sheetbend_tests::{AnyBody, App, Load, Mesh, START, Sidecar, eventually, full, http, long};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::sync::watch;
+use tokio::sync::{Mutex, watch};
 use tokio::time::Instant;
 
 const LARGE: u64 = 100 * 1024 * 1024;
+
+/// Held by stories that compare times: they would disturb each other.
+static ALONE: Mutex<()> = Mutex::const_new(());
 
 async fn answer(request: Request<Incoming>) -> Response<AnyBody> {
     match request.uri().path() {
@@ -78,6 +81,7 @@ fn p99(mut took: Vec<Duration>) -> Duration {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_client_that_stops_reading_100_mib_delays_nobody_and_gets_all_of_it_in_the_end() {
+    let _alone = ALONE.lock().await;
     let mesh = Mesh::local();
     let (_app, server, caller) = pair(&mesh).await;
     let proxy = caller.proxy();
@@ -107,6 +111,7 @@ async fn a_client_that_stops_reading_100_mib_delays_nobody_and_gets_all_of_it_in
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_client_that_leaves_ten_thousand_tiny_messages_unread_delays_nobody() {
+    let _alone = ALONE.lock().await;
     let mesh = Mesh::local();
     let tiny = |request: Request<Incoming>| async move {
         match request.uri().path() {
@@ -199,6 +204,7 @@ impl Holding {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_thousand_clients_that_hang_up_at_once_are_no_more_to_others_than_as_many_who_get_their_answers() {
     const CLIENTS: usize = 2000;
+    let _alone = ALONE.lock().await;
     sheetbend_tests::raise_file_limit();
     let mesh = Mesh::local();
     let holding = Holding::start().await;
