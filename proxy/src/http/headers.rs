@@ -140,6 +140,10 @@ pub fn authority(head: &request::Parts) -> Option<Authority> {
     }
 }
 
+/// What differs from request to request, and would fill the table of HTTP/2's header compression with values that never
+/// come again, each of which is compared with the next.
+const UNIQUE: [HeaderName; 2] = [X_REQUEST_ID, HeaderName::from_static("traceparent")];
+
 /// Gives a request the form that HTTP/2 wants: scheme and authority in the target, no Host.
 pub fn to_h2(head: &mut request::Parts, authority: Authority) -> Result<(), Refusal> {
     let mut parts = http::uri::Parts::default();
@@ -148,6 +152,12 @@ pub fn to_h2(head: &mut request::Parts, authority: Authority) -> Result<(), Refu
     parts.path_and_query = Some(path_and_query(head));
     head.uri = Uri::from_parts(parts).map_err(|_| Refusal::Malformed("the request target is not valid"))?;
     head.headers.remove(HOST);
+    for name in &UNIQUE {
+        if let Some(value) = head.headers.get_mut(name) {
+            // A literal that is never indexed (RFC 7541 §6.2.3), here and further on.
+            value.set_sensitive(true);
+        }
+    }
     head.version = Version::HTTP_2;
     Ok(())
 }
@@ -254,5 +264,16 @@ mod tests {
         to_h1(&mut head, &authority).expect("a valid form");
         assert_eq!(head.uri, "/a?b=c");
         assert_eq!(head.headers["host"], "web:80");
+    }
+
+    #[test]
+    fn what_never_comes_again_is_not_indexed_by_header_compression() {
+        let mut head =
+            head(&[("host", "web"), ("x-request-id", "1"), ("traceparent", "00-aa-bb-01"), ("accept", "*/*")]);
+        let authority = authority(&head).expect("an authority");
+        to_h2(&mut head, authority).expect("a valid form");
+        let unique: Vec<bool> =
+            ["x-request-id", "traceparent", "accept"].iter().map(|name| head.headers[*name].is_sensitive()).collect();
+        assert_eq!(unique, [true, true, false]);
     }
 }
