@@ -23,18 +23,36 @@ use tonic::transport::server::Connected;
 use crate::places::{Place, Places};
 use crate::registry::LastHeard;
 
-/// Connections of peers with a certificate.
-const MAX_CONNECTIONS: usize = 8_192;
-/// Handshakes under way. They end by themselves within 5 s; when all places are held, the oldest goes.
-const MAX_HANDSHAKES: usize = 512;
-/// Connections that have not shown a valid certificate: asking for a first one takes a second. When all places are held,
-/// the oldest goes, and nobody who has a certificate ever waits for them.
-const MAX_STRANGERS: usize = 256;
-/// What a handshake, or a stranger's request, takes on a machine that is busy with many.
-const GRACE: Duration = Duration::from_secs(1);
-const HANDSHAKE: Duration = Duration::from_secs(5);
-/// How long a peer without a valid certificate may stay: for one request, whose proof others may have to look at.
-const STRANGER_STAYS: Duration = Duration::from_secs(10);
+/// How many may be at the door, and for how long.
+#[derive(Clone, Copy)]
+pub(crate) struct Limits {
+    /// Connections of everybody.
+    connections: usize,
+    /// Handshakes under way. When all places are held, the oldest goes.
+    handshakes: usize,
+    /// Connections that have not shown a valid certificate: asking for a first one takes a second. When all places are
+    /// held, the oldest goes, and nobody who has a certificate ever waits for them.
+    strangers: usize,
+    /// What a handshake, or a stranger's request, takes on a machine that is busy with many.
+    grace: Duration,
+    /// How long a handshake may take.
+    handshake: Duration,
+    /// How long a peer without a valid certificate may stay: for one request, whose proof others may have to look at.
+    stays: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: 8_192,
+            handshakes: 512,
+            strangers: 256,
+            grace: Duration::from_secs(1),
+            handshake: Duration::from_secs(5),
+            stays: Duration::from_secs(10),
+        }
+    }
+}
 
 /// What the handshake proved.
 #[derive(Clone, Debug)]
@@ -67,10 +85,11 @@ pub(crate) async fn accept(
     door: Arc<ArcSwap<Door>>,
     started: Instant,
     connections: mpsc::Sender<io::Result<Connection>>,
+    limits: Limits,
 ) {
-    let strangers = Places::new(MAX_STRANGERS, GRACE);
-    let everybody = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    let handshakes = Places::new(MAX_HANDSHAKES, GRACE);
+    let strangers = Strangers { places: Places::new(limits.strangers, limits.grace), stay: limits.stays };
+    let everybody = Arc::new(Semaphore::new(limits.connections));
+    let handshakes = Places::new(limits.handshakes, limits.grace);
     loop {
         // The listener's own queue holds whoever waits here.
         handshakes.room().await;
@@ -95,7 +114,7 @@ pub(crate) async fn accept(
         };
         let (door, connections, strangers) = (door.load_full(), connections.clone(), strangers.clone());
         tokio::spawn(async move {
-            let entered = timeout(HANDSHAKE, async {
+            let entered = timeout(limits.handshake, async {
                 // In no order: nobody else counts on a handshake that is dropped.
                 tokio::select! {
                     entered = enter(socket, address, &door, started, &strangers, place) => entered,
@@ -107,10 +126,17 @@ pub(crate) async fn accept(
             match entered {
                 Ok(Ok(connection)) => drop(connections.send(Ok(connection)).await),
                 Ok(Err(error)) => tracing::debug!(%address, %error, "a handshake failed"),
-                Err(_) => tracing::debug!(%address, "a handshake took longer than 5 s"),
+                Err(_) => tracing::debug!(%address, "a handshake took too long"),
             }
         });
     }
+}
+
+/// Where strangers are, and for how long.
+#[derive(Clone)]
+struct Strangers {
+    places: Arc<Places>,
+    stay: Duration,
 }
 
 async fn enter(
@@ -118,7 +144,7 @@ async fn enter(
     address: SocketAddr,
     door: &Door,
     started: Instant,
-    strangers: &Arc<Places>,
+    strangers: &Strangers,
     place: OwnedSemaphorePermit,
 ) -> io::Result<Connection> {
     socket.set_nodelay(true)?;
@@ -130,10 +156,10 @@ async fn enter(
     let leaves = match who {
         Who::Workload(_) => None,
         Who::Expired { .. } | Who::Stranger => {
-            let place = strangers.take(address.ip());
+            let place = strangers.places.take(address.ip());
             let place =
                 place.ok_or_else(|| io::Error::other("too many peers without a certificate are here already"))?;
-            Some(maybe_done(leaves(place).boxed()))
+            Some(maybe_done(leaves(place, strangers.stay).boxed()))
         }
     };
     let peer = Peer { address, who, last };
@@ -141,9 +167,9 @@ async fn enter(
 }
 
 /// Returns once a stranger has to go.
-async fn leaves(place: Place) {
+async fn leaves(place: Place, stay: Duration) {
     // An error is the end of its time, success that of its place.
-    let _ = timeout(STRANGER_STAYS, place.lost()).await;
+    let _ = timeout(stay, place.lost()).await;
 }
 
 /// After every handshake, resumed ones too: the library does not look again.
@@ -221,5 +247,151 @@ impl AsyncWrite for Connection {
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.tls).poll_write_vectored(cx, bufs)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use futures_util::FutureExt;
+    use rustls::ClientConfig;
+    use rustls::pki_types::ServerName;
+    use sheetbend_certs::{Ca, Csr, IssueRequest, KeyAndCsr, TrustDomain, control_plane_client, first_trust_client};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio_rustls::TlsConnector;
+
+    use super::*;
+    use crate::own::Own;
+
+    const SOON: Duration = Duration::from_secs(20);
+    const DAY: Duration = Duration::from_secs(24 * 3600);
+    /// Nobody goes by the clock, and nobody has a grace.
+    const LIMITS: Limits =
+        Limits { connections: 100, handshakes: 100, strangers: 100, grace: Duration::ZERO, handshake: DAY, stays: DAY };
+
+    /// A door behind which everybody's bytes are sent back.
+    struct House {
+        ca: Ca,
+        address: SocketAddr,
+    }
+
+    type Client = tokio_rustls::client::TlsStream<TcpStream>;
+
+    impl House {
+        async fn open(dir: &Path, limits: Limits) -> Self {
+            let ca = Ca::init(dir, &TrustDomain::default(), SystemTime::now()).unwrap();
+            let door = Arc::new(ArcSwap::from(Own::issue(&ca, &[]).unwrap().door()));
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap();
+            let (connections, mut entered) = mpsc::channel::<io::Result<Connection>>(8);
+            tokio::spawn(accept(listener, door, Instant::now(), connections, limits));
+            tokio::spawn(async move {
+                while let Some(Ok(connection)) = entered.recv().await {
+                    let (mut from, mut to) = tokio::io::split(connection);
+                    tokio::spawn(async move { tokio::io::copy(&mut from, &mut to).await });
+                }
+            });
+            Self { ca, address }
+        }
+
+        async fn silent(&self) -> TcpStream {
+            TcpStream::connect(self.address).await.unwrap()
+        }
+
+        async fn stranger(&self) -> Client {
+            self.enter(first_trust_client(self.ca.active_root().unwrap().sha256()).unwrap()).await
+        }
+
+        async fn workload(&self) -> Client {
+            let key = KeyAndCsr::generate().unwrap();
+            let csr = Csr::parse(key.csr_pem().as_bytes()).unwrap();
+            let id = SpiffeId::for_workload(&TrustDomain::default(), "default", "web").unwrap();
+            let issued = self.ca.issue(&IssueRequest::new(id, csr), SystemTime::now()).unwrap();
+            let identity = key.into_identity(issued.chain).unwrap();
+            self.enter(control_plane_client(Some(&identity), self.ca.bundle().unwrap()).unwrap()).await
+        }
+
+        /// Inside, and known to be.
+        async fn enter(&self, config: Arc<ClientConfig>) -> Client {
+            let entering = async {
+                let name = ServerName::IpAddress(self.address.ip().into());
+                TlsConnector::from(config).connect(name, self.silent().await).await.unwrap()
+            };
+            let mut client = timeout(SOON, entering).await.expect("a handshake");
+            assert!(is_heard(&mut client).await);
+            client
+        }
+    }
+
+    /// Whether bytes come back.
+    async fn is_heard(client: &mut Client) -> bool {
+        let mut byte = [0];
+        client.write_all(b"x").await.is_ok()
+            && matches!(timeout(SOON, client.read(&mut byte)).await.expect("an answer or an end"), Ok(1))
+    }
+
+    async fn ends(client: &mut (impl AsyncRead + Unpin)) {
+        let read = timeout(SOON, client.read(&mut [0])).await.expect("the other end closes");
+        assert!(!matches!(read, Ok(1)), "nothing was sent");
+    }
+
+    fn is_open(client: &mut (impl AsyncRead + Unpin)) -> bool {
+        client.read(&mut [0]).now_or_never().is_none()
+    }
+
+    #[tokio::test]
+    async fn the_longest_silence_makes_room_when_all_handshakes_are_under_way() {
+        let dir = tempfile::tempdir().unwrap();
+        let house = House::open(dir.path(), Limits { handshakes: 3, ..LIMITS }).await;
+        let mut silent = [house.silent().await, house.silent().await, house.silent().await];
+        house.workload().await;
+        let [longest, others @ ..] = &mut silent;
+        ends(longest).await;
+        assert!(others.iter_mut().all(is_open));
+    }
+
+    #[tokio::test]
+    async fn silence_ends_and_gives_its_place_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let limits = Limits { connections: 1, handshake: Duration::from_millis(500), ..LIMITS };
+        let house = House::open(dir.path(), limits).await;
+        let mut silent = house.silent().await;
+        house.workload().await;
+        ends(&mut silent).await;
+    }
+
+    #[tokio::test]
+    async fn of_strangers_the_one_who_is_there_for_the_longest_goes_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let house = House::open(dir.path(), Limits { strangers: 2, ..LIMITS }).await;
+        let mut strangers = Vec::new();
+        for _ in 0..3 {
+            strangers.push(house.stranger().await);
+        }
+        ends(&mut strangers[0]).await;
+        for stranger in &mut strangers[1..] {
+            assert!(is_heard(stranger).await);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_stranger_goes_after_its_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let house = House::open(dir.path(), Limits { stays: Duration::from_millis(500), ..LIMITS }).await;
+        ends(&mut house.stranger().await).await;
+    }
+
+    #[tokio::test]
+    async fn who_has_a_certificate_stays_whoever_comes_and_goes() {
+        let dir = tempfile::tempdir().unwrap();
+        let limits = Limits { strangers: 1, stays: Duration::from_millis(500), ..LIMITS };
+        let house = House::open(dir.path(), limits).await;
+        let mut workload = house.workload().await;
+        let mut strangers = [house.stranger().await, house.stranger().await];
+        for stranger in &mut strangers {
+            ends(stranger).await;
+        }
+        assert!(is_heard(&mut workload).await);
     }
 }

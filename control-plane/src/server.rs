@@ -95,7 +95,7 @@ impl ControlPlane {
         let mut tasks = JoinSet::new();
         let door = Arc::new(ArcSwap::from(own.door()));
         let (connections, incoming) = mpsc::channel(HANDED_OVER);
-        tasks.spawn(listen::accept(listener, door.clone(), started, connections));
+        tasks.spawn(listen::accept(listener, door.clone(), started, connections, listen::Limits::default()));
         tasks.spawn(serve(services(&shared, &ca, &tokens, &ledger, &reports), incoming, shared.clone()));
         tasks.spawn(admin::serve(
             admin_listener,
