@@ -354,7 +354,7 @@ mod tests {
     #[tokio::test]
     async fn silence_ends_and_gives_its_place_back() {
         let dir = tempfile::tempdir().unwrap();
-        let limits = Limits { connections: 1, handshake: Duration::from_millis(500), ..LIMITS };
+        let limits = Limits { connections: 1, handshake: Duration::from_secs(3), ..LIMITS };
         let house = House::open(dir.path(), limits).await;
         let mut silent = house.silent().await;
         house.workload().await;
@@ -378,14 +378,14 @@ mod tests {
     #[tokio::test]
     async fn a_stranger_goes_after_its_time() {
         let dir = tempfile::tempdir().unwrap();
-        let house = House::open(dir.path(), Limits { stays: Duration::from_millis(500), ..LIMITS }).await;
+        let house = House::open(dir.path(), Limits { stays: Duration::from_secs(3), ..LIMITS }).await;
         ends(&mut house.stranger().await).await;
     }
 
     #[tokio::test]
     async fn who_has_a_certificate_stays_whoever_comes_and_goes() {
         let dir = tempfile::tempdir().unwrap();
-        let limits = Limits { strangers: 1, stays: Duration::from_millis(500), ..LIMITS };
+        let limits = Limits { strangers: 1, stays: Duration::from_secs(3), ..LIMITS };
         let house = House::open(dir.path(), limits).await;
         let mut workload = house.workload().await;
         let mut strangers = [house.stranger().await, house.stranger().await];
