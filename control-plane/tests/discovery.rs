@@ -1,6 +1,6 @@
 //! What subscribers are told, and when.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use envoy_types::pb::envoy::config::cluster::v3::Cluster;
 use envoy_types::pb::envoy::config::endpoint::v3::ClusterLoadAssignment;
@@ -292,4 +292,34 @@ async fn who_calls_one_instance_by_its_address_is_led_to_that_one() {
     assert_eq!(caller.take().await.resources[0].name, one);
     caller.subscribe(Kind::Endpoints, &[one]).await;
     assert_eq!(endpoints(&caller.take().await.resources[0]), 1);
+}
+
+#[tokio::test]
+async fn a_peer_that_reads_nothing_loses_its_stream_and_holds_up_nobody() {
+    let dir = tempfile::tempdir().unwrap();
+    let ca = new_ca(dir.path());
+    let control_plane = ControlPlane::start(config(dir.path())).await.unwrap();
+    let deaf = workload(&control_plane, &ca, "deaf").await;
+    let deaf = Delta::open(deaf, node("deaf-1", "sheetbend-proxy", None)).await.unwrap();
+    admin_until(&control_plane, "/config_dump", |dump| dump.contains("deaf-1")).await;
+    // Asked for again and again, and each time answered: more than all windows and buffers on the way hold.
+    let names: Vec<String> = (0..4_000).map(|n| format!("nobody-{n:0200}:80")).collect();
+    let again = DeltaDiscoveryRequest {
+        type_url: Kind::Listener.type_url().to_string(),
+        resource_names_subscribe: names,
+        ..Default::default()
+    };
+    let requests = deaf.requests.clone();
+    let asking = tokio::spawn(async move { while requests.send(again.clone()).await.is_ok() {} });
+
+    let hears = workload(&control_plane, &ca, "hears").await;
+    let mut hears = Delta::open(hears, node("hears-1", "sheetbend-proxy", None)).await.unwrap();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while admin(&control_plane, "/config_dump").await.contains("deaf-1") {
+        assert!(Instant::now() < deadline, "its stream is there still");
+        hears.subscribe(Kind::Listener, &["nobody:80"]).await;
+        assert_eq!(hears.next().await.removed_resources, ["nobody:80"]);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    asking.abort();
 }
