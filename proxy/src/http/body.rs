@@ -285,23 +285,34 @@ enum Kind {
     Empty,
     Text(Option<Bytes>),
     Incoming(Incoming),
+    /// It broke off, which the caller hears after what came before.
+    Broken(BodyError),
 }
 
 impl ResponseBody {
     /// No body.
     pub fn empty() -> Self {
-        Self { kind: Kind::Empty, exchange: None, checkout: None, deadline: None, turn: None }
+        Self::of(Kind::Empty)
     }
 
     /// A short text of this proxy's own.
     pub fn text(text: String) -> Self {
-        Self { kind: Kind::Text(Some(text.into())), exchange: None, checkout: None, deadline: None, turn: None }
+        Self::of(Kind::Text(Some(text.into())))
     }
 
     /// An endpoint's body.
     pub fn of_endpoint(body: Incoming, checkout: Checkout, deadline: Option<Deadline>) -> Self {
         let deadline = deadline.map(|deadline| Box::pin(tokio::time::sleep_until(deadline.at())));
         Self { kind: Kind::Incoming(body), exchange: None, checkout: Some(checkout), deadline, turn: None }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn of_anybody(body: Incoming) -> Self {
+        Self::of(Kind::Incoming(body))
+    }
+
+    fn of(kind: Kind) -> Self {
+        Self { kind, exchange: None, checkout: None, deadline: None, turn: None }
     }
 
     /// Lets `exchange` end with this body.
@@ -347,8 +358,13 @@ impl Body for ResponseBody {
             // Only a gRPC call has a deadline: it ends as gRPC ends calls, with a status.
             return Poll::Ready(Some(Ok(Frame::trailers(Error::Deadline.grpc_status()))));
         }
+        if matches!(this.kind, Kind::Broken(_))
+            && let Kind::Broken(error) = std::mem::replace(&mut this.kind, Kind::Empty)
+        {
+            return Poll::Ready(Some(Err(error)));
+        }
         let frame = match &mut this.kind {
-            Kind::Empty => None,
+            Kind::Empty | Kind::Broken(_) => None,
             Kind::Text(text) => text.take().map(|text| Ok(Frame::data(text))),
             Kind::Incoming(body) => ready!(poll_useful_frame(body, cx)),
         };
@@ -371,7 +387,10 @@ impl Body for ResponseBody {
             Some(Err(error)) => {
                 let error = BodyError::Hyper(error);
                 this.fail(&error);
-                Poll::Ready(Some(Err(error)))
+                this.kind = Kind::Broken(error);
+                // At an error hyper and h2 drop what they have not sent yet, the head too: they send it first.
+                cx.waker().wake_by_ref();
+                Poll::Pending
             }
         }
     }
@@ -381,6 +400,7 @@ impl Body for ResponseBody {
             Kind::Empty => true,
             Kind::Text(text) => text.is_none(),
             Kind::Incoming(body) => body.is_end_stream(),
+            Kind::Broken(_) => false,
         }
     }
 
@@ -389,6 +409,7 @@ impl Body for ResponseBody {
             Kind::Empty => SizeHint::with_exact(0),
             Kind::Text(text) => SizeHint::with_exact(text.as_ref().map_or(0, |text| text.len() as u64)),
             Kind::Incoming(body) => body.size_hint(),
+            Kind::Broken(_) => SizeHint::default(),
         }
     }
 }

@@ -248,35 +248,47 @@ pub const PATIENCE: crate::first_bytes::Patience =
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+
     use http::HeaderValue;
     use http_body_util::BodyExt;
+    use hyper::client::conn::http2 as http2_client;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::{TcpListener, TcpStream};
 
     use super::*;
 
-    /// A connection whose requests are answered with their paths.
-    async fn served() -> TcpStream {
+    /// A connection whose requests are answered so.
+    async fn answered<F, R>(answer: F) -> TcpStream
+    where
+        F: Fn(Request<Incoming>) -> R + Send + Sync + 'static,
+        R: Future<Output = Response<ResponseBody>> + Send + 'static,
+    {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let io: BoxIo = Box::new(listener.accept().await.unwrap().0);
         tokio::spawn(async move {
             let (_not_yet, drain) = watch::channel(false);
-            let answer = |request: Request<Incoming>| async move {
-                let path = HeaderValue::from_str(request.uri().path()).unwrap();
-                if path == "/early" {
-                    // The answer does not wait for the body, which somebody else goes on reading.
-                    tokio::spawn(request.into_body().collect());
-                } else {
-                    request.into_body().collect().await.unwrap();
-                }
-                let mut answer = Response::new(ResponseBody::empty());
-                answer.headers_mut().insert("path", path);
-                answer
-            };
             serve(io, false, drain, None, answer).await
         });
         client
+    }
+
+    /// A connection whose requests are answered with their paths.
+    async fn served() -> TcpStream {
+        answered(|request: Request<Incoming>| async move {
+            let path = HeaderValue::from_str(request.uri().path()).unwrap();
+            if path == "/early" {
+                // The answer does not wait for the body, which somebody else goes on reading.
+                tokio::spawn(request.into_body().collect());
+            } else {
+                request.into_body().collect().await.unwrap();
+            }
+            let mut answer = Response::new(ResponseBody::empty());
+            answer.headers_mut().insert("path", path);
+            answer
+        })
+        .await
     }
 
     /// Sends, and expects answers to these paths, in their order.
@@ -324,5 +336,39 @@ mod tests {
         asks(&mut client, early, &["/early"]).await;
         long_idle().await;
         asks(&mut client, "{56789GET /3 HTTP/1.1\r\nhost: a\r\n\r\n", &["/3"]).await;
+    }
+
+    /// An answer over HTTP/2, all of which came at once: a head, a piece of the body, and a reset.
+    async fn broken_off() -> Incoming {
+        let (ours, mut theirs) = tokio::io::duplex(4096);
+        let (mut sender, connection) = http2_client::handshake(TokioExecutor::new(), TokioIo::new(ours)).await.unwrap();
+        tokio::spawn(connection);
+        let answer = tokio::spawn(sender.send_request(Request::get("http://a/").body(String::new()).unwrap()));
+        // All that the client has to say.
+        let mut said = [0; 1024];
+        while timeout(Duration::from_millis(200), theirs.read(&mut said)).await.is_ok() {}
+        let settings = b"\0\0\0\x04\0\0\0\0\0";
+        let head = b"\0\0\x01\x01\x04\0\0\0\x01\x88";
+        let data = b"\0\0\x05\0\0\0\0\0\x01well\n";
+        let reset = b"\0\0\x04\x03\0\0\0\0\x01\0\0\0\x02";
+        theirs.write_all(&[&settings[..], head, data, reset].concat()).await.unwrap();
+        answer.await.unwrap().unwrap().into_body()
+    }
+
+    #[tokio::test]
+    async fn what_came_of_an_answer_is_passed_on_before_its_end_is() {
+        let body = Mutex::new(Some(broken_off().await));
+        let mut client = answered(move |_request| {
+            let body = body.lock().unwrap().take().unwrap();
+            async { Response::new(ResponseBody::of_anybody(body)) }
+        })
+        .await;
+        client.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+        let mut heard = Vec::new();
+        // Whether the end is orderly does not matter here.
+        let _ = client.read_to_end(&mut heard).await;
+        let heard = String::from_utf8(heard).unwrap();
+        assert!(heard.starts_with("HTTP/1.1 200 OK\r\n") && heard.contains("well\n"), "{heard:?}");
+        assert!(!heard.ends_with("0\r\n\r\n"), "{heard:?}");
     }
 }
