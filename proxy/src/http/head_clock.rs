@@ -125,6 +125,8 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for HeadClock<T> {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // No request will follow, however long this takes.
+        self.turns.leave();
         Pin::new(&mut self.io).poll_shutdown(cx)
     }
 }
@@ -271,6 +273,19 @@ mod tests {
         assert!(!is_too_slow(&io::Error::from_raw_os_error(110)));
         drop(clock);
         dribble.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_is_being_closed_is_not_idle() {
+        let (_client, server) = duplex(1024);
+        let turns = Arc::new(Turns::default());
+        let mut clock = HeadClock::new(server, false, Arc::clone(&turns));
+        clock.write_all(b"the last answer").await.unwrap();
+        assert!(!turns.is_idle(), "not flushed");
+        clock.flush().await.unwrap();
+        assert!(turns.is_idle());
+        clock.shutdown().await.unwrap();
+        assert!(!turns.is_idle());
     }
 
     #[tokio::test(start_paused = true)]

@@ -154,7 +154,7 @@ pub fn to_h2(head: &mut request::Parts, authority: Authority) -> Result<(), Refu
     head.headers.remove(HOST);
     for name in &UNIQUE {
         if let Some(value) = head.headers.get_mut(name) {
-            // A literal that is never indexed (RFC 7541 §6.2.3), here and further on.
+            // A literal that is never indexed (RFC 7541 §6.2.3).
             value.set_sensitive(true);
         }
     }

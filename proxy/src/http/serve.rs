@@ -16,7 +16,7 @@ use hyper::body::{Body, Incoming};
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use tokio::io::{AsyncRead, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWriteExt, ReadBuf};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
@@ -31,6 +31,8 @@ use crate::upstream::{BoxIo, HEADERS, STREAMS, Windows};
 
 /// How long a connection waits for its next request before its buffers are given up.
 const IDLE: Duration = Duration::from_secs(1);
+/// How long a client may take for the end of an idle connection to reach it.
+const GOODBYE: Duration = Duration::from_secs(1);
 /// Headers of an app's request.
 const HEADER_BYTES: usize = 60 * 1024;
 
@@ -140,6 +142,8 @@ where
             };
         }
         if read.is_empty() {
+            // TLS has a goodbye of its own, without which its client takes the end for a break.
+            let _ = timeout(GOODBYE, io.shutdown()).await;
             break;
         }
     }
@@ -217,15 +221,18 @@ where
     }))
 }
 
-/// Until a connection has been idle for [`IDLE`], or twice that.
+/// Until a connection has been idle for [`IDLE`] or twice that; for longer, where its last request took long.
 async fn idle(turns: &Turns) {
-    let mut begun = None;
+    let (mut begun, mut wait) = (turns.begun(), IDLE);
     loop {
-        let before = begun.replace(turns.begun());
-        if before == begun && turns.is_idle() {
-            return;
-        }
-        tokio::time::sleep(IDLE).await;
+        tokio::time::sleep(wait).await;
+        let before = std::mem::replace(&mut begun, turns.begun());
+        wait = match before == begun {
+            true if turns.is_idle() => return,
+            // Whoever takes long is not asked every second.
+            true => (2 * wait).min(16 * IDLE),
+            false => IDLE,
+        };
     }
 }
 
