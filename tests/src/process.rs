@@ -5,6 +5,8 @@ use std::fs::File;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Once};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
@@ -18,9 +20,27 @@ pub struct Process {
     err: PathBuf,
 }
 
+/// Sees to it that processes of a story get their signals, where the tests themselves run under `nohup` or in a shell's
+/// background: what is ignored stays ignored in a child, while what has a handler goes back to the default.
+fn hear_signals() {
+    static HEARD: Once = Once::new();
+    HEARD.call_once(|| {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+        let ignored = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or_default();
+        for signal in [Signal::HUP, Signal::INT] {
+            if ignored & (1 << (signal.as_raw() - 1)) != 0 {
+                let nobody_asks = Arc::new(AtomicBool::new(false));
+                signal_hook::flag::register(signal.as_raw(), nobody_asks).expect("a handler");
+            }
+        }
+    });
+}
+
 impl Process {
     /// Starts `command`, with what it prints kept in `folder` as `NAME.out` and `NAME.err`.
     pub fn spawn(name: &str, folder: &Path, mut command: Command) -> Self {
+        hear_signals();
         let out = folder.join(format!("{name}.out"));
         let err = folder.join(format!("{name}.err"));
         let open = |path: &Path| File::create(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
