@@ -42,8 +42,16 @@ async fn no_request_fails_while_the_control_plane_is_killed_twice_and_a_dead_end
         tokio::time::sleep(AWAY).await;
         mesh.start_control_plane();
         if round == 0 {
-            // While it is there: one of two endpoints dies without a word.
-            tokio::time::sleep(Duration::from_secs(3)).await;
+            // While it is there and hears of both again, as late as 5 s after its return: one of two endpoints dies without
+            // a word. (Whoever died before would count for a minute, as does everybody who has not come back yet.)
+            for sidecar in [&servers[1], &callers[0]] {
+                eventually("its sidecar is back", START, || async {
+                    let connected = sidecar.counter("sheetbend_control_plane_connected", &[]).await;
+                    (connected == 1.0).then_some(())
+                })
+                .await;
+            }
+            tokio::time::sleep(Duration::from_secs(1)).await;
             let died = Instant::now();
             let address = servers[1].inbound().to_string();
             servers[1].process.signal(Signal::KILL);
