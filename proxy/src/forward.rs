@@ -2,7 +2,6 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
@@ -15,7 +14,7 @@ use sheetbend_certs::IdentityStore;
 use tokio::sync::watch;
 use tokio::time::timeout_at;
 
-use crate::http::body::{Keeper, RequestBody, ResponseBody};
+use crate::http::body::{Keeper, Passing, RequestBody, ResponseBody};
 use crate::http::deadline::Deadline;
 use crate::http::error::{Error, Processed, Refusal};
 use crate::http::exchange::Exchange;
@@ -56,8 +55,8 @@ pub(crate) struct Outgoing<'a> {
 pub(crate) enum Body1 {
     None,
     Kept(Keeper),
-    Once(Option<(Incoming, Arc<AtomicU64>)>),
-    WhenAsked(Option<(Incoming, Arc<AtomicU64>)>),
+    Once(Option<(Incoming, Passing)>),
+    WhenAsked(Option<(Incoming, Passing)>),
 }
 
 /// How a body may be sent.
@@ -72,16 +71,16 @@ pub(crate) enum Sending {
 
 impl Body1 {
     /// `exchange` hears how many bytes pass.
-    pub(crate) fn new(body: Incoming, sending: Sending, exchange: &mut Exchange) -> Self {
+    pub(crate) fn new(head: &mut request::Parts, body: Incoming, sending: Sending, exchange: &mut Exchange) -> Self {
         if body.is_end_stream() {
             return Self::None;
         }
-        let count = Arc::new(AtomicU64::new(0));
-        exchange.request_bytes = Some(Arc::clone(&count));
+        let passing: Passing = head.extensions.remove().unwrap_or_default();
+        exchange.request_bytes = Some(Arc::clone(&passing.bytes));
         match sending {
-            Sending::Again => Self::Kept(Keeper::new(body, count)),
-            Sending::Once => Self::Once(Some((body, count))),
-            Sending::WhenAsked => Self::WhenAsked(Some((body, count))),
+            Sending::Again => Self::Kept(Keeper::new(body, passing)),
+            Sending::Once => Self::Once(Some((body, passing))),
+            Sending::WhenAsked => Self::WhenAsked(Some((body, passing))),
         }
     }
 
@@ -89,10 +88,10 @@ impl Body1 {
         let body = match self {
             Self::None => Some(RequestBody::Empty),
             Self::Kept(keeper) => keeper.attempt(),
-            Self::Once(body) => body.take().map(|(body, count)| RequestBody::Streamed(body, count)),
+            Self::Once(body) => body.take().map(|(body, passing)| RequestBody::Streamed(body, passing)),
             Self::WhenAsked(body) => {
                 let (ask, asked) = expect::ask();
-                let body = body.take().map(|(body, count)| RequestBody::Asked(asked, body, count));
+                let body = body.take().map(|(body, passing)| RequestBody::Asked(asked, body, passing));
                 return body.map(|body| (body, Some(ask)));
             }
         };

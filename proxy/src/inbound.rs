@@ -278,7 +278,7 @@ impl Inbound {
         let client = strip(head, upgrade);
         let fresh = upgrade || !headers::is_idempotent(head);
         let sending = if headers::expects_continue(head) { Sending::WhenAsked } else { Sending::Once };
-        let body = Body1::new(body, sending, exchange);
+        let body = Body1::new(head, body, sending, exchange);
         let deadline = Deadline::of(&head.headers);
         let mut outgoing = Outgoing { head, authority, sent, body, upgrade, deadline, once: true };
         let app = self.port.app.load_full();

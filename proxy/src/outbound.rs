@@ -199,7 +199,7 @@ impl Outbound {
             (true, false) => Sending::Once,
             (false, false) => Sending::Again,
         };
-        let body = Body1::new(body, sending, exchange);
+        let body = Body1::new(head, body, sending, exchange);
         let deadline = Deadline::of(&head.headers);
         let sent = head.version;
         let mut outgoing = Outgoing { head, authority, sent, body, upgrade, deadline, once: false };

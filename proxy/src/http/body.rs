@@ -18,7 +18,7 @@ use super::error::Error;
 use super::exchange::Exchange;
 use super::expect::Asked;
 use super::headers::grpc_status;
-use super::turns::Turn;
+use super::turns::{Reading, Turn};
 use crate::traffic::retry::BODY_COPY;
 use crate::upstream::Checkout;
 
@@ -60,11 +60,11 @@ pub enum RequestBody {
     #[default]
     Empty,
     /// As it comes; there is one attempt.
-    Streamed(Incoming, Arc<AtomicU64>),
+    Streamed(Incoming, Passing),
     /// As it comes, while what came is kept for another attempt.
     Kept(Attempt),
     /// As it comes, once the server has asked for it.
-    Asked(Asked, Incoming, Arc<AtomicU64>),
+    Asked(Asked, Incoming, Passing),
 }
 
 impl Body for RequestBody {
@@ -74,18 +74,16 @@ impl Body for RequestBody {
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         match &mut *self {
             Self::Empty => Poll::Ready(None),
-            Self::Streamed(body, count) => {
+            Self::Streamed(body, passing) => {
                 let frame = ready!(poll_useful_frame(body, cx));
-                if let Some(Ok(frame)) = &frame {
-                    count_data(frame, count);
-                }
+                passing.saw(frame.as_ref(), body);
                 Poll::Ready(frame.map(|frame| frame.map_err(BodyError::Hyper)))
             }
             Self::Kept(attempt) => attempt.poll_frame(cx),
             Self::Asked(asked, ..) => {
                 ready!(asked.as_mut().poll(cx));
-                if let Self::Asked(_, body, count) = std::mem::take(&mut *self) {
-                    *self = Self::Streamed(body, count);
+                if let Self::Asked(_, body, passing) = std::mem::take(&mut *self) {
+                    *self = Self::Streamed(body, passing);
                 }
                 self.poll_frame(cx)
             }
@@ -109,9 +107,29 @@ impl Body for RequestBody {
     }
 }
 
-fn count_data(frame: &Frame<Bytes>, count: &AtomicU64) {
-    if let Some(data) = frame.data_ref() {
-        count.fetch_add(data.len() as u64, Relaxed);
+/// What is to be told of a request's body as it passes.
+#[derive(Clone, Debug, Default)]
+pub struct Passing {
+    /// Bytes of it.
+    pub(crate) bytes: Arc<AtomicU64>,
+    /// Its connection is told of its end.
+    reading: Option<Arc<Mutex<Reading>>>,
+}
+
+impl Passing {
+    /// Of a connection that hears of the body's end.
+    pub(crate) fn read_from(reading: Reading) -> Self {
+        Self { bytes: Arc::default(), reading: Some(Arc::new(Mutex::new(reading))) }
+    }
+
+    fn saw(&self, frame: Option<&Result<Frame<Bytes>, hyper::Error>>, body: &Incoming) {
+        if let Some(data) = frame.and_then(|frame| frame.as_ref().ok()?.data_ref()) {
+            self.bytes.fetch_add(data.len() as u64, Relaxed);
+        }
+        let over = frame.is_none() || body.is_end_stream() && frame.is_some_and(Result::is_ok);
+        if let Some(reading) = self.reading.as_ref().filter(|_| over) {
+            reading.lock().unwrap_or_else(PoisonError::into_inner).end();
+        }
     }
 }
 
@@ -146,7 +164,7 @@ struct Kept {
     /// What came so far; `None` once it was more than is kept.
     frames: Option<VecDeque<Piece>>,
     bytes: usize,
-    count: Arc<AtomicU64>,
+    passing: Passing,
     ended: bool,
     /// Which attempt may read on.
     attempt: u32,
@@ -160,8 +178,8 @@ enum Piece {
 
 impl Keeper {
     /// Keeps up to 64 KiB of `body`.
-    pub fn new(body: Incoming, count: Arc<AtomicU64>) -> Self {
-        let kept = Kept { body, frames: Some(VecDeque::new()), bytes: 0, count, ended: false, attempt: 0 };
+    pub(crate) fn new(body: Incoming, passing: Passing) -> Self {
+        let kept = Kept { body, frames: Some(VecDeque::new()), bytes: 0, passing, ended: false, attempt: 0 };
         Self { shared: Arc::new(Mutex::new(kept)) }
     }
 
@@ -208,7 +226,9 @@ impl Attempt {
         if kept.ended {
             return Poll::Ready(None);
         }
-        let frame = match ready!(poll_useful_frame(&mut kept.body, cx)) {
+        let frame = ready!(poll_useful_frame(&mut kept.body, cx));
+        kept.passing.saw(frame.as_ref(), &kept.body);
+        let frame = match frame {
             None => {
                 kept.ended = true;
                 return Poll::Ready(None);
@@ -216,7 +236,6 @@ impl Attempt {
             Some(Err(error)) => return Poll::Ready(Some(Err(BodyError::Hyper(error)))),
             Some(Ok(frame)) => frame,
         };
-        count_data(&frame, &kept.count);
         kept.keep(&frame);
         self.at += 1;
         Poll::Ready(Some(Ok(frame)))

@@ -250,10 +250,12 @@ mod tests {
         assert!(tokio::time::timeout(day, clock.read(&mut buffer)).await.is_err(), "idle before the first byte");
         client.write_all(b"GET / HTTP/1.1\r\n").await.unwrap();
         assert_eq!(clock.read(&mut buffer).await.unwrap(), 16);
-        let turn = turns.begin(true);
+        let turn = turns.begin();
+        let mut reading = turns.body();
         client.write_all(b"a body").await.unwrap();
         assert_eq!(clock.read(&mut buffer).await.unwrap(), 6);
         assert!(tokio::time::timeout(day, clock.read(&mut buffer)).await.is_err(), "a body may pause");
+        reading.end();
         drop(turn);
         assert!(tokio::time::timeout(day, clock.read(&mut buffer)).await.is_err(), "idle between two requests");
         let began = tokio::time::Instant::now();

@@ -20,7 +20,7 @@ use tokio::io::{AsyncRead, AsyncWriteExt, ReadBuf};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-use super::body::ResponseBody;
+use super::body::{Passing, ResponseBody};
 use super::error::h2_error;
 use super::head_clock::{self, HEAD_TIME, HeadClock};
 use super::turns::Turns;
@@ -177,8 +177,11 @@ where
     // Allocates once a request: hyper keeps room for a request's future as long as the connection is open.
     let service = service_fn({
         let (turns, handle) = (Arc::clone(&turns), Arc::clone(handle));
-        move |request: Request<Incoming>| {
-            let turn = turns.begin(!request.body().is_end_stream());
+        move |mut request: Request<Incoming>| {
+            let turn = turns.begin();
+            if !request.body().is_end_stream() {
+                request.extensions_mut().insert(Passing::read_from(turns.body()));
+            }
             let tunnel = request.method() == Method::CONNECT;
             let turns = Arc::clone(&turns);
             let answered = move |answer: Response<ResponseBody>| {
@@ -328,6 +331,8 @@ mod tests {
         asks(&mut client, "G", &[]).await;
         long_idle().await;
         asks(&mut client, "ET /4 HTTP/1.1\r\nhost: a\r\n\r\n", &["/4"]).await;
+        long_idle().await;
+        asks(&mut client, "POST /p HTTP/1.1\r\nhost: a\r\ncontent-length: 3\r\n\r\n123", &["/p"]).await;
         long_idle().await;
         asks(&mut client, "GET /5 HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n", &["/5"]).await;
         assert_eq!(client.read(&mut [0]).await.unwrap(), 0);
