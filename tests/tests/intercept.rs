@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use sheetbend_proxy::listen::{self, Listener, original_destination};
-use sheetbend_tests::{Host, binary, namespaces, need, program, root, two_hosts};
+use sheetbend_tests::{Host, binary, namespaces, need, program, root, two_hosts, until};
 use tokio::runtime::Runtime;
 use tokio::time::timeout;
 
@@ -110,9 +110,12 @@ fn the_original_destination_is_read_right_in_both_families_and_directions() {
         succeeds(&intercept(&host, &["install", "--backend", backend]));
         let runtime = Runtime::new().unwrap();
         let bind = |ip: &str, port| {
-            on(&host, || {
-                let _within = runtime.enter();
-                listen::bind(SocketAddr::new(ip.parse().unwrap(), port)).unwrap()
+            // A program that another test starts at this moment may hold what was closed here until it is itself.
+            until("the port is free", Duration::from_secs(5), || {
+                on(&host, || {
+                    let _within = runtime.enter();
+                    listen::bind(SocketAddr::new(ip.parse().unwrap(), port)).ok()
+                })
             })
         };
         // One listener for both families: IPv4 arrives v4-mapped. Then one for each.
