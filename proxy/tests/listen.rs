@@ -82,17 +82,21 @@ async fn both_families_reach_a_listener_on_every_address() {
     }
 }
 
+/// Whether this is a process of its own for the test of this name, whose limits are nobody else's. If not, one has passed.
+fn is_alone(test: &str) -> bool {
+    const CHILD: &str = "SHEETBEND_TEST_CHILD";
+    if std::env::var_os(CHILD).is_some() {
+        return true;
+    }
+    let mut alone = std::process::Command::new(std::env::current_exe().unwrap());
+    assert!(alone.args(["--exact", test, "--nocapture"]).env(CHILD, "1").status().unwrap().success());
+    false
+}
+
 #[test]
 fn with_no_descriptor_left_clients_are_closed_and_counted_and_later_ones_served() {
-    // The limit is the process's, so this runs in one of its own.
     const NAME: &str = "with_no_descriptor_left_clients_are_closed_and_counted_and_later_ones_served";
-    if std::env::var_os("SHEETBEND_TEST_CHILD").is_none() {
-        let status = std::process::Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", NAME, "--nocapture"])
-            .env("SHEETBEND_TEST_CHILD", "1")
-            .status()
-            .unwrap();
-        assert!(status.success());
+    if !is_alone(NAME) {
         return;
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -124,14 +128,7 @@ fn with_no_descriptor_left_clients_are_closed_and_counted_and_later_ones_served(
 #[test]
 fn a_table_with_room_for_many_descriptors_is_there_before_the_first_connection() {
     const NAME: &str = "a_table_with_room_for_many_descriptors_is_there_before_the_first_connection";
-    if std::env::var_os("SHEETBEND_TEST_CHILD").is_none() {
-        // In a process whose limit is its own.
-        let status = std::process::Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", NAME, "--nocapture"])
-            .env("SHEETBEND_TEST_CHILD", "1")
-            .status()
-            .unwrap();
-        assert!(status.success());
+    if !is_alone(NAME) {
         return;
     }
     let room = || {

@@ -280,7 +280,7 @@ async fn metrics_say_what_happened_in_the_units_of_their_names() {
     let of_caller = loop {
         let request = Request::get("http://server/").header("host", "server").body(Full::<Bytes>::default());
         client::read(open.send_request(request.expect("valid")).await.expect("an answer")).await.expect("a whole one");
-        // At once: connections to the app are kept for 3 s. What is shown may be a second old, and is asked for again then.
+        // At once: connections to the app are kept for 3 s. On a machine that was slower than that, once more.
         let (of_server, of_caller) = (server.page("/metrics").await.text(), caller.page("/metrics").await.text());
         let of_each = callers.map(|row| (row, &of_caller)).into_iter().chain(servers.map(|row| (row, &of_server)));
         let missing = of_each.into_iter().find(|((name, labels), page)| value(page, name, labels) <= 0.0);
