@@ -76,7 +76,7 @@ impl CaService {
 
 fn by_certificate(peer: &Peer) -> Result<SpiffeId, Refused> {
     match &peer.who {
-        Who::Workload(workload) => Ok(workload.id.clone()),
+        Who::Workload(shown) => Ok(shown.leaf.id.clone()),
         Who::Expired { id, since } => {
             tracing::warn!(%id, since = %format_time(*since), "renewing with a certificate that has expired");
             Ok(id.clone())

@@ -11,6 +11,7 @@ use arc_swap::ArcSwap;
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, MaybeDone, maybe_done};
 use rustls::ServerConfig;
+use rustls::pki_types::CertificateDer;
 use sheetbend_certs::{SpiffeId, TrustBundle, VerifiedPeer, verify_peer_for_renewal};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
@@ -58,11 +59,18 @@ impl Default for Limits {
 #[derive(Clone, Debug)]
 pub(crate) enum Who {
     /// A workload of this mesh.
-    Workload(VerifiedPeer),
+    Workload(Certificate),
     /// A workload whose certificate ended: good for renewal, and for nothing else.
     Expired { id: SpiffeId, since: SystemTime },
     /// Nothing at all.
     Stranger,
+}
+
+/// A certificate that holds, with its chain: what it leads to is another question once the mesh has other roots.
+#[derive(Clone, Debug)]
+pub(crate) struct Certificate {
+    pub(crate) leaf: VerifiedPeer,
+    pub(crate) chain: Arc<[CertificateDer<'static>]>,
 }
 
 /// The peer of a connection, in the extensions of each of its requests.
@@ -175,8 +183,11 @@ async fn leaves(place: Place, stay: Duration) {
 /// After every handshake, resumed ones too: the library does not look again.
 fn identify(tls: &TlsStream<TcpStream>, bundle: &TrustBundle, now: SystemTime) -> Who {
     let Some(chain) = tls.get_ref().1.peer_certificates() else { return Who::Stranger };
-    if let Ok(peer) = bundle.verify(chain, now) {
-        return Who::Workload(peer);
+    if let Ok(leaf) = bundle.verify(chain, now) {
+        return Who::Workload(Certificate {
+            leaf,
+            chain: chain.iter().map(|cert| cert.clone().into_owned()).collect(),
+        });
     }
     match verify_peer_for_renewal(Some(chain), bundle, now) {
         Ok(renewing) => match renewing.expired_since {

@@ -98,7 +98,7 @@ impl ReportService {
 #[tonic::async_trait]
 impl Report for ReportService {
     async fn edges(&self, request: Request<Streaming<EdgeReport>>) -> Result<Response<EdgeReportSummary>, Status> {
-        let (_, leaf) = workload(&request)?;
+        let leaf = workload(&request)?.1.leaf;
         let Ok(_place) = self.reports.places.clone().try_acquire_owned() else {
             return Err(Status::resource_exhausted("too many report streams are open"));
         };

@@ -323,3 +323,17 @@ async fn a_peer_that_reads_nothing_loses_its_stream_and_holds_up_nobody() {
     }
     asking.abort();
 }
+
+#[tokio::test]
+async fn a_proxy_that_joins_right_after_a_rotation_is_known_to_need_the_old_root_no_more() {
+    let dir = tempfile::tempdir().unwrap();
+    let ca = new_ca(dir.path());
+    let control_plane = ControlPlane::start(config(dir.path())).await.unwrap();
+    ca.rotate(std::time::SystemTime::now()).unwrap();
+    // Before the control plane has looked: the handshake is held against the old root, which signed the new one.
+    let channel = workload(&control_plane, &ca, "caller").await;
+    let mut caller = Delta::open(channel, node("caller-1", "sheetbend-proxy", None)).await.unwrap();
+    caller.subscribe(Kind::Secret, &[ROOT_CA]).await;
+    caller.take().await;
+    admin_until(&control_plane, "/roots", |r| r.contains("caller-1") && r.contains("\"old_leaf\": false")).await;
+}

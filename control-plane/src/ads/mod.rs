@@ -21,6 +21,7 @@ use envoy_types::pb::envoy::service::discovery::v3::aggregated_discovery_service
 use envoy_types::pb::envoy::service::discovery::v3::{
     DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, DiscoveryResponse,
 };
+use rustls::pki_types::CertificateDer;
 use sheetbend_certs::{VerifiedPeer, format_time};
 use sheetbend_control_plane_client::registration::Registration;
 use sheetbend_control_plane_client::xds::Kind;
@@ -35,10 +36,10 @@ use self::session::Excess;
 pub(crate) use self::session::{Session, Told};
 pub(crate) use self::view::digest;
 use self::view::{Dialect, View};
-use crate::listen::{Peer, Who};
+use crate::listen::{Certificate, Peer, Who};
 use crate::registry::{Instance, StreamId};
 use crate::state::{Shared, StreamState, Worlds, stopped};
-use crate::trust::Shown;
+use crate::trust::{Shown, Trust};
 
 /// Responses under way on one stream; the next change waits, and melts into those after it.
 const UNDER_WAY: usize = 8;
@@ -78,13 +79,15 @@ impl AggregatedDiscoveryService for Discovery {
 
 impl Discovery {
     fn open<W: Wire>(&self, request: Request<Streaming<W>>) -> Result<Response<Responses<W::Answer>>, Status> {
-        let (peer, leaf) = workload(&request)?;
+        let (peer, Certificate { leaf, chain }) = workload(&request)?;
         let id = self.shared.open_stream(&leaf.id)?;
         let (answers, receiver) = mpsc::channel(UNDER_WAY);
         let task = StreamTask::<W> {
             shared: self.shared.clone(),
             peer,
             leaf,
+            chain,
+            held_against: None,
             id,
             requests: request.into_inner(),
             answers,
@@ -99,10 +102,10 @@ impl Discovery {
 }
 
 /// The peer of a request, if it is a workload whose certificate holds.
-pub(crate) fn workload<T>(request: &Request<T>) -> Result<(Peer, VerifiedPeer), Status> {
+pub(crate) fn workload<T>(request: &Request<T>) -> Result<(Peer, Certificate), Status> {
     let peer = request.extensions().get::<Peer>().ok_or_else(|| Status::internal("a request without a peer"))?;
     match &peer.who {
-        Who::Workload(leaf) => Ok((peer.clone(), leaf.clone())),
+        Who::Workload(certificate) => Ok((peer.clone(), certificate.clone())),
         Who::Expired { id, since } => Err(Status::unauthenticated(format!(
             "the certificate of {id} expired at {}: it is good for renewal, and for nothing else",
             format_time(*since)
@@ -171,6 +174,9 @@ struct StreamTask<W: Wire> {
     shared: Arc<Shared>,
     peer: Peer,
     leaf: VerifiedPeer,
+    chain: Arc<[CertificateDer<'static>]>,
+    /// The roots that the chain was last held against, if it was since the handshake.
+    held_against: Option<Arc<Trust>>,
     id: StreamId,
     requests: Streaming<W>,
     answers: mpsc::Sender<Result<W::Answer, Status>>,
@@ -216,13 +222,13 @@ impl<W: Wire> StreamTask<W> {
                 },
                 Ok(()) = worlds.changed() => {
                     let now = worlds.borrow_and_update().clone();
-                    self.check_leaf(&now)?;
+                    self.check_leaf(&now.trust)?;
                     let changes = self.view(&now).map(|(session, view)| W::changes(session, &view));
                     self.answer(changes.unwrap_or_default()).await?;
                 }
                 _ = look.tick() => {
                     let now = worlds.borrow().clone();
-                    self.check_leaf(&now)?;
+                    self.check_leaf(&now.trust)?;
                 }
                 () = stopped(&mut stopping) => return Err(Status::unavailable("the control plane is stopping")),
             }
@@ -332,17 +338,27 @@ impl<W: Wire> StreamTask<W> {
         self.shared.note_roots(&node.instance, &Shown { stream: self.id, leaf: &self.leaf, asks, version });
     }
 
-    /// A stream must not outlive what it rests on.
-    fn check_leaf(&self, now: &Worlds) -> Result<(), Status> {
-        if SystemTime::now() > self.leaf.not_after {
+    /// A stream must not outlive what it rests on, and what that is, is asked anew of other roots: a leaf below the newest
+    /// one was held against those before it, if it came before we had heard of a rotation.
+    fn check_leaf(&mut self, trust: &Arc<Trust>) -> Result<(), Status> {
+        let now = SystemTime::now();
+        if now > self.leaf.not_after {
             return Err(Status::unauthenticated(
                 "the certificate of this connection has expired; connect with its successor",
             ));
         }
-        match now.trust.bundle.contains(self.leaf.root) {
-            true => Ok(()),
-            false => Err(Status::unauthenticated("the root of this connection's certificate is no longer trusted")),
+        if self.held_against.as_ref().is_some_and(|former| Arc::ptr_eq(former, trust)) {
+            return Ok(());
         }
+        let leaf = trust.bundle.verify(&self.chain, now).map_err(|error| {
+            Status::unauthenticated(format!("the certificate of this connection is no longer trusted: {error}"))
+        })?;
+        self.held_against = Some(trust.clone());
+        if leaf != self.leaf {
+            self.leaf = leaf;
+            self.note_roots();
+        }
+        Ok(())
     }
 
     async fn answer(&mut self, answers: Vec<W::Answer>) -> Result<(), Status> {
