@@ -1,0 +1,65 @@
+//! What a run is about: who calls how often, and how the servers behave when.
+
+use std::time::Duration;
+
+/// A run, before it is played.
+#[derive(Clone, Debug)]
+pub(crate) struct Script {
+    pub(crate) servers: Vec<Conduct>,
+    /// Each with a proxy of its own.
+    pub(crate) callers: Vec<Caller>,
+    /// When which server changes its ways.
+    pub(crate) changes: Vec<(Duration, usize, Conduct)>,
+    /// How long the callers go on asking.
+    pub(crate) lasts: Duration,
+}
+
+/// Somebody who asks at random moments, whatever becomes of what was asked before.
+#[derive(Clone, Debug)]
+pub(crate) struct Caller {
+    /// Requests a second.
+    pub(crate) rate: f64,
+    /// The share of them that may be sent twice.
+    pub(crate) idempotent: f64,
+    /// How long one answer is waited for.
+    pub(crate) patience: Option<Duration>,
+}
+
+impl Caller {
+    /// Asks for what may be asked for twice, and waits for ever.
+    pub(crate) fn at(rate: f64) -> Self {
+        Self { rate, idempotent: 1.0, patience: None }
+    }
+}
+
+/// How a server behaves.
+#[derive(Clone, Debug)]
+pub(crate) enum Conduct {
+    /// It answers: log-normal latency, a share of 503s, so many requests at once and the others one after the other.
+    Answers { median: Duration, spread: f64, errors: f64, at_once: usize },
+    /// It does what it is asked for, and breaks the connection instead of answering.
+    Resets,
+    /// Its port is closed.
+    Refuses,
+    /// It takes requests, and answers none.
+    Hangs,
+    /// Nothing comes through to it, and nobody says so.
+    Silent { since: Duration },
+}
+
+impl Conduct {
+    /// As one would wish.
+    pub(crate) fn good() -> Self {
+        Self::Answers { median: Duration::from_millis(5), spread: 0.3, errors: 0.0, at_once: 64 }
+    }
+
+    /// Good but for its latency.
+    pub(crate) fn slower(by: u32) -> Self {
+        Self::Answers { median: Duration::from_millis(5) * by, spread: 0.3, errors: 0.0, at_once: 64 }
+    }
+
+    /// Good but for a share of errors, which come sooner than answers would.
+    pub(crate) fn failing(errors: f64) -> Self {
+        Self::Answers { median: Duration::from_millis(1), spread: 0.3, errors, at_once: 64 }
+    }
+}

@@ -1,0 +1,267 @@
+//! A mesh in virtual time, out of one seed: callers with a proxy each, and servers that do what a script says.
+//!
+//! Whatever is decided here is decided by the code that decides in production; only sockets, clocks and chance are
+//! played. Nothing here sleeps, and the same seed gives the same run to the last nanosecond.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::time::Duration;
+
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+use sheetbend_proxy::telemetry::Counter;
+use sheetbend_proxy::traffic::retry::{Failure, Verdict};
+
+use super::proxy::Proxy;
+use super::record::{End, Record};
+use super::script::{Caller, Conduct, Script};
+use super::server::{Reply, Server};
+
+/// One way between two neighbours.
+const HOP: Duration = Duration::from_micros(100);
+/// For a TCP connection within the mesh.
+const CONNECT: Duration = Duration::from_secs(1);
+/// A connection whose peer fell silent is given up after as long: a ping, and the wait for its answer.
+const SILENCE: Duration = Duration::from_secs(20);
+
+/// One request of a caller, through all of its attempts.
+struct Call {
+    proxy: usize,
+    begun: Duration,
+    idempotent: bool,
+    /// Attempts before this one.
+    before: u32,
+    server: usize,
+    /// When this attempt began.
+    sent: Duration,
+    /// How often a server did what it asks for.
+    effects: u32,
+    retrying: bool,
+    /// Between two attempts there is none.
+    attempting: bool,
+    over: bool,
+}
+
+enum Event {
+    /// A caller has the next request.
+    Asks(usize),
+    /// An attempt reaches its server. The second number is that of the attempt.
+    Comes(usize, u32),
+    /// What came of an attempt reaches its proxy.
+    Returns(usize, u32, Outcome),
+    /// The wait before another attempt is over.
+    Again(usize),
+    /// A caller's patience ends.
+    Leaves(usize),
+    /// A server changes its ways.
+    Becomes(usize, Conduct),
+}
+
+#[derive(Clone, Copy)]
+enum Outcome {
+    Status(u16),
+    /// The connection broke after the request was sent.
+    Reset,
+    /// There was no connection.
+    Unreached,
+}
+
+/// The order of events: by time, then as they were planned.
+type Due = (Duration, u64);
+
+/// The mesh, and what has happened in it so far.
+pub(crate) struct World {
+    now: Duration,
+    planned: u64,
+    queue: BinaryHeap<Reverse<(Due, usize)>>,
+    events: Vec<Option<Event>>,
+    free: Vec<usize>,
+    chance: StdRng,
+    callers: Vec<Caller>,
+    proxies: Vec<Proxy>,
+    servers: Vec<Server>,
+    calls: Vec<Call>,
+    record: Record,
+}
+
+/// Plays a script from its beginning to its end.
+pub(crate) fn play(script: &Script, seed: u64) -> Record {
+    let mut world = World {
+        now: Duration::ZERO,
+        planned: 0,
+        queue: BinaryHeap::new(),
+        events: Vec::new(),
+        free: Vec::new(),
+        chance: StdRng::seed_from_u64(seed),
+        callers: script.callers.clone(),
+        proxies: script.callers.iter().map(|_| Proxy::new(script.servers.len())).collect(),
+        servers: script.servers.iter().map(Server::new).collect(),
+        calls: Vec::new(),
+        record: Record::new(script.servers.len()),
+    };
+    for (at, server, conduct) in &script.changes {
+        world.plan(*at, Event::Becomes(*server, conduct.clone()));
+    }
+    for caller in 0..script.callers.len() {
+        world.plan_next_call(caller);
+    }
+    while let Some(Reverse(((at, _), event))) = world.queue.pop() {
+        world.now = at;
+        let Some(event) = world.events[event].take().inspect(|_| world.free.push(event)) else { continue };
+        // Callers stop at the end; what they have begun goes on until it is answered.
+        if !matches!(event, Event::Asks(_)) || at < script.lasts {
+            world.happens(event);
+        }
+    }
+    world.record.nobody_left(&world.proxies);
+    world.record
+}
+
+impl World {
+    fn plan(&mut self, at: Duration, event: Event) {
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.events.push(None);
+            self.events.len() - 1
+        });
+        self.events[slot] = Some(event);
+        self.planned += 1;
+        self.queue.push(Reverse(((at, self.planned), slot)));
+    }
+
+    fn plan_next_call(&mut self, caller: usize) {
+        let even: f64 = self.chance.random_range(f64::MIN_POSITIVE..1.0);
+        let wait = Duration::from_secs_f64(-even.ln() / self.callers[caller].rate);
+        self.plan(self.now + wait, Event::Asks(caller));
+    }
+
+    fn happens(&mut self, event: Event) {
+        match event {
+            Event::Asks(caller) => {
+                self.plan_next_call(caller);
+                self.ask(caller);
+            }
+            Event::Comes(call, attempt) => self.comes(call, attempt),
+            Event::Returns(call, attempt, outcome) if self.is_current(call, attempt) => self.returns(call, outcome),
+            Event::Returns(..) => {}
+            Event::Again(call) if !self.calls[call].over => {
+                self.calls[call].before += 1;
+                self.attempt(call);
+            }
+            Event::Again(_) => {}
+            Event::Leaves(call) if !self.calls[call].over => self.end(call, End::CallerLeft),
+            Event::Leaves(_) => {}
+            Event::Becomes(server, conduct) => {
+                for (call, attempt) in self.servers[server].becomes(conduct) {
+                    self.plan(self.now + HOP, Event::Returns(call, attempt, Outcome::Reset));
+                }
+            }
+        }
+    }
+
+    fn is_current(&self, call: usize, attempt: u32) -> bool {
+        let call = &self.calls[call];
+        !call.over && call.before == attempt
+    }
+
+    fn ask(&mut self, proxy: usize) {
+        let caller = &self.callers[proxy];
+        let idempotent = self.chance.random_bool(caller.idempotent);
+        let (begun, id) = (self.now, self.calls.len());
+        if let Some(patience) = caller.patience {
+            self.plan(begun + patience, Event::Leaves(id));
+        }
+        let (before, server, effects) = (0, usize::MAX, 0);
+        let (sent, retrying, attempting, over) = (begun, false, false, false);
+        let call = Call { proxy, begun, idempotent, before, server, sent, effects, retrying, attempting, over };
+        self.calls.push(call);
+        self.proxies[proxy].begin(self.now);
+        self.attempt(id);
+    }
+
+    fn attempt(&mut self, id: usize) {
+        let call = &mut self.calls[id];
+        let tried = (call.before > 0).then_some(call.server);
+        let server = self.proxies[call.proxy].pick(tried, self.chance.random(), self.now);
+        (call.server, call.sent, call.attempting) = (server, self.now, true);
+        let attempt = call.before;
+        match self.servers[server].conduct {
+            Conduct::Refuses => self.plan(self.now + HOP * 2, Event::Returns(id, attempt, Outcome::Unreached)),
+            Conduct::Silent { since } if self.now >= since + SILENCE => {
+                self.plan(self.now + CONNECT, Event::Returns(id, attempt, Outcome::Unreached));
+            }
+            // Into a connection that nobody knows yet to be dead.
+            Conduct::Silent { since } => self.plan(since + SILENCE, Event::Returns(id, attempt, Outcome::Reset)),
+            _ => self.plan(self.now + HOP, Event::Comes(id, attempt)),
+        }
+    }
+
+    fn comes(&mut self, id: usize, attempt: u32) {
+        let call = &mut self.calls[id];
+        self.record.reached(call.server, self.now);
+        let server = &mut self.servers[call.server];
+        let reply = server.take(id, attempt, self.now, &mut self.chance);
+        if reply.has_effect() {
+            call.effects += 1;
+        }
+        if call.effects > 1 && !call.idempotent {
+            self.record.wrong(format!("request {id}, not idempotent, had {} effects", call.effects));
+        }
+        match reply {
+            Reply::Answer { after, status } => {
+                self.plan(self.now + after + HOP, Event::Returns(id, attempt, Outcome::Status(status)));
+            }
+            Reply::Reset { after } => self.plan(self.now + after + HOP, Event::Returns(id, attempt, Outcome::Reset)),
+            Reply::Nothing => {}
+        }
+    }
+
+    fn returns(&mut self, id: usize, outcome: Outcome) {
+        let call = &mut self.calls[id];
+        let proxy = &mut self.proxies[call.proxy];
+        let failure = match outcome {
+            Outcome::Status(status) => {
+                proxy.answered(call.server, self.now - call.sent, self.now);
+                matches!(status, 502..=504).then_some(Failure::Status { retry_after: None })
+            }
+            Outcome::Reset => {
+                proxy.failed(call.server, self.now);
+                Some(Failure::Reset)
+            }
+            Outcome::Unreached => {
+                proxy.failed(call.server, self.now);
+                Some(Failure::Unprocessed(Counter::RetriedConnect))
+            }
+        };
+        let verdict = failure.map(|failure| {
+            let chance = self.chance.random_range(0.0..1.0);
+            proxy.again(failure, call.before, call.idempotent, chance, self.now)
+        });
+        if let Some(Verdict::Retry { after, .. }) = verdict {
+            self.record.retried(proxy);
+            proxy.end_attempt(call.server);
+            call.attempting = false;
+            proxy.end_retry(std::mem::replace(&mut call.retrying, true));
+            return self.plan(self.now + after, Event::Again(id));
+        }
+        self.end(
+            id,
+            match outcome {
+                Outcome::Status(status) => End::Status(status),
+                Outcome::Reset => End::Reset,
+                Outcome::Unreached => End::Unreached,
+            },
+        );
+    }
+
+    fn end(&mut self, id: usize, end: End) {
+        let call = &mut self.calls[id];
+        call.over = true;
+        let proxy = &mut self.proxies[call.proxy];
+        if call.attempting {
+            proxy.end_attempt(call.server);
+        }
+        proxy.end_retry(call.retrying);
+        proxy.end();
+        self.record.ended(call.begun, self.now, call.before + 1, end);
+    }
+}
