@@ -173,8 +173,10 @@ mod tests {
             |proxy: &str| Args { proxy: vec![proxy.into()], output: Output::Json, watch: false, state_dir: None };
         let wrong = ask(&asked("web")).await.unwrap_err();
         assert!(wrong.to_string().contains("write http://HOST:PORT"), "{wrong}");
-        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let absent = ask(&asked(&format!("http://{free}"))).await.unwrap_err();
+        // Held, so that it becomes nobody else's meanwhile.
+        let held = tokio::net::TcpSocket::new_v4().unwrap();
+        held.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let absent = ask(&asked(&format!("http://{}", held.local_addr().unwrap()))).await.unwrap_err();
         assert!(absent.to_string().starts_with("cannot reach 127.0.0.1"), "{absent}");
     }
 }

@@ -395,7 +395,10 @@ mod tests {
         for wrong in ["", "http://", "127.0.0.1", "https://127.0.0.1:1/x y", "http://user@127.0.0.1:1"] {
             assert!(matches!(get(wrong, "/graph").await, Err(AskError::Url(_))), "{wrong:?}");
         }
-        let free = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
-        assert!(matches!(get(&free.to_string(), "/graph").await, Err(AskError::Connect(..))));
+        // Held, so that it becomes nobody else's meanwhile.
+        let held = tokio::net::TcpSocket::new_v4().unwrap();
+        held.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let silent = held.local_addr().unwrap();
+        assert!(matches!(get(&silent.to_string(), "/graph").await, Err(AskError::Connect(..))));
     }
 }

@@ -4,7 +4,7 @@ mod support;
 
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use sheetbend_certs::{Ca, IdentityStore, Material};
 use sheetbend_control_plane_client::channel::Connector;
@@ -37,8 +37,11 @@ async fn material(store: &IdentityStore, condition: impl Fn(&Material) -> bool) 
 #[tokio::test]
 async fn a_join_token_becomes_a_certificate_and_the_root_is_trusted_by_its_digest() {
     let authority = Authority::start().await;
+    let began = Instant::now();
     let (client, store) = start(joining(&authority));
     let first = client.first(DEADLINE).await.unwrap();
+    // What the answer took on its way counts as a clock that is behind, and so do whole seconds.
+    let noise = -(began.elapsed().as_secs() as i64 + 2);
     assert_eq!(first.identity.id, web());
     assert_eq!(first.bundle.roots()[0].sha256(), authority.ca.active_root().unwrap().sha256());
     assert!(store.current().is_some());
@@ -46,7 +49,8 @@ async fn a_join_token_becomes_a_certificate_and_the_root_is_trusted_by_its_diges
     assert_eq!((asked.len(), asked[0].certificate.clone()), (1, None));
     assert_eq!(asked[0].bearer.as_deref(), Some(format!("Bearer {}", authority.token().as_str()).as_str()));
     let status = client.status().borrow().clone();
-    assert_eq!((status.issued, status.failures, status.clock_ahead), (1, 0, Some(0)));
+    assert_eq!((status.issued, status.failures), (1, 0));
+    assert!(status.clock_ahead.is_some_and(|ahead| (noise..=0).contains(&ahead)), "{status:?}");
 }
 
 #[tokio::test]
@@ -75,7 +79,8 @@ async fn a_control_plane_with_another_root_than_the_tokens_gets_no_token() {
     let authority = Authority::start().await;
     let (client, store) = start(IdentityConfig::new(authority.url(), Proof::Join(token(&[7; 32]))));
     let mut status = client.status();
-    within(status.wait_for(|status| status.failures > 0)).await.unwrap();
+    let unknown = |reason: &Option<Arc<str>>| reason.as_deref().is_some_and(|reason| reason.contains("root"));
+    within(status.wait_for(|status| unknown(&status.last_error))).await.unwrap();
     assert!(store.current().is_none());
     assert_eq!(authority.asked(), [], "the token must not leave before the root is proven");
     let away = client.first(Duration::from_millis(1)).await.unwrap_err();
@@ -113,8 +118,9 @@ async fn a_renewal_has_a_fresh_key_and_is_proven_by_the_certificate_before() {
     let next = material(&store, |found| found.identity.chain != first.identity.chain).await;
     assert_eq!(next.identity.id, web());
     let asked = authority.asked();
-    assert_eq!((asked[1].bearer.clone(), asked[1].certificate.clone()), (None, Some(web())));
-    assert_ne!(asked[1].key, asked[0].key);
+    // Where a certificate of two seconds was over before it came, it was asked for again with the same key.
+    let renewal = asked.iter().find(|one| one.key != asked[0].key).expect("a fresh key");
+    assert_eq!((renewal.bearer.clone(), renewal.certificate.clone()), (None, Some(web())));
 }
 
 #[tokio::test]
@@ -201,20 +207,25 @@ async fn a_new_bundle_is_installed_acknowledged_and_followed_by_a_leaf_of_the_ne
     until(&discovery, |discovery| discovery.snapshot().mesh().is_some()).await;
 
     let both = authority.ca.rotate(SystemTime::now()).unwrap();
-    let nonce =
-        conn.say(Kind::Secret, vec![encode::resource(ROOT_CA, "2", encode::root_ca(&both.to_pem()))], &[]).await;
+    let bundle = || encode::resource(ROOT_CA, "2", encode::root_ca(&both.to_pem()));
+    conn.say(Kind::Secret, vec![bundle()], &[]).await;
     material(&store, |found| found.bundle.roots().len() == 2).await;
-    // Its acknowledgement may be lost with the connection that rests on the old material; the next one brings it again.
-    let _ = nonce;
-    let mut conn = within(streams.recv()).await.unwrap();
-    let nonce =
-        conn.say(Kind::Secret, vec![encode::resource(ROOT_CA, "2", encode::root_ca(&both.to_pem()))], &[]).await;
-    assert_eq!(conn.reply(&nonce).await.error_detail, None);
     let leaf = material(&store, |found| found.identity.chain != first.identity.chain).await;
     assert!(leaf.identity.chain.len() > first.identity.chain.len(), "the new root comes with the old one's signature");
+
+    // The acknowledgement may be lost with a connection that rests on older material; the next one brings it again.
+    let acknowledged = async {
+        loop {
+            let mut conn = streams.recv().await.unwrap();
+            if let Some(reply) = conn.try_ask(Kind::Secret, bundle()).await {
+                return (conn, reply);
+            }
+        }
+    };
+    let (mut conn, reply) = within(acknowledged).await;
+    assert_eq!(reply.error_detail, None);
     assert!(discovery.snapshot().mesh().is_some(), "what is known survives the reconnection");
 
-    let mut conn = within(streams.recv()).await.unwrap();
     let nonce = conn.say(Kind::Secret, vec![encode::resource(ROOT_CA, "3", encode::root_ca("nothing"))], &[]).await;
     let refusal = conn.reply(&nonce).await.error_detail.expect("no bundle is refused");
     assert!(refusal.message.starts_with("ROOTCA: "), "{}", refusal.message);

@@ -9,7 +9,7 @@ use sheetbend_control_plane_client::channel::Connector;
 use sheetbend_control_plane_client::proto::v1::report_server::{Report, ReportServer};
 use sheetbend_control_plane_client::proto::v1::{EdgeDelta, EdgeReport, EdgeReportSummary};
 use sheetbend_control_plane_client::report::{self, ReportConfig, Reporter};
-use support::within;
+use support::{port, within};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::TcpListenerStream;
@@ -28,6 +28,8 @@ impl Report for Collector {
     }
 }
 
+const OFTEN: Duration = Duration::from_millis(20);
+
 type Streams = mpsc::Receiver<(Streaming<EdgeReport>, mpsc::Sender<()>)>;
 
 async fn collector(address: &str) -> (String, Streams, tokio::task::JoinHandle<()>) {
@@ -42,7 +44,7 @@ async fn collector(address: &str) -> (String, Streams, tokio::task::JoinHandle<(
 }
 
 /// One request on one edge each time it is asked.
-fn reporter(address: &str) -> (Arc<Mutex<u64>>, tokio::task::JoinHandle<()>) {
+fn reporter(address: &str, every: Duration) -> (Arc<Mutex<u64>>, tokio::task::JoinHandle<()>) {
     let counted = Arc::new(Mutex::new(0));
     let counter = counted.clone();
     let source = move || {
@@ -52,7 +54,7 @@ fn reporter(address: &str) -> (Arc<Mutex<u64>>, tokio::task::JoinHandle<()>) {
     let config = ReportConfig {
         connector: Connector::plain(&format!("http://{address}")).unwrap(),
         instance: "web-1".into(),
-        every: Duration::from_millis(20),
+        every,
         source: Box::new(source),
     };
     (counted, tokio::spawn(report::run(config)))
@@ -67,7 +69,7 @@ async fn next(stream: &mut Streaming<EdgeReport>) -> u64 {
 #[tokio::test]
 async fn edges_are_told_again_and_again_on_one_stream() {
     let (address, mut streams, _server) = collector("127.0.0.1:0").await;
-    let (counted, _reporter) = reporter(&address);
+    let (counted, _reporter) = reporter(&address, OFTEN);
     let (mut stream, _end) = within(streams.recv()).await.unwrap();
     let mut told = 0;
     for _ in 0..5 {
@@ -79,7 +81,8 @@ async fn edges_are_told_again_and_again_on_one_stream() {
 #[tokio::test]
 async fn nothing_is_told_twice_when_a_stream_breaks_and_what_was_not_told_comes_on_the_next() {
     let (address, mut streams, _server) = collector("127.0.0.1:0").await;
-    let (counted, reporter) = reporter(&address);
+    // So long that what is under way at a time is one report, of one request, however busy the machine is.
+    let (counted, reporter) = reporter(&address, Duration::from_millis(200));
     let mut told = 0;
     for _ in 0..4 {
         let (mut stream, end) = within(streams.recv()).await.unwrap();
@@ -101,20 +104,22 @@ async fn nothing_is_told_twice_when_a_stream_breaks_and_what_was_not_told_comes_
 
 #[tokio::test]
 async fn a_control_plane_that_is_away_costs_nothing_and_is_told_everything_later() {
-    let (address, streams, server) = collector("127.0.0.1:0").await;
-    drop(streams);
-    server.abort();
-    let _ = server.await;
-    let (counted, _reporter) = reporter(&address);
+    let (_held, address) = port();
+    let address = address.to_string();
+    let (counted, _reporter) = reporter(&address, OFTEN);
     tokio::time::sleep(Duration::from_millis(100)).await;
     let (_, mut streams, _server) = collector(&address).await;
     let (mut stream, _end) = within(streams.recv()).await.unwrap();
     let mut told = 0;
-    for _ in 0..3 {
-        told += next(&mut stream).await;
-    }
+    // But for what waits and what is under way; where the machine is busy, the stream catches up.
+    let everything = async {
+        while told < 3 || told + 2 < *counted.lock().unwrap() {
+            told += next(&mut stream).await;
+        }
+    };
+    within(everything).await;
     let counted = *counted.lock().unwrap();
-    assert!(told >= 3 && told <= counted && told + 2 >= counted, "{told} told of {counted}");
+    assert!(told <= counted, "{told} told of {counted}");
 }
 
 #[tokio::test]

@@ -343,6 +343,12 @@ mod tests {
     async fn when_the_holder_goes_another_serves_the_same_root_on_the_same_port() {
         let dir = tempfile::tempdir().unwrap();
         let state = dir.path().join("sheetbend");
+        // Held, so that the port becomes nobody else's between the two who listen on it.
+        let held = tokio::net::TcpSocket::new_v4().unwrap();
+        held.set_reuseaddr(true).unwrap();
+        held.bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).unwrap();
+        private_folder(&state).unwrap();
+        persist::write_json(&state.join("control.port"), &held.local_addr().unwrap().port()).unwrap();
         let first = LocalMesh::join_or_hold(&state).await.unwrap();
         let second = LocalMesh::join_or_hold(&state).await.unwrap();
         assert!(first.holds() && !second.holds());

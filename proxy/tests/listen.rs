@@ -46,7 +46,7 @@ async fn a_port_can_be_taken_again_at_once() {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     };
-    timeout(Duration::from_secs(5), again).await.unwrap();
+    timeout(Duration::from_secs(30), again).await.unwrap();
 }
 
 #[tokio::test]
@@ -73,7 +73,12 @@ async fn both_families_reach_a_listener_on_every_address() {
         return;
     };
     let port = listener.local_addr().port();
+    let no_v6_loopback = std::net::TcpListener::bind("[::1]:0").is_err();
     for ip in ["127.0.0.1", "::1"] {
+        if ip == "::1" && no_v6_loopback {
+            eprintln!("left out: this machine has no [::1]");
+            continue;
+        }
         let client = TcpStream::connect((ip, port)).await.unwrap();
         let accepted = listener.accept().await;
         assert_eq!(accepted.peer.port(), client.local_addr().unwrap().port());
@@ -110,9 +115,17 @@ fn with_no_descriptor_left_clients_are_closed_and_counted_and_later_ones_served(
         setrlimit(Resource::Nofile, Rlimit { current: Some(64), maximum }).unwrap();
         let files: Vec<_> = std::iter::from_fn(|| std::fs::File::open("/dev/null").ok()).collect();
 
-        let waiting = timeout(Duration::from_secs(1), listener.accept()).await;
-        assert!(waiting.is_err(), "there was no descriptor to accept with");
-        assert_eq!(turned_away.load(Relaxed), 20, "counted while it still goes on");
+        let all = async {
+            while turned_away.load(Relaxed) < 20 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        // All are counted while it still goes on.
+        tokio::select! {
+            _ = listener.accept() => panic!("there was no descriptor to accept with"),
+            all = timeout(Duration::from_secs(30), all) => all.expect("only some were turned away"),
+        }
+        assert_eq!(turned_away.load(Relaxed), 20);
         for client in &mut clients {
             assert_eq!(client.read(&mut [0]).unwrap(), 0, "an orderly close, at once");
         }

@@ -246,15 +246,19 @@ fn the_old_root_stays_while_a_proxy_needs_it_and_the_proxy_is_named() {
 fn a_control_plane_that_is_gone_counts_as_none() {
     let dir = with_ca();
     certs(dir.path(), "rotate --dir ./ca").unwrap();
-    control_plane_gone(&dir.path().join("ca"));
+    let _held = control_plane_gone(&dir.path().join("ca"));
     let said = certs(dir.path(), "rotate --dir ./ca --drop-old").unwrap_err();
     assert!(said.contains("no control plane runs"), "{said}");
     certs(dir.path(), "rotate --dir ./ca --drop-old --offline").unwrap();
 }
 
-fn control_plane_gone(dir: &Path) {
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    std::fs::write(control_plane_file(dir), format!(r#"{{"pid":1,"admin":"http://{port}"}}"#)).unwrap();
+/// Nobody listens where it was, and nobody will as long as the socket is held.
+fn control_plane_gone(dir: &Path) -> tokio::net::TcpSocket {
+    let held = tokio::net::TcpSocket::new_v4().unwrap();
+    held.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let admin = held.local_addr().unwrap();
+    std::fs::write(control_plane_file(dir), format!(r#"{{"pid":1,"admin":"http://{admin}"}}"#)).unwrap();
+    held
 }
 
 #[test]

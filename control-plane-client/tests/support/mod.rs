@@ -16,10 +16,11 @@ use envoy_types::pb::envoy::service::discovery::v3::{
     DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, DiscoveryResponse, Resource,
 };
 use sheetbend_control_plane_client::channel::Connector;
-use sheetbend_control_plane_client::discovery::{Discovery, DiscoveryConfig, NodeInfo};
+use sheetbend_control_plane_client::discovery::{Discovery, DiscoveryConfig, NodeInfo, Unresolved};
 use sheetbend_control_plane_client::model::*;
 use sheetbend_control_plane_client::registration::Registration;
 use sheetbend_control_plane_client::xds::{Kind, MESH, encode};
+use tokio::net::TcpSocket;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio_stream::Stream;
@@ -27,7 +28,7 @@ use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Request, Response, Status, Streaming};
 
 /// Nothing here takes longer than this unless it hangs.
-pub const DEADLINE: Duration = Duration::from_secs(10);
+pub const DEADLINE: Duration = Duration::from_secs(60);
 
 /// The fake. Dropping it kills it.
 pub struct Fake {
@@ -84,11 +85,11 @@ impl Fake {
         Self::on("127.0.0.1:0".parse().unwrap()).await
     }
 
-    /// On a port that may just have been another fake's.
+    /// On a port that may just have been another fake's: see [`port`].
     pub async fn on(address: SocketAddr) -> Self {
         let socket = match address {
-            SocketAddr::V4(_) => tokio::net::TcpSocket::new_v4().unwrap(),
-            SocketAddr::V6(_) => tokio::net::TcpSocket::new_v6().unwrap(),
+            SocketAddr::V4(_) => TcpSocket::new_v4().unwrap(),
+            SocketAddr::V6(_) => TcpSocket::new_v6().unwrap(),
         };
         socket.set_reuseaddr(true).unwrap();
         socket.bind(address).unwrap();
@@ -167,12 +168,27 @@ impl Conn {
         }
     }
 
+    /// The reply to something, or `None` where the proxy ends this stream before it has come.
+    pub async fn try_ask(&mut self, kind: Kind, resource: Resource) -> Option<DeltaDiscoveryRequest> {
+        let nonce = self.try_say(kind.type_url(), vec![resource], &[]).await?;
+        while let Ok(Some(request)) = within(self.requests.message()).await {
+            if request.response_nonce == nonce {
+                return Some(request);
+            }
+        }
+        None
+    }
+
     /// Says something; gives back its nonce.
     pub async fn say(&mut self, kind: Kind, resources: Vec<Resource>, removed: &[&str]) -> String {
         self.say_as(kind.type_url(), resources, removed).await
     }
 
     pub async fn say_as(&mut self, type_url: &str, resources: Vec<Resource>, removed: &[&str]) -> String {
+        self.try_say(type_url, resources, removed).await.expect("the proxy keeps its stream")
+    }
+
+    async fn try_say(&mut self, type_url: &str, resources: Vec<Resource>, removed: &[&str]) -> Option<String> {
         self.nonces += 1;
         let nonce = format!("n{}", self.nonces);
         let response = DeltaDiscoveryResponse {
@@ -182,8 +198,8 @@ impl Conn {
             nonce: nonce.clone(),
             ..DeltaDiscoveryResponse::default()
         };
-        self.responses.send(Ok(response)).await.expect("the proxy keeps its stream");
-        nonce
+        self.responses.send(Ok(response)).await.ok()?;
+        Some(nonce)
     }
 
     /// Everything about a destination under one target, as the real one would say it, step by step.
@@ -220,6 +236,29 @@ impl Conn {
         };
         self.say(Kind::Listener, vec![encode::resource(MESH, "1", encode::mesh(&mesh))], &[]).await;
     }
+}
+
+/// A port that is nobody else's for as long as the socket is held. Nobody listens there, and one after the other may.
+pub fn port() -> (TcpSocket, SocketAddr) {
+    let held = TcpSocket::new_v4().unwrap();
+    held.set_reuseaddr(true).unwrap();
+    held.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = held.local_addr().unwrap();
+    (held, address)
+}
+
+/// What a target stands for, however long this machine takes: a proxy asks once, and waits for a second.
+pub async fn resolved(discovery: &Discovery, target: &Target) -> Resolution {
+    within(async {
+        loop {
+            match discovery.resolve(target).await {
+                Ok(found) => return found,
+                Err(Unresolved::NoAnswer) => {}
+                Err(refused) => panic!("{target}: {refused}"),
+            }
+        }
+    })
+    .await
 }
 
 pub async fn within<F: Future>(what: F) -> F::Output {

@@ -25,7 +25,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status, Streaming};
 
-pub const SOON: Duration = Duration::from_secs(10);
+/// Nothing here takes longer than this unless it hangs.
+pub const SOON: Duration = Duration::from_secs(60);
 
 pub fn new_ca(dir: &Path) -> Ca {
     Ca::init(dir, &TrustDomain::default(), SystemTime::now()).unwrap()
@@ -36,6 +37,15 @@ pub fn config(dir: &Path) -> Config {
     config.listen = "127.0.0.1:0".parse().unwrap();
     config.admin = "127.0.0.1:0".parse().unwrap();
     config
+}
+
+/// A port that is nobody else's for as long as the socket is held. Nobody listens there, and one after the other may.
+pub fn port() -> (tokio::net::TcpSocket, SocketAddr) {
+    let held = tokio::net::TcpSocket::new_v4().unwrap();
+    held.set_reuseaddr(true).unwrap();
+    held.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = held.local_addr().unwrap();
+    (held, address)
 }
 
 pub fn id(service: &str) -> SpiffeId {
