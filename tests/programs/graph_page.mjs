@@ -20,10 +20,10 @@ try {
       page.on("pageerror", error => seen.errors.push(error.message));
       page.on("request", request => seen.requests.push(request.url()));
       await page.goto(url);
-      await page.waitForFunction(n => document.querySelectorAll("g.label").length === n, Number(labels), { timeout: 20000 });
+      await page.waitForFunction(n => document.querySelectorAll("g.label").length === n, Number(labels), { timeout: 60000 });
       // The browser tells of the paint once the frame is on the screen, which on a busy machine comes after the labels.
       const painted = () => performance.getEntriesByName("first-contentful-paint").length > 0;
-      await page.waitForFunction(painted, null, { timeout: 20000, polling: 50 });
+      await page.waitForFunction(painted, null, { timeout: 60000, polling: 50 });
       const look = await page.evaluate(() => {
         const box = element => {
           const { left, right, top, bottom } = element.getBoundingClientRect();
@@ -45,7 +45,7 @@ try {
       look.node = await page.textContent("aside h2");
       // The page asks again by itself.
       const asked = seen.requests.length;
-      for (let i = 0; i < 100 && seen.requests.length === asked; i++) await page.waitForTimeout(100);
+      for (let i = 0; i < 300 && seen.requests.length === asked; i++) await page.waitForTimeout(100);
       look.asks_again = seen.requests.length > asked;
       seen.looks.push(look);
       await page.close();

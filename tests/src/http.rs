@@ -1,5 +1,6 @@
 //! A small HTTP client: says exactly what it is told, over a connection that the story made.
 
+use std::io::{Read, Write};
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -13,6 +14,9 @@ use tokio::net::TcpStream;
 
 /// What may go wrong with a call: only printed.
 pub type Error = Box<dyn std::error::Error + Send + Sync>;
+
+/// How long an answer may take: who waits for it wants it, not its speed.
+pub(crate) const WITHIN: Duration = Duration::from_secs(30);
 
 /// A whole response.
 #[derive(Debug)]
@@ -62,17 +66,29 @@ pub async fn read(response: http::Response<hyper::body::Incoming>) -> Result<Ans
 }
 
 /// One request over a connection of its own: `to` is where to connect, `url` what to ask for. An absolute `url` is what
-/// a client says to a proxy; a path is what it says to a server. Ten seconds at most.
+/// a client says to a proxy; a path is what it says to a server. Half a minute at most.
 pub async fn send(to: SocketAddr, method: &str, url: &str, body: impl Into<Bytes>) -> Result<Answer, Error> {
     let host = url.split_once("://").map_or(to.to_string(), |(_, rest)| rest.split('/').next().unwrap_or("").into());
     let request = Request::builder().method(method).uri(url).header("host", host).body(Full::from(body.into()))?;
     let call = async { read(http1(to).await?.send_request(request).await?).await };
-    tokio::time::timeout(Duration::from_secs(10), call).await?
+    tokio::time::timeout(WITHIN, call).await?
 }
 
 /// `GET` of [`send`].
 pub async fn get(to: SocketAddr, url: &str) -> Result<Answer, Error> {
     send(to, "GET", url, "").await
+}
+
+/// The body of a page, for who waits on this very thread. Five seconds at most.
+pub(crate) fn page(of: SocketAddr, path: &str) -> std::io::Result<String> {
+    let within = Duration::from_secs(5);
+    let mut stream = std::net::TcpStream::connect_timeout(&of, within)?;
+    stream.set_read_timeout(Some(within))?;
+    // HTTP/1.0: the answer ends with the connection.
+    write!(stream, "GET {path} HTTP/1.0\r\nHost: {of}\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    Ok(answer.split_once("\r\n\r\n").map(|(_, body)| body.into()).unwrap_or_default())
 }
 
 /// A tunnel through a proxy: `CONNECT target`.

@@ -25,7 +25,7 @@ pub use cable::{Cable, assert_secret, shows};
 pub use graph::{Edge, edges, read_edges};
 pub use impostor::Impostor;
 pub use load::{Good, Load, Tally};
-pub use mesh::{Mesh, Run, START, Sidecar};
+pub use mesh::{Mesh, Run, START, Sidecar, registered};
 pub use need::{envoy, leave_out, namespaces, print_left_out, program, python, root, tools};
 pub use netns::{Host, two_hosts, two_pods};
 pub use pod::{PYTHON, Pod, PodBuilder, lines_on, pods};

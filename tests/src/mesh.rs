@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tempfile::TempDir;
@@ -14,8 +14,8 @@ use crate::netns::Host;
 use crate::process::{Finished, Process, finish};
 use crate::wait::{free_port, loopback, until, until_accepts};
 
-/// How long a process may take to become ready: a busy machine is slow, not broken.
-pub const START: Duration = Duration::from_secs(30);
+/// How long a process may take to become ready, or anything else to happen: a busy machine is slow, not broken.
+pub const START: Duration = Duration::from_secs(60);
 
 /// A mesh. Dropping it ends nothing that [`Run::start`] gave away; those end themselves.
 #[derive(Debug)]
@@ -80,7 +80,9 @@ impl Mesh {
     pub fn write_resources(&self, yaml: &str) {
         let folder = self.resources();
         std::fs::create_dir_all(&folder).expect("a folder for resources");
-        std::fs::write(folder.join("mesh.yaml"), yaml).expect("the resources are written");
+        // Whole or not at all, as a careful editor does.
+        let (whole, part) = (folder.join("mesh.yaml"), folder.join("mesh.new"));
+        std::fs::write(&part, yaml).and_then(|()| std::fs::rename(part, whole)).expect("the resources are written");
     }
 
     fn resources(&self) -> PathBuf {
@@ -166,6 +168,23 @@ impl Mesh {
         let mut create = self.sheetbend(["token", "create", "--ttl", "10m", "--service", service]);
         create.arg("--dir").arg(self.ca());
         finish(create, START).ok()
+    }
+
+    /// Waits until the control plane knows that a sidecar serves so many ports: whoever asks from then on is told of it.
+    pub(crate) fn until_registered(&self, service: &str, sidecar: &mut Process, ports: usize) {
+        until(&format!("{service} is registered"), START, || {
+            assert!(sidecar.is_alive(), "{}", sidecar.told());
+            // It says so itself, whoever serves it at the moment.
+            let said: Value =
+                serde_json::from_slice(&std::fs::read(self.ca().join("control-plane.json")).ok()?).ok()?;
+            let admin = said["admin"].as_str()?.trim_start_matches("http://").parse().ok()?;
+            let look = || registered(admin, service, Some(sidecar.id()));
+            let found = match self.control_plane.as_ref().and_then(|c| c.netns.as_deref()) {
+                None => look(),
+                Some(netns) => crate::netns::within(netns, look),
+            };
+            (found? >= ports).then_some(())
+        });
     }
 
     /// A program beside its own sidecar, as `service`.
@@ -273,6 +292,11 @@ impl Run<'_> {
         command
     }
 
+    /// How many ports the program serves.
+    fn ports(&self) -> usize {
+        usize::from(self.port.is_some()) + self.flags.iter().filter(|flag| *flag == "--port").count()
+    }
+
     /// Starts it, and waits until the program accepts on its port and others can call it.
     pub fn start<I: IntoIterator<Item: AsRef<OsStr>>>(self, program: I) -> Sidecar {
         let command = self.command(program);
@@ -286,6 +310,7 @@ impl Run<'_> {
                 }
             });
         }
+        self.mesh.until_registered(&self.service, &mut sidecar.process, self.ports());
         sidecar
     }
 
@@ -297,6 +322,18 @@ impl Run<'_> {
     /// Runs it to its end.
     pub fn finish<I: IntoIterator<Item: AsRef<OsStr>>>(self, program: I) -> Finished {
         finish(self.command(program), Duration::from_secs(60))
+    }
+
+    /// Runs it, again and again until it ends well, and gives what it printed then. A control plane that is held up for a
+    /// second, or a server for some, is an error to who asks just then.
+    pub fn until_ok<I: IntoIterator<Item: AsRef<OsStr>> + Clone>(self, program: I) -> String {
+        let deadline = Instant::now() + START;
+        loop {
+            let said = finish(self.command(program.clone()), START);
+            if said.status.success() || Instant::now() > deadline {
+                return said.ok();
+            }
+        }
     }
 
     /// A sidecar with no program of its own: the story itself calls through [`Sidecar::proxy`].
@@ -360,7 +397,7 @@ impl Sidecar {
         let known = ["admin", "outbound"].map(|key| state[key].as_str().unwrap_or_default().to_string());
         until(&format!("{} listens for others", self.service), START, || {
             let mut others = listening(self.process.id());
-            others.retain(|address| !known.iter().any(|url| url.contains(&address.to_string())));
+            others.retain(|address| !known.iter().any(|url| url.trim_start_matches("http://") == address.to_string()));
             others.first().copied().filter(|_| others.len() == 1)
         })
     }
@@ -389,6 +426,16 @@ impl Sidecar {
     pub async fn counter(&self, name: &str, labels: &[&str]) -> f64 {
         counter(&self.page("/metrics").await.text(), name, labels)
     }
+}
+
+/// How many ports of a service are served, by the sidecar of a process id or by any, as a control plane's admin shows it.
+pub fn registered(admin: SocketAddr, service: &str, sidecar: Option<u32>) -> Option<usize> {
+    let page: Value = serde_json::from_str(&crate::http::page(admin, "/registrations").ok()?).ok()?;
+    // The name of an instance: its service, its process, and a random number.
+    let name = sidecar.map_or(format!("{service}-"), |id| format!("{service}-{id}-"));
+    let own = |one: &&Value| one["state"] == "live" && one["node"].as_str().is_some_and(|node| node.starts_with(&name));
+    let ports = page["registrations"].as_array()?.iter().filter(own).filter_map(|one| one["ports"].as_array());
+    Some(ports.map(Vec::len).sum())
 }
 
 /// The sum of a counter of a `/metrics` page over all of its labels that contain each of `labels`.

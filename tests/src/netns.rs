@@ -1,9 +1,13 @@
 //! Hosts made of network namespaces: two of them and a cable are two machines, two on a third are pods on a node.
 
+use std::fs::File;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
+
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 /// A network namespace with its loopback up. Gone when dropped.
 #[derive(Debug)]
@@ -88,6 +92,11 @@ impl Host {
         command
     }
 
+    /// Runs `work` here, where the sockets that it makes stay.
+    pub fn within<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        within(&self.name, work)
+    }
+
     /// Whether anything listens on a TCP port here; from outside one cannot tell by connecting.
     pub fn listens(&self, port: u16) -> bool {
         listens(&self.name, port)
@@ -109,6 +118,19 @@ impl Drop for Host {
     fn drop(&mut self) {
         let _ = Command::new("ip").args(["netns", "delete", &self.name]).output();
     }
+}
+
+/// Runs `work` in a namespace, on a thread of its own.
+pub(crate) fn within<T: Send>(netns: &str, work: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| {
+        let inside = scope.spawn(|| {
+            let namespace = File::open(format!("/run/netns/{netns}")).expect("a namespace");
+            let moved = move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network));
+            moved.expect("whoever made it may enter it");
+            work()
+        });
+        inside.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
 /// Whether anything listens on a TCP port in a namespace; from outside one cannot connect.

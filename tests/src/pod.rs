@@ -100,6 +100,8 @@ impl<'a> PodBuilder<'a> {
         command.arg(&token).args(&self.flags);
         let mut proxy = Process::spawn(&format!("proxy-{}", self.service), folder.path(), command);
         proxy.wait_for("ready", START);
+        let ports = self.flags.iter().filter(|flag| *flag == "--port").count();
+        self.mesh.until_registered(&self.service, &mut proxy, ports);
         Pod { host: self.host, proxy, folder }
     }
 }
@@ -121,6 +123,15 @@ impl Pod<'_> {
         serve(self.host, self.folder.path(), scripts::LINES, &[address, &port.to_string(), greeting], port)
     }
 
+    /// Connects and says a line as [`Pod::says`] does, or waits for a greeting first, until the answer is this one: for
+    /// what was registered just now, or is asked of somebody who is held up.
+    pub fn until_hears(&self, to: IpAddr, port: u16, greeting: bool, line: &str, answer: &str) {
+        let how = if greeting { "listen" } else { "speak" };
+        until(&format!("{to}:{port} answers {answer:?}"), START, || {
+            (self.speak(to, port, how, line).stdout == answer).then_some(())
+        });
+    }
+
     /// What the app hears when it connects, says a line, and reads to the end.
     pub fn says(&self, to: IpAddr, port: u16, line: &str) -> Finished {
         self.speak(to, port, "speak", line)
@@ -134,14 +145,14 @@ impl Pod<'_> {
     fn speak(&self, to: IpAddr, port: u16, how: &str, line: &str) -> Finished {
         let mut command = self.command(PYTHON);
         command.args(["-c", scripts::SPEAK, &to.to_string(), &port.to_string(), how, line]);
-        finish(command, Duration::from_secs(30))
+        finish(command, START)
     }
 
     /// Runs `curl` as the app, with what a script wants of it: no progress, but errors; 20 s at most.
     pub fn curl(&self, args: &[&str]) -> Finished {
         let mut command = self.command("curl");
         command.args(["-sS", "-m", "20"]).args(args);
-        finish(command, Duration::from_secs(30))
+        finish(command, START)
     }
 
     /// One of the sidecar's admin pages.
@@ -202,7 +213,10 @@ fn readable_folder() -> TempDir {
 fn copy_of_the_proxy(folder: &Path) -> std::path::PathBuf {
     let (from, to) = (crate::binary("sheetbend-proxy"), folder.join("sheetbend-proxy"));
     if fs::hard_link(&from, &to).is_err() {
-        fs::copy(&from, &to).expect("a copy of the sidecar's program");
+        // By another process: a child that another story starts meanwhile would hold the open file until it is itself, and
+        // what is open for writing cannot be executed.
+        let copied = Command::new("cp").args([&from, &to]).status();
+        assert!(copied.is_ok_and(|status| status.success()), "a copy of the sidecar's program");
     }
     to
 }

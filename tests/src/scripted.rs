@@ -7,6 +7,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 
+use crate::http::WITHIN;
 use crate::wait::loopback;
 
 /// A server on a free loopback port. Dropping it ends it.
@@ -101,11 +102,12 @@ impl Drop for Scripted {
 ///
 /// # Errors
 ///
-/// No connection, its early end, or no such answer within 10 s; with what was heard until then.
+/// No connection, its early end, or no such answer within half a minute; with what was heard until then.
 pub async fn dialogue(to: SocketAddr, text: &str, end: &str) -> Result<String, crate::http::Error> {
     let mut stream = TcpStream::connect(to).await?;
     stream.set_nodelay(true)?;
-    stream.write_all(text.as_bytes()).await?;
+    // Who has heard enough may answer and close before it has heard all.
+    let _ = stream.write_all(text.as_bytes()).await;
     hear(&mut stream, end).await
 }
 
@@ -129,11 +131,11 @@ pub async fn hear(stream: &mut TcpStream, end: &str) -> Result<String, crate::ht
         }
         Ok(())
     };
-    let done = tokio::time::timeout(std::time::Duration::from_secs(10), listening).await;
+    let done = tokio::time::timeout(WITHIN, listening).await;
     let text = String::from_utf8_lossy(&heard).into_owned();
     match done {
         Ok(Ok(())) => Ok(text),
         Ok(Err(error)) => Err(format!("{error}, after {text:?}").into()),
-        Err(_) => Err(format!("not ended after 10 s: {text:?}").into()),
+        Err(_) => Err(format!("not ended after {WITHIN:?}: {text:?}").into()),
     }
 }

@@ -3,7 +3,6 @@
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
@@ -15,7 +14,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
-use crate::http::Error;
+use crate::http::{Error, WITHIN};
 
 /// A configuration with the certificate and key of a folder that `sheetbend certs issue` made, or with none.
 pub fn config(identity: Option<&Path>, alpn: &[&str], versions: &[&'static SupportedProtocolVersion]) -> ClientConfig {
@@ -44,8 +43,7 @@ pub async fn connect(to: SocketAddr, config: ClientConfig, sni: &str) -> Result<
 /// Shakes hands over a connection.
 pub async fn shake(stream: TcpStream, config: ClientConfig, sni: &str) -> Result<TlsStream<TcpStream>, Error> {
     let name = ServerName::try_from(sni.to_string())?;
-    let within = Duration::from_secs(10);
-    Ok(tokio::time::timeout(within, TlsConnector::from(Arc::new(config)).connect(name, stream)).await??)
+    Ok(tokio::time::timeout(WITHIN, TlsConnector::from(Arc::new(config)).connect(name, stream)).await??)
 }
 
 /// Asks for `/` over a fresh connection, as [`ask_over`] does.
@@ -58,7 +56,7 @@ pub async fn ask(to: SocketAddr, config: ClientConfig, sni: &str) -> Result<Stri
 pub async fn ask_over(mut stream: TlsStream<TcpStream>) -> Result<String, Error> {
     stream.write_all(b"GET / HTTP/1.1\r\nHost: server\r\nConnection: close\r\n\r\n").await?;
     let mut said = Vec::new();
-    let read = tokio::time::timeout(Duration::from_secs(10), stream.read_to_end(&mut said)).await?;
+    let read = tokio::time::timeout(WITHIN, stream.read_to_end(&mut said)).await?;
     match read {
         Err(error) if said.is_empty() => Err(error.into()),
         _ if said.is_empty() => Err("closed without a word".into()),

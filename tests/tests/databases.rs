@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use sheetbend_tests::{Mesh, START, Sidecar, eventually, finish, free_port, need, program, python, until};
+use sheetbend_tests::{Mesh, START, Sidecar, eventually, finish, free_port, need, program, python};
 
 /// Waits until the server's sidecar shows the edge `caller → service` over TCP with mutual TLS.
 async fn shows_tcp_edge(server: &Sidecar) {
@@ -71,7 +71,7 @@ async fn redis_answers_through_two_sidecars() {
     let ask = |args: &[&str]| {
         let words = [text(&cli), "-p", &local.to_string()].map(str::to_string).into_iter();
         let words = words.chain(args.iter().map(ToString::to_string));
-        mesh.run("caller").upstream(local, "redis").finish(words).ok()
+        mesh.run("caller").upstream(local, "redis").until_ok(words)
     };
     assert_eq!(ask(&["SET", "knot", "sheet bend"]).trim(), "OK");
     assert_eq!(ask(&["GET", "knot"]).trim(), "sheet bend");
@@ -93,11 +93,11 @@ async fn postgresql_answers_through_two_sidecars() {
     let postgres = mesh.run("postgres").port(port).start(daemon.words(&server, &args));
     let ask = |query: &str| {
         let url = format!("postgresql://app@127.0.0.1:{local}/postgres");
-        mesh.run("caller").upstream(local, "postgres").finish([text(&psql), &url, "-AtXc", query])
+        // `the database system is starting up` is an answer too; wait for a better one.
+        mesh.run("caller").upstream(local, "postgres").until_ok([text(&psql), &url, "-AtXc", query])
     };
-    // `the database system is starting up` is an answer too; wait for a better one.
-    until("PostgreSQL answers", START, || (ask("select 6 * 7").stdout.trim() == "42").then_some(()));
-    let rows = ask("select string_agg(n::text, '') from generate_series(1, 100000) n").ok();
+    assert_eq!(ask("select 6 * 7").trim(), "42");
+    let rows = ask("select string_agg(n::text, '') from generate_series(1, 100000) n");
     assert_eq!(rows.trim().len(), 488_895, "a long answer arrives whole");
     shows_tcp_edge(&postgres).await;
 }
@@ -125,8 +125,8 @@ async fn mariadb_which_speaks_first_answers_through_two_sidecars() {
     let mariadb = mesh.run("mariadb").port(port).start(daemon.words(&server, &args));
     let flags = ["--no-defaults", "--host=127.0.0.1", "--user=app", "--password=knot", "-BN", "-e", "select 6 * 7"];
     let words = [text(&client).to_string(), flags[0].into(), format!("--port={local}")];
-    let words = words.into_iter().chain(flags[1..].iter().map(ToString::to_string));
-    assert_eq!(mesh.run("caller").upstream(local, "mariadb").finish(words).ok().trim(), "42");
+    let words: Vec<_> = words.into_iter().chain(flags[1..].iter().map(ToString::to_string)).collect();
+    assert_eq!(mesh.run("caller").upstream(local, "mariadb").until_ok(words).trim(), "42");
     shows_tcp_edge(&mariadb).await;
 }
 
@@ -143,7 +143,7 @@ async fn a_mail_is_delivered_through_two_sidecars_although_the_server_speaks_fir
     let server = format!("127.0.0.1:{local}");
     let words =
         [text(&swaks), "--server", &server, "--from", "a@example.org", "--to", "b@example.org", "--body", "tied well"];
-    mesh.run("caller").upstream(local, "mail").finish(words).ok();
+    mesh.run("caller").upstream(local, "mail").until_ok(words);
     mail.process.wait_for("tied well", START);
     shows_tcp_edge(&mail).await;
 }

@@ -4,7 +4,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use rustix::process::Signal;
-use sheetbend_tests::{Process, START, binary, finish};
+use sheetbend_tests::{Process, START, binary, finish, until};
 
 #[test]
 fn the_demo_ends_well_with_every_edge_of_the_shop_on_its_last_line() {
@@ -37,7 +37,9 @@ fn ctrl_c_ends_the_demo_and_all_that_it_started() {
     assert!(status.success(), "{status}\n{}", demo.told());
     assert!(demo.stdout().contains("export PATH="), "{}", demo.told());
     for id in started {
-        assert!(!std::path::Path::new(&format!("/proc/{id}")).exists(), "process {id} is still there");
+        until(&format!("process {id} is gone"), START, || {
+            (!std::path::Path::new(&format!("/proc/{id}")).exists()).then_some(())
+        });
     }
 }
 

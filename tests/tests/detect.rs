@@ -16,7 +16,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 
 /// Longer than in production: a client that is to speak has all the time that a busy machine takes to start it.
-const PATIENCE: Patience = Patience { first_byte: Some(Duration::from_secs(5)), decision: Duration::from_secs(5) };
+const PATIENCE: Patience = Patience { first_byte: Some(START), decision: START };
 
 #[tokio::test]
 async fn curl_speaks_http1_http2_and_tls() {
@@ -123,8 +123,10 @@ async fn a_peer_whose_hello_is_late_is_a_peer_all_the_same() {
         let said = tls::ask_over(stream).await.unwrap_or_else(|e| panic!("late by {late:?}: {e}"));
         assert!(said.starts_with("HTTP/1.1 200") && said.ends_with("inside\n"), "{said}");
     }
-    let edges = server.edges().await;
-    assert!(edges.iter().any(|edge| edge.is("caller", "server", "http") && edge.mtls), "{edges:?}");
+    eventually("the edge is on the graph, with mutual TLS", START, || async {
+        server.edges().await.into_iter().find(|edge| edge.is("caller", "server", "http") && edge.mtls)
+    })
+    .await;
 }
 
 /// A program that waits to be spoken to, and how many connections it has.

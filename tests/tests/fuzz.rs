@@ -19,10 +19,11 @@ const MOST_MEMORY: u64 = 64 << 20;
 const AT_ONCE: u64 = 8;
 
 struct Pair {
-    _mesh: Mesh,
-    _app: App,
-    server: Sidecar,
+    // In the order in which they end: a sidecar takes its leave of the mesh.
     caller: Sidecar,
+    server: Sidecar,
+    _app: App,
+    _mesh: Mesh,
 }
 
 impl Pair {

@@ -1,6 +1,6 @@
 //! `sheetbend graph` against what really runs.
 
-use sheetbend_tests::{Mesh, eventually, free_port, need, python, read_edges, workspace};
+use sheetbend_tests::{Mesh, START, eventually, free_port, need, python, read_edges, until, workspace};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn graph_shows_a_grpc_call_of_a_client_that_knows_nothing_of_the_mesh() {
@@ -10,14 +10,15 @@ async fn graph_shows_a_grpc_call_of_a_client_that_knows_nothing_of_the_mesh() {
     let port = free_port();
     let serve = [python.clone(), echo.clone(), "serve".into(), port.to_string().into()];
     let greeter = mesh.run("greeter").port(port).start(serve);
-    mesh.run("caller").finish([python, echo, "call".into(), format!("greeter:{port}").into()]).ok();
+    mesh.run("caller").until_ok([python, echo, "call".into(), format!("greeter:{port}").into()]);
 
     // Without a flag: whatever of this user's runs here.
     let graph = |flags: &[&str]| mesh.finish(["graph"].iter().chain(flags)).ok();
     let edges = |flags: &[&str]| read_edges(&serde_json::from_str(&graph(flags)).expect("JSON"));
-    let found = edges(&["-o", "json"]);
-    let call = found.iter().find(|edge| edge.is("caller", "greeter", "grpc")).unwrap_or_else(|| panic!("{found:?}"));
-    assert!(call.mtls && call.requests >= 5, "{call:?}");
+    let call = until("five calls are on the graph", START, || {
+        edges(&["-o", "json"]).into_iter().find(|edge| edge.is("caller", "greeter", "grpc") && edge.requests >= 5)
+    });
+    assert!(call.mtls, "{call:?}");
     let table = graph(&[]);
     let row = table.lines().find(|line| line.contains("greeter.default") && line.contains("caller.default"));
     assert!(row.is_some_and(|row| row.contains("grpc")), "{table}");
@@ -35,7 +36,7 @@ async fn graph_shows_a_grpc_call_of_a_client_that_knows_nothing_of_the_mesh() {
     let (first, second) = (url(greeter.admin()), url(quiet.admin()));
     let alone = edges(&["--proxy", &second, "-o", "json"]);
     assert!(alone.is_empty(), "{alone:?}");
-    eventually("quiet's own edge joins the others", sheetbend_tests::START, || async {
+    eventually("quiet's own edge joins the others", START, || async {
         let _ = sheetbend_tests::http::get(quiet.proxy(), &format!("http://greeter:{port}/")).await;
         let both = edges(&["--proxy", &first, "--proxy", &second, "-o", "json"]);
         let has = |source: &str| {

@@ -3,23 +3,18 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
 
 use bytes::Bytes;
 use h2::Reason;
 use h2::client::SendRequest;
 use h2::server::SendResponse;
 use http::{HeaderMap, Request, Response};
-use sheetbend_tests::{Mesh, Sidecar, eventually};
+use sheetbend_tests::{Mesh, START, Sidecar, eventually};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::watch;
+use tokio::sync::{Notify, Semaphore, watch};
 
 /// What the server does with a stream, by its path.
-async fn treat(
-    request: Request<h2::RecvStream>,
-    mut respond: SendResponse<Bytes>,
-    ended: watch::Sender<Option<Reason>>,
-) {
+async fn treat(request: Request<h2::RecvStream>, mut respond: SendResponse<Bytes>, story: Story) {
     let head = |end| (Response::new(()), end);
     match request.uri().path() {
         "/reset" => respond.send_reset(Reason::ENHANCE_YOUR_CALM),
@@ -27,12 +22,13 @@ async fn treat(
             let (response, end) = head(false);
             let mut body = respond.send_response(response, end).expect("a stream");
             body.send_data(Bytes::from_static(b"half"), false).expect("a stream");
-            tokio::time::sleep(Duration::from_millis(200)).await;
+            story.half_read.notified().await;
             body.send_reset(Reason::INTERNAL_ERROR);
         }
         "/hold" => {
+            story.held.send_replace(Held::Yes);
             let reason = std::future::poll_fn(|cx| respond.poll_reset(cx)).await;
-            ended.send_replace(reason.ok());
+            story.held.send_replace(Held::Ended(reason.ok()));
         }
         _ => {
             let (response, end) = head(false);
@@ -45,10 +41,26 @@ async fn treat(
     }
 }
 
+/// What becomes of the stream that is held.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Held {
+    NotYet,
+    Yes,
+    /// And why it ended.
+    Ended(Option<Reason>),
+}
+
+/// What the server and the story tell each other.
+#[derive(Clone)]
+struct Story {
+    held: watch::Sender<Held>,
+    /// The client has got the first half of the answer that is to be reset.
+    half_read: Arc<Notify>,
+}
+
 struct Server {
     port: u16,
-    /// Why the stream that was held ended.
-    ended: watch::Receiver<Option<Reason>>,
+    story: Story,
     connections: Arc<AtomicU32>,
     accepting: tokio::task::JoinHandle<()>,
 }
@@ -64,7 +76,8 @@ impl Server {
     async fn start(streams: Option<u32>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
-        let (told, ended) = watch::channel(None);
+        let story = Story { held: watch::Sender::new(Held::NotYet), half_read: Arc::default() };
+        let told = story.clone();
         let connections = Arc::new(AtomicU32::new(0));
         let count = Arc::clone(&connections);
         let accepting = tokio::spawn(async move {
@@ -84,7 +97,7 @@ impl Server {
                 });
             }
         });
-        Self { port, ended, connections, accepting }
+        Self { port, story, connections, accepting }
     }
 }
 
@@ -104,7 +117,7 @@ async fn pair(server: &Server) -> (Mesh, Sidecar, Sidecar) {
     let sidecar = mesh.run("server").port(server.port).serve();
     let caller = mesh.caller("caller");
     let proxy = caller.proxy();
-    eventually("the server is known", sheetbend_tests::START, || async {
+    eventually("the server is known", START, || async {
         let mut sender = client(proxy).await.ready().await.ok()?;
         let (response, _) = sender.send_request(ask("/"), true).ok()?;
         response.await.ok().filter(|response| response.status() == 200)
@@ -126,7 +139,7 @@ async fn read(mut body: h2::RecvStream) -> Result<(Vec<u8>, Option<HeaderMap>), 
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_s_reset_reaches_the_client_with_its_reason_and_a_client_s_the_server() {
-    let mut server = Server::start(None).await;
+    let server = Server::start(None).await;
     let (_mesh, _sidecar, caller) = pair(&server).await;
     let mut sender = client(caller.proxy()).await.ready().await.unwrap();
 
@@ -137,7 +150,10 @@ async fn a_server_s_reset_reaches_the_client_with_its_reason_and_a_client_s_the_
     // Reset in the middle of an answer: there is nothing to say but the same reset.
     let mut sender = sender.ready().await.unwrap();
     let (response, _) = sender.send_request(ask("/reset-later"), true).unwrap();
-    let error = read(response.await.unwrap().into_body()).await.unwrap_err();
+    let mut body = response.await.unwrap().into_body();
+    assert_eq!(body.data().await.unwrap().unwrap(), "half");
+    server.story.half_read.notify_one();
+    let error = read(body).await.unwrap_err();
     assert_eq!(error.reason(), Some(Reason::INTERNAL_ERROR), "{error}");
 
     // Before any answer, the proxy answers, and says why.
@@ -155,12 +171,13 @@ async fn a_server_s_reset_reaches_the_client_with_its_reason_and_a_client_s_the_
     // The client gives up a request that the server holds.
     let mut sender = sender.ready().await.unwrap();
     let (response, mut stream) = sender.send_request(ask("/hold"), true).unwrap();
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    assert_eq!(*server.ended.borrow(), None, "held until now");
+    let mut held = server.story.held.subscribe();
+    let begun = tokio::time::timeout(START, held.wait_for(|held| *held != Held::NotYet));
+    assert_eq!(*begun.await.expect("the server has it").unwrap(), Held::Yes);
     stream.send_reset(Reason::CANCEL);
     drop(response);
-    let heard = tokio::time::timeout(Duration::from_secs(10), server.ended.wait_for(Option::is_some));
-    assert_eq!(*heard.await.expect("the server hears of it").unwrap(), Some(Reason::CANCEL));
+    let ended = tokio::time::timeout(START, held.wait_for(|held| *held != Held::Yes));
+    assert_eq!(*ended.await.expect("the server hears of it").unwrap(), Held::Ended(Some(Reason::CANCEL)));
 
     // None of this has cost the connection anything.
     let mut sender = sender.ready().await.unwrap();
@@ -174,10 +191,13 @@ async fn a_server_that_says_goodbye_again_and_again_costs_no_request() {
     let (_mesh, _sidecar, caller) = pair(&server).await;
     let before = server.connections.load(Ordering::Relaxed);
     let sender = client(caller.proxy()).await;
+    // Three at a time: however long anybody is held up, no more of them have to be sent again at once than may be.
+    let turns = Arc::new(Semaphore::new(3));
     let mut asking = tokio::task::JoinSet::new();
     for number in 0..200 {
-        let sender = sender.clone();
+        let (sender, turns) = (sender.clone(), Arc::clone(&turns));
         asking.spawn(async move {
+            let _turn = turns.acquire().await.map_err(|e| e.to_string())?;
             let mut sender = sender.ready().await.map_err(|e| e.to_string())?;
             let (response, _) = sender.send_request(ask("/"), true).map_err(|e| e.to_string())?;
             let response = response.await.map_err(|e| format!("{number}: {e}"))?;
@@ -185,7 +205,6 @@ async fn a_server_that_says_goodbye_again_and_again_costs_no_request() {
             let (body, _) = read(response.into_body()).await.map_err(|e| format!("{number}: {e}"))?;
             if status == 200 && body == b"well\n" { Ok(()) } else { Err(format!("{number}: {status}")) }
         });
-        tokio::time::sleep(Duration::from_millis(2)).await;
     }
     while let Some(asked) = asking.join_next().await {
         asked.unwrap().unwrap_or_else(|e| panic!("{e}"));

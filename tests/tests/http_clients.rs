@@ -26,7 +26,7 @@ async fn curl_reaches_a_python_server_by_its_service_s_name_with_two_plain_runs(
         format!("http://web.default.svc.cluster.local:{port}/hello.txt"),
     ] {
         let command = [curl.clone().into_os_string(), "-sS".into(), "--fail".into(), url.clone().into()];
-        assert_eq!(mesh.run("caller").finish(command).ok(), "hello from python\n", "{url}");
+        assert_eq!(mesh.run("caller").until_ok(command), "hello from python\n", "{url}");
     }
     eventually("the edge is on the graph, with mutual TLS", START, || async {
         web.edges().await.into_iter().find(|e| e.is("caller", "web", "http") && e.mtls && e.requests >= 3)
@@ -52,7 +52,7 @@ async fn grpcio_makes_all_four_kinds_of_calls_under_run_and_shows_as_grpc() {
     let server =
         mesh.run("greeter").port(port).start([python.clone(), echo.clone(), "serve".into(), port.to_string().into()]);
     let client = [python, echo, "call".into(), format!("greeter:{port}").into()];
-    let said = mesh.run("caller").finish(client).ok();
+    let said = mesh.run("caller").until_ok(client);
     assert_eq!(
         said.lines().collect::<Vec<_>>(),
         [
@@ -78,5 +78,5 @@ async fn a_websocket_works_under_run() {
     let _server =
         mesh.run("chat").port(port).start([python.clone(), echo.clone(), "serve".into(), port.to_string().into()]);
     let client = [python, echo, "call".into(), format!("ws://chat:{port}/").into()];
-    assert_eq!(mesh.run("caller").finish(client).ok(), "one\ntwo\nTrue\n");
+    assert_eq!(mesh.run("caller").until_ok(client), "one\ntwo\nTrue\n");
 }

@@ -1,15 +1,11 @@
 //! `sheetbend intercept`, in network namespaces of its own: what is caught, what passes, and what is left behind.
 
-use std::fs::File;
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::AsFd;
 use std::process::{Command, Output};
-use std::time::Duration;
 
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use sheetbend_proxy::listen::{self, Listener, original_destination};
-use sheetbend_tests::{Host, binary, namespaces, need, program, root, two_hosts, until};
+use sheetbend_tests::{Host, START, binary, namespaces, need, program, root, two_hosts, until};
 use tokio::runtime::Runtime;
 use tokio::time::timeout;
 
@@ -111,8 +107,8 @@ fn the_original_destination_is_read_right_in_both_families_and_directions() {
         let runtime = Runtime::new().unwrap();
         let bind = |ip: &str, port| {
             // A program that another test starts at this moment may hold what was closed here until it is itself.
-            until("the port is free", Duration::from_secs(5), || {
-                on(&host, || {
+            until("the port is free", START, || {
+                host.within(|| {
                     let _within = runtime.enter();
                     listen::bind(SocketAddr::new(ip.parse().unwrap(), port)).ok()
                 })
@@ -248,21 +244,9 @@ fn rules(host: &Host) -> String {
     nft + &run("iptables", &["-t", "nat", "-S"]) + &run("ip6tables", &["-t", "nat", "-S"])
 }
 
-/// Runs `work` in the network namespace of `host`, where the sockets it makes stay.
-fn on<T: Send>(host: &Host, work: impl FnOnce() -> T + Send) -> T {
-    std::thread::scope(|scope| {
-        let inside = scope.spawn(|| {
-            let namespace = File::open(format!("/run/netns/{}", host.name())).unwrap();
-            move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
-            work()
-        });
-        inside.join().unwrap()
-    })
-}
-
 /// Listens on a port of `host` for as long as the namespace lives, and says which.
 fn listener(host: &Host, port: u16) -> u16 {
-    let listener = on(host, || TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)));
+    let listener = host.within(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)));
     let listener = listener.unwrap_or_else(|error| panic!("port {port} of {}: {error}", host.name()));
     let port = listener.local_addr().unwrap().port();
     // Kept until this process ends: the test asks who can reach it, and never how it ends.
@@ -271,7 +255,7 @@ fn listener(host: &Host, port: u16) -> u16 {
 }
 
 fn dial(from: &Host, to: SocketAddr) -> io::Result<TcpStream> {
-    on(from, || TcpStream::connect_timeout(&to, Duration::from_secs(5)))
+    from.within(|| TcpStream::connect_timeout(&to, START))
 }
 
 /// Whether a connection is answered. One that is caught is not, as long as nobody listens for the caught.
@@ -297,7 +281,7 @@ fn accepts_v4(listener: &Listener) -> bool {
 /// Dials `to` and says what `listener`, which is to catch it, believes about its destination.
 fn caught(runtime: &Runtime, listener: &mut Listener, from: &Host, to: SocketAddr) -> Option<SocketAddr> {
     let client = dial(from, to).unwrap_or_else(|error| panic!("{to} is not caught: {error}"));
-    let accepted = runtime.block_on(async { timeout(Duration::from_secs(5), listener.accept()).await });
+    let accepted = runtime.block_on(async { timeout(START, listener.accept()).await });
     let accepted = accepted.unwrap_or_else(|_| panic!("{to} was answered by someone else"));
     assert_eq!(accepted.peer.port(), client.local_addr().unwrap().port());
     original_destination(&accepted.stream).unwrap()

@@ -1,8 +1,13 @@
 //! The mesh that `sheetbend run` makes by itself: one user, one machine, no file.
 
-use std::time::Duration;
-
 use sheetbend_tests::{App, Load, Mesh, START, eventually, http};
+
+/// Waits for so many more good answers.
+async fn answers(load: &Load, more: usize) {
+    let enough = load.so_far().good.len() + more;
+    let look = || async { (load.so_far().good.len() >= enough).then_some(()) };
+    eventually(&format!("{enough} answers"), START, look).await;
+}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn three_runs_outlive_the_one_that_served_the_mesh_and_take_in_a_fourth_under_the_same_root() {
@@ -18,9 +23,9 @@ async fn three_runs_outlive_the_one_that_served_the_mesh_and_take_in_a_fourth_un
     let root = std::fs::read_to_string(&bundle).expect("the mesh's roots");
 
     let load = Load::start(caller.proxy(), "http://web/", 4, 25.0);
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    answers(&load, 50).await;
     first.process.kill();
-    tokio::time::sleep(Duration::from_secs(1)).await;
+    answers(&load, 100).await;
     let late_app = App::saying("late\n").await;
     let _late = mesh.run("late").port(late_app.port()).serve();
     let newcomer = mesh.caller("newcomer");
@@ -50,8 +55,8 @@ async fn a_service_is_withdrawn_before_its_program_is_told_to_stop() {
     let caller = mesh.caller("caller");
     caller.first_answer("http://web/").await;
     let load = Load::start(caller.proxy(), "http://web/", 4, 50.0);
-    tokio::time::sleep(Duration::from_secs(1)).await;
+    answers(&load, 200).await;
     leaving.process.stop();
-    tokio::time::sleep(Duration::from_secs(1)).await;
-    load.stop().await.assert_none_failed(200);
+    answers(&load, 200).await;
+    load.stop().await.assert_none_failed(400);
 }

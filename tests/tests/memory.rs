@@ -24,6 +24,7 @@ async fn carry(caller: &Sidecar, round: u64, requests: u64) {
                     .header("x-request-id", format!("{round}-{connection}-{number}"))
                     .body(Full::<Bytes>::default())
                     .expect("a request");
+                sender.ready().await.expect("a connection that is kept");
                 let answer = client::read(sender.send_request(request).await.expect("an answer")).await;
                 assert_eq!(answer.expect("a whole answer").status, 200);
             }
@@ -43,10 +44,16 @@ async fn a_pair_of_sidecars_takes_no_more_after_many_requests_than_after_some() 
     let caller = mesh.caller("caller");
     caller.first_answer("http://server/").await;
     carry(&caller, 0, 4_000).await;
-    let before = [caller.process.resident(), server.process.resident()];
-    carry(&caller, 1, 20_000).await;
-    let after = [caller.process.resident(), server.process.resident()];
-    for (before, after) in before.into_iter().zip(after) {
-        assert!(after <= before + ROOM, "{before} bytes after 4,000 requests, {after} after 24,000");
+    let resident = || [caller.process.resident(), server.process.resident()];
+    // What grows with requests grows each time; what a machine that was held up made grow does not grow again.
+    let mut seen = vec![resident()];
+    for round in 1..=3 {
+        carry(&caller, round, 20_000).await;
+        seen.push(resident());
+        let [.., before, after] = seen[..] else { unreachable!("two by now") };
+        if before.into_iter().zip(after).all(|(before, after)| after <= before + ROOM) {
+            return;
+        }
     }
+    panic!("the caller's and the server's bytes after 4,000 requests and after each 20,000 more: {seen:?}");
 }

@@ -2,19 +2,18 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
 
 use sheetbend_tests::{App, Mesh, START, Sidecar, eventually, finish, need, program};
 
 /// What curl hears, the status as its last line. It has our certificate, and no way to check a SPIFFE id of the server.
 fn ask(curl: &Path, sidecar: &Sidecar, certificate: Option<&PathBuf>, flags: &[&str]) -> String {
     let mut command = Command::new(curl);
-    command.args(["-sS", "-k", "--noproxy", "*", "-m", "10", "-w", "\n%{http_version} %{http_code}"]).args(flags);
+    command.args(["-sS", "-k", "--noproxy", "*", "-m", "30", "-w", "\n%{http_version} %{http_code}"]).args(flags);
     if let Some(folder) = certificate {
         command.arg("--cert").arg(folder.join("cert.pem")).arg("--key").arg(folder.join("key.pem"));
     }
     command.arg(format!("https://{}/", sidecar.inbound()));
-    finish(command, Duration::from_secs(30)).stdout
+    finish(command, 2 * START).stdout
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -146,15 +146,15 @@ async fn openssl_s_client_is_refused_as_everybody_is() {
     let caller = mesh.certificate("caller", &["--service", "caller"]);
     let said = talk(Some(&caller), &[]);
     assert!(said.starts_with("HTTP/1.1 200"), "with its certificate: {said}");
-    let refused = |what: &str, said: String, reason: &str| {
+    let refused = |what: &'static str, said: String, reason: &str| {
         assert!(!said.contains("200") && !said.contains("inside"), "{what}: {said}");
-        let (admin, label) = (server.sidecar.admin(), format!("reason=\"{reason}\""));
+        let (sidecar, label) = (&server.sidecar, format!("reason=\"{reason}\""));
         async move {
-            let metrics = http::get(admin, "/metrics").await.expect("the metrics").text();
-            let counted = metrics.lines().any(|line| {
-                line.starts_with("sheetbend_refused_total") && line.contains(&label) && !line.ends_with(" 0")
-            });
-            assert!(counted, "counted as {label}: {metrics}");
+            eventually(&format!("{what} is counted as {label}"), START, || async {
+                let counted = sidecar.counter("sheetbend_refused_total", &[&label]).await;
+                (counted >= 1.0).then_some(())
+            })
+            .await;
         }
     };
     refused("no certificate", talk(None, &[]), "no_certificate").await;
@@ -265,5 +265,8 @@ async fn a_strict_sidecar_takes_no_plain_text_for_a_port_whose_tls_is_the_app_s_
     let said = http::send(strict.inbound(), "GET", "/", "").await;
     assert!(said.is_err(), "{said:?}");
     assert_eq!(app.seen.load(std::sync::atomic::Ordering::Relaxed), 0, "the program was asked");
-    assert!(strict.counter("sheetbend_refused_total", &["plain"]).await >= 1.0);
+    eventually("it is counted", START, || async {
+        (strict.counter("sheetbend_refused_total", &["plain"]).await >= 1.0).then_some(())
+    })
+    .await;
 }

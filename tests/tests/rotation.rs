@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use sheetbend_tests::{App, Load, Mesh, START, eventually, free_port, http, loopback};
+use rustix::process::Signal;
+use sheetbend_tests::{App, Load, Mesh, START, eventually, free_port, loopback};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -61,25 +62,30 @@ async fn a_new_root_and_the_end_of_the_old_one_fail_no_request() {
     caller.first_answer("http://server/").await;
     let before = [certs(&server).await, certs(&caller).await];
     let load = Load::start(caller.proxy(), "http://server/", 4, 25.0);
+    let answers = async |more: usize| {
+        let enough = load.so_far().good.len() + more;
+        let look = || async { (load.so_far().good.len() >= enough).then_some(()) };
+        eventually(&format!("{enough} answers"), START, look).await;
+    };
     let mut tunnel = eventually("the echo answers through a tunnel", START, || async {
         let mut tunnel = TcpStream::connect(loopback(local)).await.ok()?;
         says(&mut tunnel, b"hello").await.ok().map(|()| tunnel)
     })
     .await;
-    tokio::time::sleep(Duration::from_secs(1)).await;
+    answers(50).await;
     let inbound = [server.inbound(), echoing.inbound()];
     let made_before = inbound.map(connected_to);
     assert!(made_before.iter().all(|ports| !ports.is_empty()), "{made_before:?}");
 
     let ca = mesh.ca();
     let ca = ca.to_str().expect("a path in UTF-8");
+    // One is held up: however late this is asked, it still needs the old root, and is named.
+    echoing.process.signal(Signal::STOP);
     mesh.finish(["certs", "rotate", "--dir", ca]).ok();
-    // Right away everybody still needs the old root, whether or not the control plane has seen the new one.
     let early = mesh.finish(["certs", "rotate", "--drop-old", "--dir", ca]);
     assert_eq!(early.status.code(), Some(1), "{}", early.stdout);
-    for name in ["sa/server", "sa/caller"] {
-        assert!(early.stderr.contains("the old root stays") && early.stderr.contains(name), "{}", early.stderr);
-    }
+    assert!(early.stderr.contains("the old root stays") && early.stderr.contains("sa/echo"), "{}", early.stderr);
+    echoing.process.signal(Signal::CONT);
     eventually("both sidecars show new certificates", START, || async {
         let now = [certs(&server).await, certs(&caller).await];
         (now[0] != before[0] && now[1] != before[1]).then_some(())
@@ -107,14 +113,16 @@ async fn a_new_root_and_the_end_of_the_old_one_fail_no_request() {
         })
         .await;
     }
-    tokio::time::sleep(Duration::from_secs(1)).await;
+    answers(50).await;
     load.stop().await.assert_none_failed(100);
-    let mut tunnel = TcpStream::connect(loopback(local)).await.expect("a connection");
-    says(&mut tunnel, b"hello again").await.expect("an answer over a new tunnel");
+    eventually("an answer over a new tunnel", START, || async {
+        let mut tunnel = TcpStream::connect(loopback(local)).await.ok()?;
+        says(&mut tunnel, b"hello again").await.ok()
+    })
+    .await;
 
     // And a newcomer, who knows only the new root, calls and is called.
-    let newcomer = mesh.caller("newcomer");
-    let answer = http::get(newcomer.proxy(), "http://server/").await.expect("an answer");
+    let answer = mesh.caller("newcomer").first_answer("http://server/").await;
     assert_eq!(answer.text(), "tied\n");
 }
 
@@ -136,19 +144,19 @@ async fn a_proxy_that_died_is_waited_for_by_name_and_can_be_left_behind() {
     let said = eventually("nobody but the dead one needs the old root", Duration::from_secs(90), || async {
         let said = drop(&[]);
         assert_eq!(said.status.code(), Some(1), "{}", said.stdout);
-        said.stderr.contains("1 of 2 proxies").then_some(said.stderr)
+        // That the dead one's connection has ended is noticed a moment after its death.
+        let alone = said.stderr.contains("1 of 2 proxies") && said.stderr.contains("nobody has heard of it for");
+        alone.then_some(said.stderr)
     })
     .await;
     // One that said goodbye is not waited for; of one that did not, nobody can know whether it comes back.
-    assert!(said.contains("sa/dead") && said.contains("nobody has heard of it for"), "{said}");
+    assert!(said.contains("sa/dead"), "{said}");
     assert!(said.contains("--leave-behind") && !said.contains("sa/stopped"), "{said}");
     assert_eq!(drop(&["--leave-behind", "1h"]).status.code(), Some(1), "it is not silent for so long");
-    eventually("it has been silent for a second", START, || async {
-        let said = drop(&["--leave-behind", "1s"]);
-        (said.status.success() || !said.stderr.contains("nobody has heard of it for 0s")).then_some(said)
+    eventually("it has been silent for a second and is left behind", START, || async {
+        drop(&["--leave-behind", "1s"]).status.success().then_some(())
     })
-    .await
-    .ok();
+    .await;
     let roots = || async { server.page("/certs").await.json()["roots"].as_array().map_or(0, Vec::len) };
     eventually("the old root is gone", START, || async { (roots().await == 1).then_some(()) }).await;
     mesh.caller("newcomer").first_answer("http://server/").await;

@@ -9,6 +9,7 @@ use std::time::Duration;
 use sheetbend_tests::{
     Mesh, START, Sidecar, eventually, finish, free_port, http, loopback, need, program, python, until,
 };
+use tokio::task::JoinHandle;
 
 /// Python's own web server in `folder`, on loopback.
 fn file_server(python: &Path, port: u16, folder: &Path) -> Vec<String> {
@@ -49,17 +50,15 @@ fn two_terminals_with_one_run_each_are_a_mesh() {
     let _web = mesh.run("web").port(port).start(file_server(&python, port, &folder_with(&mesh, "web")));
     let call = |url: &str| {
         let curl = curl.to_str().unwrap();
-        mesh.run("caller").finish([curl, "-sS", "--fail-with-body", "--max-time", "10", url])
+        mesh.run("caller").until_ok([curl, "-sS", "--fail-with-body", "--max-time", "10", url])
     };
-    // The port is registered a moment after it accepts.
-    until("web answers", START, || call("http://web/").status.success().then_some(()));
     for url in [
         "http://web/".to_string(),
         format!("http://web:{port}/"),
         format!("http://web.default:{port}/"),
         format!("http://web.default.svc.cluster.local:{port}/"),
     ] {
-        assert_eq!(call(&url).ok(), "this is web\n", "{url}");
+        assert_eq!(call(&url), "this is web\n", "{url}");
     }
 }
 
@@ -71,10 +70,8 @@ fn a_local_port_leads_any_client_to_a_service() {
     let (port, local) = (free_port(), free_port());
     let _web = mesh.run("web").port(port).start(file_server(&python, port, &folder_with(&mesh, "web")));
     let url = format!("http://127.0.0.1:{local}/");
-    let words =
-        [curl.to_str().unwrap(), "-sS", "--noproxy", "*", "--retry", "20", "--retry-all-errors", "--retry-delay", "1"];
-    let words = words.into_iter().chain([url.as_str()]);
-    assert_eq!(mesh.run("caller").upstream(local, "web").finish(words).ok(), "this is web\n");
+    let words = [curl.to_str().unwrap(), "-sS", "--fail", "--noproxy", "*", "--max-time", "10", &url];
+    assert_eq!(mesh.run("caller").upstream(local, "web").until_ok(words), "this is web\n");
 }
 
 #[test]
@@ -111,10 +108,14 @@ fn a_port_is_registered_only_once_the_program_accepts_on_it() {
     let caller = mesh.run("caller").caller();
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
-        let before = http::get(caller.proxy(), "http://late/").await.unwrap();
-        assert_eq!(before.status, 503, "{}", before.text());
-        let why = before.headers.get("proxy-status").and_then(|value| value.to_str().ok()).unwrap_or_default();
-        assert!(why.contains("late:80 has no endpoint"), "{why}");
+        // Without an answer from whoever serves the mesh within a second, that is the reason.
+        eventually("it is known that late has no endpoint", START, || async {
+            let before = http::get(caller.proxy(), "http://late/").await.unwrap();
+            assert_eq!(before.status, 503, "{}", before.text());
+            let why = before.headers.get("proxy-status").and_then(|value| value.to_str().ok()).unwrap_or_default();
+            why.contains("late:80 has no endpoint").then_some(())
+        })
+        .await;
         // Nobody else can have a name of this form: nothing is looked up for it.
         let whole = http::get(caller.proxy(), "http://late.default.svc.cluster.local/").await.unwrap();
         assert_eq!(whole.status, 503, "{}", whole.text());
@@ -167,11 +168,15 @@ async fn the_mesh_outlives_the_run_that_served_it() {
         let what = format!("{from} reaches {to}");
         eventually(&what, START, || says(sidecar, &format!("http://{to}/"), &format!("this is {to}"))).await;
     }
+    let enough = || async {
+        let failed = steady.iter().any(JoinHandle::is_finished);
+        (failed || done.load(Ordering::Relaxed) > 20).then_some(())
+    };
+    eventually("there are enough requests to mean anything", START, enough).await;
     stop.store(true, Ordering::Relaxed);
     for task in steady {
         task.await.expect("no request fails");
     }
-    assert!(done.load(Ordering::Relaxed) > 20, "too few requests to mean anything");
     assert_eq!(std::fs::read(mesh.ca().join("bundle.pem")).unwrap(), root, "another root");
 }
 

@@ -29,7 +29,7 @@ def call(target):
     say = channel.unary_unary("/t.Echo/Say")
     for n in range(100000):
         try:
-            print(n, say(b"me", timeout=5).decode(), flush=True)
+            print(n, say(b"me", timeout=25).decode(), flush=True)
         except grpc.RpcError as error:
             print(n, error.code(), error.details(), flush=True)
         time.sleep(0.1)

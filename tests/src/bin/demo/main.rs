@@ -99,7 +99,7 @@ fn demo(args: &Args) -> Result<ExitCode, String> {
 
 /// The graph once it has every expected edge, or as it is when that takes too long: proxies report every 5 s.
 fn settled(mesh: &Mesh) -> Graph {
-    let deadline = Instant::now() + Duration::from_secs(15);
+    let deadline = Instant::now() + Duration::from_secs(30);
     loop {
         let graph = mesh.graph().unwrap_or_default();
         if graph.missing().is_empty() || Instant::now() > deadline {

@@ -5,7 +5,7 @@ use std::process::Command;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use sheetbend_tests::{Process, finish, free_port, loopback};
+use sheetbend_tests::{Process, finish, free_port, loopback, registered};
 use tempfile::TempDir;
 
 use crate::STOP;
@@ -60,7 +60,7 @@ impl Mesh {
         &self.programs
     }
 
-    /// Starts `shop PART …` beside its own sidecar, as the service of that name, and waits until it accepts.
+    /// Starts `shop PART …` beside its own sidecar, as the service of that name, and waits until others can call it.
     pub(crate) fn run(
         &mut self,
         service: &str,
@@ -86,6 +86,8 @@ impl Mesh {
         let mut process = Process::spawn(service, self.folder.path(), command);
         if let Some(port) = port {
             accepts(&mut process, port)?;
+            let (admin, id) = (loopback(self.admin), process.id());
+            until(&mut process, "is not registered", || registered(admin, service, Some(id)) == Some(1))?;
         }
         Ok(process)
     }
@@ -127,13 +129,20 @@ fn done(command: Command) -> Result<String, String> {
 
 /// Waits until `process` accepts on a loopback port.
 fn accepts(process: &mut Process, port: u16) -> Result<(), String> {
+    until(process, &format!("does not accept on port {port}"), || {
+        std::net::TcpStream::connect_timeout(&loopback(port), Duration::from_secs(1)).is_ok()
+    })
+}
+
+/// Waits until something is so that a process has to bring about, and says what is wrong when that does not come.
+fn until(process: &mut Process, wrong: &str, mut look: impl FnMut() -> bool) -> Result<(), String> {
     let deadline = Instant::now() + START;
-    while std::net::TcpStream::connect_timeout(&loopback(port), Duration::from_secs(1)).is_err() {
+    while !look() {
         if STOP.load(Ordering::Relaxed) {
             return Err("interrupted".into());
         }
         if !process.is_alive() || Instant::now() > deadline {
-            return Err(format!("nothing accepts on port {port}\n{}", process.told()));
+            return Err(format!("a part {wrong}\n{}", process.told()));
         }
         std::thread::sleep(Duration::from_millis(10));
     }
