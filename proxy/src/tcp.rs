@@ -146,8 +146,8 @@ pub enum EndedBy {
 ///
 /// The end of one direction is passed on at once (FIN, or close_notify over TLS) and the other goes on for as long as
 /// it likes: half-close lasts, and no timer ends anything. A connection that breaks is a reset on the other side, never
-/// an orderly end that would make half a message look whole; the reset leaves when the caller drops the connection. A side
-/// that does not read stops the other from being read.
+/// an orderly end that would make half a message look whole; what came before it is passed on, and the reset leaves when
+/// the caller drops the connection. A side that does not read stops the other from being read.
 ///
 /// `progress` hears about bytes soon after they were written, for metrics of connections that last for days.
 pub async fn splice<A, B>(client: &mut A, server: &mut B, progress: impl Fn(Transferred)) -> SpliceOutcome
@@ -243,6 +243,8 @@ struct Half {
     waiting: Bytes,
     /// The source has closed; once `waiting` is out, so does the sink.
     closing: bool,
+    /// The source has broken; once `waiting` is out, that is how this direction ends.
+    broken: Option<io::Error>,
     /// The sink may hold bytes back until it is flushed (TLS records).
     unflushed: bool,
     /// Bytes taken by the sink.
@@ -305,18 +307,23 @@ impl Half {
             if self.closing {
                 return Pin::new(sink).poll_shutdown(cx).map_err(broken_sink);
             }
+            if self.broken.is_some() && self.unflushed {
+                ready!(Pin::new(&mut *sink).poll_flush(cx)).map_err(broken_sink)?;
+            }
+            if let Some(error) = self.broken.take() {
+                return Poll::Ready(Err((End::Source, error)));
+            }
 
             // Taken, not borrowed: should one splice ever run inside another, the inner one makes a buffer of its own.
             let mut scratch = SPARE.take().unwrap_or_else(|| vec![0; SCRATCH].into_boxed_slice());
             let filled = fill(cx, source, &mut scratch);
-            let result = match &filled {
-                Ok(Filled { bytes: 0, .. }) => Poll::Ready(Ok(())),
-                Ok(Filled { bytes, .. }) => self.write_or_keep(cx, sink, &scratch[..*bytes]),
-                Err(_) => Poll::Ready(Ok(())),
+            let result = match filled.bytes {
+                0 => Poll::Ready(Ok(())),
+                bytes => self.write_or_keep(cx, sink, &scratch[..bytes]),
             };
             SPARE.set(Some(scratch));
-            let filled = filled.map_err(|error| (End::Source, error))?;
             self.closing = filled.closed;
+            self.broken = filled.broken;
             ready!(result).map_err(broken_sink)?;
             if filled.dry {
                 if self.unflushed {
@@ -365,26 +372,27 @@ struct Filled {
     dry: bool,
     /// There will never be more.
     closed: bool,
+    /// There will never be more, and the end is not there: what was read came before that.
+    broken: Option<io::Error>,
 }
 
 /// Reads until `buffer` is full or `source` has no more for now. TLS gives a record at a time: several of them make one
 /// write.
-fn fill<R>(cx: &mut Context<'_>, source: &mut R, buffer: &mut [u8]) -> io::Result<Filled>
+fn fill<R>(cx: &mut Context<'_>, source: &mut R, buffer: &mut [u8]) -> Filled
 where
     R: AsyncRead + Unpin,
 {
     let mut read = ReadBuf::new(buffer);
-    let (mut dry, mut closed) = (false, false);
-    while read.remaining() > 0 && !dry && !closed {
+    let (mut dry, mut closed, mut broken) = (false, false, None);
+    while read.remaining() > 0 && !dry && !closed && broken.is_none() {
         let before = read.filled().len();
         match Pin::new(&mut *source).poll_read(cx, &mut read) {
             Poll::Ready(Ok(())) => closed = read.filled().len() == before,
-            // What was read before is thrown away with the connection: the other side gets a reset in any case.
-            Poll::Ready(Err(error)) => return Err(error),
+            Poll::Ready(Err(error)) => broken = Some(error),
             Poll::Pending => dry = true,
         }
     }
-    Ok(Filled { bytes: read.filled().len(), dry, closed })
+    Filled { bytes: read.filled().len(), dry, closed, broken }
 }
 
 fn poll_write<W>(cx: &mut Context<'_>, sink: &mut W, bytes: &[u8]) -> Poll<io::Result<usize>>

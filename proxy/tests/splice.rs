@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use sheetbend_proxy::tcp::{EndedBy, SpliceOutcome, Transferred, splice};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -20,8 +20,10 @@ struct Pair {
 
 impl Pair {
     async fn new() -> Self {
-        let (client, mut near) = connected().await;
-        let (mut far, server) = connected().await;
+        Self::of(connected().await, connected().await)
+    }
+
+    fn of((client, mut near): (TcpStream, TcpStream), (mut far, server): (TcpStream, TcpStream)) -> Self {
         let progress = Arc::new(Mutex::new(Transferred::default()));
         let seen = progress.clone();
         let outcome = tokio::spawn(async move {
@@ -53,7 +55,7 @@ async fn connected() -> (TcpStream, TcpStream) {
 }
 
 async fn soon<F: Future>(future: F) -> F::Output {
-    timeout(Duration::from_secs(20), future).await.expect("this should not take 20 s")
+    timeout(Duration::from_secs(60), future).await.expect("this should not take a minute")
 }
 
 async fn read_all(stream: &mut TcpStream) -> Vec<u8> {
@@ -139,14 +141,42 @@ async fn an_early_refusal_of_an_upload_reaches_the_client_whole() {
 }
 
 #[tokio::test]
+async fn what_was_sent_right_before_a_reset_arrives_when_both_are_there_at_once() {
+    let ((mut client, near), (far, mut server)) = (connected().await, connected().await);
+    server.write_all(b"413 too large").await.unwrap();
+    server.set_zero_linger().unwrap();
+    drop(server);
+    // As a task finds them that had no turn in between.
+    let both = async {
+        while !far.ready(Interest::READABLE).await.unwrap().is_read_closed() {
+            tokio::task::yield_now().await;
+        }
+    };
+    soon(both).await;
+    let (mut near, mut far) = (near, far);
+    let outcome = tokio::spawn(async move { splice(&mut near, &mut far, |_| {}).await });
+    let mut answer = [0; 13];
+    soon(client.read_exact(&mut answer)).await.unwrap();
+    assert_eq!(&answer, b"413 too large");
+    assert_eq!(soon(client.read(&mut answer)).await.unwrap_err().kind(), ErrorKind::ConnectionReset);
+    assert!(matches!(soon(outcome).await.unwrap().ended_by, EndedBy::ServerBroke(_)));
+}
+
+#[tokio::test]
 async fn a_side_that_does_not_read_stops_the_other() {
-    let mut pair = Pair::new().await;
+    let (near, far) = (connected().await, connected().await);
+    for socket in [&near.0, &near.1, &far.0, &far.1].map(socket2::SockRef::from) {
+        // Said, since a kernel may let them grow to any size.
+        socket.set_send_buffer_size(256 * 1024).unwrap();
+        socket.set_recv_buffer_size(256 * 1024).unwrap();
+    }
+    let mut pair = Pair::of(near, far);
     let chunk = vec![1; 64 * 1024];
     let mut sent = 0u64;
     // Until nothing has moved for a second: the sockets of both connections are full, and one buffer between them.
     while let Ok(written) = timeout(Duration::from_secs(1), pair.client.write(&chunk)).await {
         sent += written.unwrap() as u64;
-        assert!(sent < 64 << 20, "64 MiB went into a connection that nobody reads");
+        assert!(sent < 16 << 20, "16 MiB went into a connection that nobody reads");
     }
     let moved = pair.progress.lock().unwrap().client_to_server;
     assert!(moved < sent, "the last bytes wait in the client's socket");
@@ -195,7 +225,7 @@ async fn a_hundred_mebibytes_each_way_at_once_arrive_unchanged() {
         }));
     }
     for task in tasks {
-        timeout(Duration::from_secs(120), task).await.unwrap().unwrap();
+        timeout(Duration::from_secs(300), task).await.unwrap().unwrap();
     }
     let outcome = soon(pair.outcome).await.unwrap();
     assert_eq!((outcome.client_to_server, outcome.server_to_client), (TOTAL as u64, TOTAL as u64));
