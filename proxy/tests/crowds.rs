@@ -107,23 +107,26 @@ async fn crowd(proxy: &Proxy, size: usize, of: SocketAddr, asking: &mut JoinSet<
 }
 
 /// How many waited of a crowd of requests that came to a worker at once; one more dials, in vain, and the rest were
-/// refused before that long. All were told why, and a request to somebody else has its answer meanwhile.
-async fn waited(proxy: &Proxy, size: usize, others: SocketAddr) -> usize {
+/// refused before that long. All were told why, or this says what one was told instead; and a request to somebody else
+/// has its answer meanwhile.
+async fn waited(proxy: &Proxy, size: usize, others: SocketAddr) -> Result<usize, String> {
     let deaf = Deaf::new();
     let mut asking = JoinSet::new();
     crowd(proxy, size, deaf.address, &mut asking).await;
     let mut waited = 0;
     for number in 1..size {
         let (status, said, took) = asking.join_next().await.unwrap().unwrap();
-        assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{said}");
-        assert!(said.contains("connection_limit_reached") && said.contains("too many requests wait"), "{said}");
+        let right = said.contains("connection_limit_reached") && said.contains("too many requests wait");
+        if status != StatusCode::SERVICE_UNAVAILABLE || !right {
+            return Err(format!("{status} after {took:?}: {said}"));
+        }
         waited += usize::from(took >= WAITS);
         if number == 1 {
             let (status, said, _) = ask(http2(proxy).await, others).await;
             assert_eq!(status, StatusCode::OK, "{said}");
         }
     }
-    waited
+    Ok(waited)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -133,10 +136,11 @@ async fn as_many_requests_as_may_wait_for_a_connection_and_the_rest_are_told_at_
     let caller = mesh.sidecar("caller", None).await;
     let (others, _) = well(&watch::Sender::new(true)).await;
     let mut seen = Vec::new();
-    // Where a machine is so slow that the last come when the first have waited for long enough, more have waited.
-    for _ in 0..3 {
+    // Where a machine is so slow that the last come when the first have waited for long enough, more have waited; where it
+    // is slower still, the one who dials is told of that before all who wait are told of theirs.
+    for _ in 0..5 {
         seen.push(waited(&caller, MAY_WAIT + 500, others).await);
-        if seen.ends_with(&[MAY_WAIT]) {
+        if seen.ends_with(&[Ok(MAY_WAIT)]) {
             return;
         }
     }
@@ -146,7 +150,7 @@ async fn as_many_requests_as_may_wait_for_a_connection_and_the_rest_are_told_at_
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn as_many_requests_as_may_are_under_way_to_one_destination_and_the_rest_are_told_at_once() {
     const MORE: usize = 500;
-    const WAVE: usize = 2_500;
+    const WAVE: usize = 1_000;
     let _alone = ONE_CROWD.lock().await;
     raise_file_limit();
     let mesh = Mesh::start().await;
