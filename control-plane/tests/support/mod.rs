@@ -71,17 +71,28 @@ pub async fn channel(address: SocketAddr, tls: Arc<rustls::ClientConfig>) -> Res
     Endpoint::from_static("http://control-plane").connect_with_connector(connect).await
 }
 
+/// A channel, however long the machine takes: the control plane gives a handshake 5 s.
+async fn entered(control_plane: &ControlPlane, tls: Arc<rustls::ClientConfig>) -> Channel {
+    let deadline = tokio::time::Instant::now() + SOON;
+    loop {
+        match channel(control_plane.listen(), tls.clone()).await {
+            Ok(channel) => return channel,
+            Err(error) => assert!(tokio::time::Instant::now() < deadline, "{error}"),
+        }
+    }
+}
+
 /// A channel of a workload of this CA.
 pub async fn workload(control_plane: &ControlPlane, ca: &Ca, service: &str) -> Channel {
     let identity = identity(ca, service, Duration::from_secs(3600), SystemTime::now());
     let tls = control_plane_client(Some(&identity), ca.bundle().unwrap()).unwrap();
-    channel(control_plane.listen(), tls).await.unwrap()
+    entered(control_plane, tls).await
 }
 
 /// A channel of someone who knows the root's digest alone.
 pub async fn stranger(control_plane: &ControlPlane, ca: &Ca) -> Channel {
     let tls = first_trust_client(ca.active_root().unwrap().sha256()).unwrap();
-    channel(control_plane.listen(), tls).await.unwrap()
+    entered(control_plane, tls).await
 }
 
 pub async fn ask_for_certificate(channel: Channel, csr: &str, token: Option<&str>) -> Result<Vec<String>, Status> {

@@ -50,9 +50,14 @@ async fn started(scope: Scope) -> Proxy {
     Proxy { address, ready }
 }
 
+/// Asked again where the machine takes longer than an operator's tools wait.
 async fn get(proxy: &Proxy, path: &str) -> Result<String, String> {
-    let answer = admin_http::get(&proxy.address, path).await;
-    answer.map(|body| String::from_utf8_lossy(&body).into_owned()).map_err(|e| e.to_string())
+    loop {
+        match admin_http::get(&proxy.address, path).await {
+            Err(admin_http::AskError::Timeout(_)) => {}
+            answer => return answer.map(|body| String::from_utf8_lossy(&body).into_owned()).map_err(|e| e.to_string()),
+        }
+    }
 }
 
 async fn post(proxy: &Proxy, path: &str, body: &str) -> String {
