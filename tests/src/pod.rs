@@ -167,7 +167,7 @@ impl Pod<'_> {
 
     /// The sum of a counter of the sidecar over all of its labels that contain each of `labels`.
     pub fn counter(&self, name: &str, labels: &[&str]) -> f64 {
-        crate::mesh::counter(&self.page("/metrics"), name, labels)
+        crate::look::counter(&self.page("/metrics"), name, labels)
     }
 
     /// Waits until the app gets a good answer for these arguments of `curl`, and gives it: what was registered just now is

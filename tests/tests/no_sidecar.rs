@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use sheetbend_tests::{App, Mesh, START, Sidecar, eventually, finish, need, program};
+use sheetbend_tests::{App, Mesh, START, Sidecar, eventually, finish, need, program, until};
 
 /// What curl hears, the status as its last line. It has our certificate, and no way to check a SPIFFE id of the server.
 fn ask(curl: &Path, sidecar: &Sidecar, certificate: Option<&PathBuf>, flags: &[&str]) -> String {
@@ -39,8 +39,10 @@ async fn curl_is_served_by_its_certificate_where_tls_is_the_mesh_s_and_refused_w
         (&named, &["--http2"], "inside\n\n1.1 200"),
         (&newer, &["--http2"], "inside\n\n2 200"),
     ] {
-        let said = ask(&curl, sidecar, Some(&edge), flags);
-        assert_eq!(said, expected, "{} {flags:?}", sidecar.service);
+        // Whoever is held up for two seconds in the middle of a handshake is sent away, and has no answer.
+        let what = format!("{} answers {flags:?}", sidecar.service);
+        let answered = || Some(ask(&curl, sidecar, Some(&edge), flags)).filter(|said| !said.ends_with(" 000"));
+        assert_eq!(until(&what, START, answered), expected, "{what}");
     }
     for service in ["strict", "named", "newer"] {
         let edge = eventually("the edge is on the graph", START, || async {
@@ -53,8 +55,11 @@ async fn curl_is_served_by_its_certificate_where_tls_is_the_mesh_s_and_refused_w
 
     app.seen.store(0, std::sync::atomic::Ordering::Relaxed);
     for sidecar in [&strict, &named, &newer] {
-        let said = ask(&curl, sidecar, Some(&other), &[]);
-        assert!(said.ends_with(" 403"), "{} for another: {said}", sidecar.service);
+        until(&format!("{} refuses another", sidecar.service), START, || {
+            let said = ask(&curl, sidecar, Some(&other), &[]);
+            assert!(said.ends_with(" 403") || said.ends_with(" 000"), "{said}");
+            said.ends_with(" 403").then_some(())
+        });
         let said = ask(&curl, sidecar, None, &[]);
         assert!(said.ends_with(" 000"), "{} without a certificate: {said}", sidecar.service);
     }
