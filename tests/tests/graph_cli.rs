@@ -13,7 +13,12 @@ async fn graph_shows_a_grpc_call_of_a_client_that_knows_nothing_of_the_mesh() {
     mesh.run("caller").until_ok([python, echo, "call".into(), format!("greeter:{port}").into()]);
 
     // Without a flag: whatever of this user's runs here.
-    let graph = |flags: &[&str]| mesh.finish(["graph"].iter().chain(flags)).ok();
+    let graph = |flags: &[&str]| {
+        until("whoever is asked answers", START, || {
+            let said = mesh.finish(["graph"].iter().chain(flags));
+            said.status.success().then_some(said.stdout)
+        })
+    };
     let edges = |flags: &[&str]| read_edges(&serde_json::from_str(&graph(flags)).expect("JSON"));
     let call = until("five calls are on the graph", START, || {
         edges(&["-o", "json"]).into_iter().find(|edge| edge.is("caller", "greeter", "grpc") && edge.requests >= 5)
