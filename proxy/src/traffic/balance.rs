@@ -69,6 +69,11 @@ impl Load {
         latency.max(1.0) * f64::from(self.in_flight() + 1)
     }
 
+    /// Nothing is known of its latency any more.
+    pub fn forget(&self) {
+        self.latency.store((FIRST_GUESS.as_nanos() as f64).to_bits(), Relaxed);
+    }
+
     fn weight_of_the_past(&self, now: Duration) -> f64 {
         let passed = (now.as_nanos() as u64).saturating_sub(self.stamp.load(Relaxed));
         (-(passed as f64) / DECAY.as_nanos() as f64).exp()

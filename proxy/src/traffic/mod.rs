@@ -1,4 +1,6 @@
 //! PURE: state and `now` in, a decision out.
 
 pub mod balance;
+pub mod outlier;
 pub mod retry;
+pub mod window;

@@ -21,7 +21,8 @@ const fn secs(seconds: u64) -> Duration {
 }
 
 fn of(servers: Vec<Conduct>, callers: Vec<Caller>, lasts: Duration) -> Script {
-    Script { servers, callers, changes: Vec::new(), lasts }
+    let per_try = Some(Duration::from_millis(250));
+    Script { servers, callers, changes: Vec::new(), pushes: Vec::new(), per_try, ejects: true, lasts }
 }
 
 #[test]
@@ -81,6 +82,70 @@ fn of_equal_endpoints_none_starves_and_none_carries_twice_its_share() {
     });
 }
 
+#[test]
+fn with_one_of_five_endpoints_failing_hardly_any_caller_notices_after_the_first_second() {
+    let ways = [Conduct::failing(1.0), Conduct::failing(0.5), Conduct::Hangs, Conduct::Resets, Conduct::Refuses];
+    for_each_seed(200, |seed, chance| {
+        let bad = ways[chance.random_range(0..ways.len())].clone();
+        let mut servers = vec![Conduct::good(); 5];
+        servers[chance.random_range(0..5)] = bad.clone();
+        let callers = vec![Caller::at(chance.random_range(50.0..500.0))];
+        let record = play(&of(servers, callers, secs(61)), seed);
+        let success = record.success(secs(1)..secs(61));
+        (success >= 0.999).then_some(()).ok_or(format!("{success:.5} with {bad:?}"))?;
+        record.check()
+    });
+}
+
+#[test]
+fn an_endpoint_that_recovers_has_its_traffic_back_within_two_ejections_and_without_a_stampede() {
+    for_each_seed(200, |seed, chance| {
+        let rate = chance.random_range(100.0..1000.0);
+        let bad_until = secs(chance.random_range(1..4));
+        let mut script = of(vec![Conduct::good(); 5], vec![Caller::at(rate)], secs(60));
+        script.servers[0] = Conduct::Resets;
+        script.changes.push((bad_until, 0, Conduct::good()));
+        let record = play(&script, seed);
+        // Failures at the start cost it at most ejections of 1, 2 and 4 s.
+        let late = record.loads(secs(40)..secs(60));
+        let mean = late.iter().sum::<usize>() / 5;
+        (late[0] * 2 >= mean).then_some(()).ok_or(format!("{late:?} in the end"))?;
+        let stampede = (0..20).map(|second| record.loads(secs(second)..secs(second + 1))[0]).max().unwrap_or(0);
+        (stampede as f64 <= rate / 5.0 * 2.5 + 10.0)
+            .then_some(())
+            .ok_or(format!("{stampede} in one second at {rate:.0}"))
+    });
+}
+
+#[test]
+fn verdicts_are_right() {
+    for_each_seed(200, |seed, chance| {
+        let rate = chance.random_range(100.0..1000.0);
+        let n = chance.random_range(3..10);
+        let mut script = of(vec![Conduct::good(); n], vec![Caller::at(rate)], secs(60));
+        for at in 0..chance.random_range(0..=(n - 1) / 2) {
+            script.servers[at] =
+                [Conduct::failing(0.5), Conduct::failing(1.0), Conduct::Resets][chance.random_range(0..3)].clone();
+        }
+        let record = play(&script, seed);
+        let (all, wrong) = record.verdicts();
+        (wrong * 100 <= all).then_some(()).ok_or(format!("{wrong} of {all} verdicts are wrong"))
+    });
+}
+
+#[test]
+fn a_common_cause_ejects_nobody() {
+    for_each_seed(200, |seed, chance| {
+        let n = chance.random_range(2..10);
+        let mut script = of(vec![Conduct::good(); n], vec![Caller::at(chance.random_range(50.0..1000.0))], secs(30));
+        let bad = [Conduct::failing(1.0), Conduct::Resets, Conduct::Refuses][chance.random_range(0..3)].clone();
+        script.changes.extend((0..n).map(|at| (secs(10), at, bad.clone())));
+        let record = play(&script, seed);
+        let ejections = record.ejections(secs(0)..secs(30));
+        (ejections == 0).then_some(()).ok_or(format!("{ejections} ejections of {n}"))
+    });
+}
+
 /// Anything that can happen.
 fn anything(chance: &mut rand::rngs::StdRng) -> Script {
     let conduct = |chance: &mut rand::rngs::StdRng, now| match chance.random_range(0..9) {
@@ -107,5 +172,12 @@ fn anything(chance: &mut rand::rngs::StdRng) -> Script {
         .collect();
     // What hangs for ever would end nothing.
     changes.extend((0..servers.len()).map(|server| (secs(12), server, Conduct::good())));
-    Script { servers, callers, changes, lasts: secs(10) }
+    let pushes = (0..chance.random_range(0..6)).map(|_| {
+        let all = servers.len();
+        let some: Vec<usize> = (0..all).filter(|_| chance.random_bool(0.7)).collect();
+        (chance.random_range(secs(0)..secs(10)), if some.is_empty() { (0..all).collect() } else { some })
+    });
+    let pushes = pushes.collect();
+    let per_try = chance.random_bool(0.5).then(|| chance.random_range(Duration::from_millis(50)..secs(2)));
+    Script { servers, callers, changes, pushes, per_try, ejects: true, lasts: secs(10) }
 }

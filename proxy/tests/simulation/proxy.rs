@@ -1,19 +1,57 @@
 //! One proxy's decisions, all of them made by the code that makes them in production.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use sheetbend_proxy::traffic::balance::{self, FAILURE_COST, Load};
+use rand::RngExt;
+use rand::rngs::StdRng;
+use sheetbend_proxy::traffic::balance::{self, FAILURE_COST};
+use sheetbend_proxy::traffic::outlier::{Detection, Floor, Outcome, Reason, State, Vitals};
 use sheetbend_proxy::traffic::retry::{self, Attempt, Budget, Failure, Verdict};
 
 pub(crate) struct Proxy {
-    loads: Vec<Load>,
+    /// What is known of each server, whether it is an endpoint now or not.
+    known: Vec<Arc<Vitals>>,
+    /// The servers that are endpoints now.
+    servers: Vec<usize>,
+    endpoints: Arc<[Arc<Vitals>]>,
+    floor: Floor,
+    detection: Detection,
     pub(crate) budget: Budget,
     pub(crate) retrying: u64,
 }
 
+/// Where an attempt goes.
+#[derive(Clone, Copy)]
+pub(crate) struct Attempted {
+    pub(crate) server: usize,
+    pub(crate) probe: bool,
+}
+
 impl Proxy {
-    pub(crate) fn new(servers: usize) -> Self {
-        Self { loads: (0..servers).map(|_| Load::default()).collect(), budget: Budget::default(), retrying: 0 }
+    pub(crate) fn new(servers: usize, ejects: bool) -> Self {
+        let detection = match ejects {
+            true => Detection::default(),
+            false => Detection { consecutive_failures: u32::MAX, request_volume: u32::MAX, ..Detection::default() },
+        };
+        let mut proxy = Self {
+            known: (0..servers).map(|_| Arc::default()).collect(),
+            servers: Vec::new(),
+            endpoints: Arc::new([]),
+            floor: Floor::default(),
+            detection,
+            budget: Budget::default(),
+            retrying: 0,
+        };
+        proxy.follow((0..servers).collect());
+        proxy
+    }
+
+    /// The control plane says that these are the endpoints.
+    pub(crate) fn follow(&mut self, servers: Vec<usize>) {
+        self.endpoints = servers.iter().map(|server| Arc::clone(&self.known[*server])).collect();
+        self.servers = servers;
+        self.floor.follow(Arc::clone(&self.endpoints));
     }
 
     /// A request begins.
@@ -27,23 +65,36 @@ impl Proxy {
     }
 
     /// An attempt begins, at another server than the one tried before.
-    pub(crate) fn pick(&mut self, tried: Option<usize>, chance: u64, now: Duration) -> usize {
-        let at = balance::pick(self.loads.len(), tried, chance, |at| self.loads[at].cost(now));
-        let at = at.expect("a script has servers");
-        self.loads[at].begin();
-        at
+    pub(crate) fn pick(
+        &mut self,
+        tried: Option<usize>,
+        idempotent: bool,
+        chance: &mut StdRng,
+        now: Duration,
+    ) -> Attempted {
+        let tried = tried.and_then(|tried| self.servers.iter().position(|server| *server == tried));
+        let endpoints = &self.endpoints;
+        let balance = |bits| balance::pick(endpoints.len(), tried, bits, |at| endpoints[at].load.cost(now));
+        let picked = self.floor.pick(endpoints, idempotent && tried.is_none(), now, || chance.random(), balance);
+        let picked = picked.expect("a script has servers");
+        endpoints[picked.at].load.begin();
+        Attempted { server: self.servers[picked.at], probe: picked.probe }
     }
 
-    pub(crate) fn end_attempt(&mut self, server: usize) {
-        self.loads[server].end();
-    }
-
+    /// The head of an answer came.
     pub(crate) fn answered(&mut self, server: usize, after: Duration, now: Duration) {
-        self.loads[server].sample(after, now);
+        self.known[server].load.sample(after, now);
     }
 
     pub(crate) fn failed(&mut self, server: usize, now: Duration) {
-        self.loads[server].sample(FAILURE_COST, now);
+        self.known[server].load.sample(FAILURE_COST, now);
+    }
+
+    /// An attempt has ended.
+    pub(crate) fn report(&mut self, of: Attempted, outcome: Outcome, chance: f64, now: Duration) -> Option<Reason> {
+        let vitals = &self.known[of.server];
+        vitals.load.end();
+        self.floor.report(vitals, of.probe, outcome, &self.detection, now, chance)
     }
 
     pub(crate) fn again(
@@ -67,7 +118,22 @@ impl Proxy {
         }
     }
 
-    pub(crate) fn in_flight(&self, server: usize) -> u32 {
-        self.loads[server].in_flight()
+    pub(crate) fn in_flight(&self) -> u32 {
+        self.known.iter().map(|vitals| vitals.load.in_flight()).sum()
+    }
+
+    /// How many endpoints there are, and how many of them are in use.
+    pub(crate) fn in_use(&self) -> (usize, usize) {
+        let in_use = self.endpoints.iter().filter(|vitals| !matches!(vitals.state(), State::Ejected { .. })).count();
+        (self.endpoints.len(), in_use)
+    }
+
+    pub(crate) fn state(&self, server: usize) -> State {
+        self.known[server].state()
+    }
+
+    /// Requests to a server that ended within its window.
+    pub(crate) fn seen(&self, server: usize, now: Duration) -> u32 {
+        self.known[server].recent(now).0
     }
 }

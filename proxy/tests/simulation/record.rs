@@ -3,7 +3,10 @@
 use std::ops::Range;
 use std::time::Duration;
 
+use sheetbend_proxy::traffic::outlier::State;
+
 use super::proxy::Proxy;
+use super::server::Server;
 
 /// How a call ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -11,6 +14,7 @@ pub(crate) enum End {
     Status(u16),
     Reset,
     Unreached,
+    TimedOut,
     CallerLeft,
 }
 
@@ -28,13 +32,18 @@ pub(crate) struct Record {
     calls: Vec<Ended>,
     /// When each server was reached.
     reached: Vec<Vec<Duration>>,
+    /// When each server was ejected by somebody.
+    ejected: Vec<Vec<Duration>>,
+    /// Seconds of endpoints of which a proxy saw enough: how often it judged them, and how often wrongly.
+    verdicts: (u32, u32),
     /// What must never be, and was.
     wrong: Vec<String>,
 }
 
 impl Record {
     pub(crate) fn new(servers: usize) -> Self {
-        Self { calls: Vec::new(), reached: vec![Vec::new(); servers], wrong: Vec::new() }
+        let each = vec![Vec::new(); servers];
+        Self { calls: Vec::new(), reached: each.clone(), ejected: each, verdicts: (0, 0), wrong: Vec::new() }
     }
 
     pub(crate) fn ended(&mut self, begun: Duration, at: Duration, attempts: u32, end: End) {
@@ -53,6 +62,31 @@ impl Record {
         }
     }
 
+    /// An endpoint was ejected: half of them, and never nobody, stay in use.
+    pub(crate) fn ejected(&mut self, server: usize, at: Duration, proxy: &Proxy) {
+        self.ejected[server].push(at);
+        let (all, in_use) = proxy.in_use();
+        if in_use < all.div_ceil(2).max(1) {
+            self.wrong(format!("at {at:?} {in_use} of {all} endpoints are in use"));
+        }
+    }
+
+    /// Holds each proxy's view of each server against the truth.
+    pub(crate) fn look(&mut self, now: Duration, proxies: &[Proxy], servers: &[Server]) {
+        for proxy in proxies {
+            for (at, server) in servers.iter().enumerate().filter(|(at, _)| proxy.seen(*at, now) >= 20) {
+                let Some(good) = server.conduct.truly() else { continue };
+                let wrong = match proxy.state(at) {
+                    State::Serving => !good,
+                    State::Ejected { .. } => good,
+                    State::Probing | State::Ramping { .. } => false,
+                };
+                self.verdicts.0 += 1;
+                self.verdicts.1 += u32::from(wrong);
+            }
+        }
+    }
+
     pub(crate) fn wrong(&mut self, what: String) {
         self.wrong.push(what);
     }
@@ -60,7 +94,7 @@ impl Record {
     /// At the end nothing counts as under way any more.
     pub(crate) fn nobody_left(&mut self, proxies: &[Proxy]) {
         for proxy in proxies {
-            let in_flight: u32 = (0..self.reached.len()).map(|server| proxy.in_flight(server)).sum();
+            let in_flight = proxy.in_flight();
             if (u64::from(in_flight), proxy.budget.in_flight(), proxy.retrying) != (0, 0, 0) {
                 self.wrong.push(format!("{in_flight} attempts are under way for ever"));
             }
@@ -75,6 +109,22 @@ impl Record {
     /// Calls that began in a span of time.
     pub(crate) fn calls(&self, when: Range<Duration>) -> usize {
         self.within(when).count()
+    }
+
+    /// The share of calls that began then and had what they asked for.
+    pub(crate) fn success(&self, when: Range<Duration>) -> f64 {
+        let good = self.within(when.clone()).filter(|call| matches!(call.end, End::Status(200..500))).count();
+        good as f64 / self.calls(when).max(1) as f64
+    }
+
+    /// How often somebody ejected a server.
+    pub(crate) fn ejections(&self, when: Range<Duration>) -> usize {
+        self.ejected.iter().flatten().filter(|at| when.contains(*at)).count()
+    }
+
+    /// Verdicts about endpoints, and wrong ones.
+    pub(crate) fn verdicts(&self) -> (u32, u32) {
+        self.verdicts
     }
 
     /// Attempts of calls that began then, a call.

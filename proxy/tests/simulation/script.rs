@@ -10,6 +10,12 @@ pub(crate) struct Script {
     pub(crate) callers: Vec<Caller>,
     /// When which server changes its ways.
     pub(crate) changes: Vec<(Duration, usize, Conduct)>,
+    /// When the control plane names which servers.
+    pub(crate) pushes: Vec<(Duration, Vec<usize>)>,
+    /// How long one attempt may take.
+    pub(crate) per_try: Option<Duration>,
+    /// Whether endpoints that fail are ejected.
+    pub(crate) ejects: bool,
     /// How long the callers go on asking.
     pub(crate) lasts: Duration,
 }
@@ -56,6 +62,15 @@ impl Conduct {
     /// Good but for its latency.
     pub(crate) fn slower(by: u32) -> Self {
         Self::Answers { median: Duration::from_millis(5) * by, spread: 0.3, errors: 0.0, at_once: 64 }
+    }
+
+    /// Whether it is truly good, or truly bad; what is between may be seen either way.
+    pub(crate) fn truly(&self) -> Option<bool> {
+        match self {
+            Self::Answers { errors, .. } if *errors <= 0.02 => Some(true),
+            Self::Answers { errors, .. } if *errors < 0.4 => None,
+            Self::Answers { .. } | Self::Resets | Self::Refuses | Self::Hangs | Self::Silent { .. } => Some(false),
+        }
     }
 
     /// Good but for a share of errors, which come sooner than answers would.

@@ -10,9 +10,10 @@ use std::time::Duration;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use sheetbend_proxy::telemetry::Counter;
+use sheetbend_proxy::traffic::outlier;
 use sheetbend_proxy::traffic::retry::{Failure, Verdict};
 
-use super::proxy::Proxy;
+use super::proxy::{Attempted, Proxy};
 use super::record::{End, Record};
 use super::script::{Caller, Conduct, Script};
 use super::server::{Reply, Server};
@@ -31,7 +32,7 @@ struct Call {
     idempotent: bool,
     /// Attempts before this one.
     before: u32,
-    server: usize,
+    to: Attempted,
     /// When this attempt began.
     sent: Duration,
     /// How often a server did what it asks for.
@@ -53,8 +54,14 @@ enum Event {
     Again(usize),
     /// A caller's patience ends.
     Leaves(usize),
+    /// An attempt has taken as long as it may.
+    TooLong(usize, u32),
     /// A server changes its ways.
     Becomes(usize, Conduct),
+    /// The control plane names other endpoints.
+    Push(Vec<usize>),
+    /// A look at everybody, once a second.
+    Look,
 }
 
 #[derive(Clone, Copy)]
@@ -64,6 +71,8 @@ enum Outcome {
     Reset,
     /// There was no connection.
     Unreached,
+    /// It took too long.
+    TimedOut,
 }
 
 /// The order of events: by time, then as they were planned.
@@ -82,6 +91,7 @@ pub(crate) struct World {
     servers: Vec<Server>,
     calls: Vec<Call>,
     record: Record,
+    per_try: Option<Duration>,
 }
 
 /// Plays a script from its beginning to its end.
@@ -94,11 +104,18 @@ pub(crate) fn play(script: &Script, seed: u64) -> Record {
         free: Vec::new(),
         chance: StdRng::seed_from_u64(seed),
         callers: script.callers.clone(),
-        proxies: script.callers.iter().map(|_| Proxy::new(script.servers.len())).collect(),
+        proxies: script.callers.iter().map(|_| Proxy::new(script.servers.len(), script.ejects)).collect(),
         servers: script.servers.iter().map(Server::new).collect(),
         calls: Vec::new(),
         record: Record::new(script.servers.len()),
+        per_try: script.per_try,
     };
+    for (at, servers) in &script.pushes {
+        world.plan(*at, Event::Push(servers.clone()));
+    }
+    for second in 1..=script.lasts.as_secs() {
+        world.plan(Duration::from_secs(second), Event::Look);
+    }
     for (at, server, conduct) in &script.changes {
         world.plan(*at, Event::Becomes(*server, conduct.clone()));
     }
@@ -150,6 +167,10 @@ impl World {
             Event::Again(_) => {}
             Event::Leaves(call) if !self.calls[call].over => self.end(call, End::CallerLeft),
             Event::Leaves(_) => {}
+            Event::TooLong(call, attempt) if self.is_current(call, attempt) => self.returns(call, Outcome::TimedOut),
+            Event::TooLong(..) => {}
+            Event::Push(servers) => self.proxies.iter_mut().for_each(|proxy| proxy.follow(servers.clone())),
+            Event::Look => self.record.look(self.now, &self.proxies, &self.servers),
             Event::Becomes(server, conduct) => {
                 for (call, attempt) in self.servers[server].becomes(conduct) {
                     self.plan(self.now + HOP, Event::Returns(call, attempt, Outcome::Reset));
@@ -160,7 +181,7 @@ impl World {
 
     fn is_current(&self, call: usize, attempt: u32) -> bool {
         let call = &self.calls[call];
-        !call.over && call.before == attempt
+        !call.over && call.attempting && call.before == attempt
     }
 
     fn ask(&mut self, proxy: usize) {
@@ -170,9 +191,9 @@ impl World {
         if let Some(patience) = caller.patience {
             self.plan(begun + patience, Event::Leaves(id));
         }
-        let (before, server, effects) = (0, usize::MAX, 0);
+        let to = Attempted { server: usize::MAX, probe: false };
         let (sent, retrying, attempting, over) = (begun, false, false, false);
-        let call = Call { proxy, begun, idempotent, before, server, sent, effects, retrying, attempting, over };
+        let call = Call { proxy, begun, idempotent, before: 0, to, sent, effects: 0, retrying, attempting, over };
         self.calls.push(call);
         self.proxies[proxy].begin(self.now);
         self.attempt(id);
@@ -180,10 +201,13 @@ impl World {
 
     fn attempt(&mut self, id: usize) {
         let call = &mut self.calls[id];
-        let tried = (call.before > 0).then_some(call.server);
-        let server = self.proxies[call.proxy].pick(tried, self.chance.random(), self.now);
-        (call.server, call.sent, call.attempting) = (server, self.now, true);
-        let attempt = call.before;
+        let tried = (call.before > 0).then_some(call.to.server);
+        let to = self.proxies[call.proxy].pick(tried, call.idempotent, &mut self.chance, self.now);
+        (call.to, call.sent, call.attempting) = (to, self.now, true);
+        let (server, attempt) = (to.server, call.before);
+        if let Some(per_try) = self.per_try {
+            self.plan(self.now + per_try, Event::TooLong(id, attempt));
+        }
         match self.servers[server].conduct {
             Conduct::Refuses => self.plan(self.now + HOP * 2, Event::Returns(id, attempt, Outcome::Unreached)),
             Conduct::Silent { since } if self.now >= since + SILENCE => {
@@ -197,8 +221,8 @@ impl World {
 
     fn comes(&mut self, id: usize, attempt: u32) {
         let call = &mut self.calls[id];
-        self.record.reached(call.server, self.now);
-        let server = &mut self.servers[call.server];
+        self.record.reached(call.to.server, self.now);
+        let server = &mut self.servers[call.to.server];
         let reply = server.take(id, attempt, self.now, &mut self.chance);
         if reply.has_effect() {
             call.effects += 1;
@@ -220,26 +244,34 @@ impl World {
         let proxy = &mut self.proxies[call.proxy];
         let failure = match outcome {
             Outcome::Status(status) => {
-                proxy.answered(call.server, self.now - call.sent, self.now);
+                match status {
+                    500.. => proxy.failed(call.to.server, self.now),
+                    _ => proxy.answered(call.to.server, self.now - call.sent, self.now),
+                }
                 matches!(status, 502..=504).then_some(Failure::Status { retry_after: None })
             }
-            Outcome::Reset => {
-                proxy.failed(call.server, self.now);
+            Outcome::Reset | Outcome::TimedOut => {
+                proxy.failed(call.to.server, self.now);
                 Some(Failure::Reset)
             }
             Outcome::Unreached => {
-                proxy.failed(call.server, self.now);
+                proxy.failed(call.to.server, self.now);
                 Some(Failure::Unprocessed(Counter::RetriedConnect))
             }
         };
+        let seen = match outcome {
+            Outcome::Status(..500) => outlier::Outcome::Good,
+            _ => outlier::Outcome::Bad,
+        };
+        self.end_attempt(id, seen);
+        let call = &mut self.calls[id];
+        let proxy = &mut self.proxies[call.proxy];
         let verdict = failure.map(|failure| {
             let chance = self.chance.random_range(0.0..1.0);
             proxy.again(failure, call.before, call.idempotent, chance, self.now)
         });
         if let Some(Verdict::Retry { after, .. }) = verdict {
             self.record.retried(proxy);
-            proxy.end_attempt(call.server);
-            call.attempting = false;
             proxy.end_retry(std::mem::replace(&mut call.retrying, true));
             return self.plan(self.now + after, Event::Again(id));
         }
@@ -249,17 +281,27 @@ impl World {
                 Outcome::Status(status) => End::Status(status),
                 Outcome::Reset => End::Reset,
                 Outcome::Unreached => End::Unreached,
+                Outcome::TimedOut => End::TimedOut,
             },
         );
     }
 
+    fn end_attempt(&mut self, id: usize, outcome: outlier::Outcome) {
+        let call = &mut self.calls[id];
+        if std::mem::take(&mut call.attempting) {
+            let proxy = &mut self.proxies[call.proxy];
+            let ejected = proxy.report(call.to, outcome, self.chance.random(), self.now);
+            if ejected.is_some() {
+                self.record.ejected(call.to.server, self.now, proxy);
+            }
+        }
+    }
+
     fn end(&mut self, id: usize, end: End) {
+        self.end_attempt(id, outlier::Outcome::Unknown);
         let call = &mut self.calls[id];
         call.over = true;
         let proxy = &mut self.proxies[call.proxy];
-        if call.attempting {
-            proxy.end_attempt(call.server);
-        }
         proxy.end_retry(call.retrying);
         proxy.end();
         self.record.ended(call.begun, self.now, call.before + 1, end);
