@@ -23,7 +23,6 @@ use crate::http::headers::{self, SENT_VERSION, UNSENT};
 use crate::http::upgrade;
 use crate::rest::Rest;
 use crate::telemetry::{Counter, Protocol, Telemetry};
-use crate::traffic::balance::FAILURE_COST;
 use crate::traffic::retry::{self, Failure, Verdict};
 use crate::upstream::{DialError, EndpointState, Pool, Wire};
 
@@ -127,7 +126,7 @@ impl Way<'_> {
     ) -> Result<Response<ResponseBody>, Error> {
         let began = Instant::now();
         let failed = |source: DialError| {
-            endpoint.load.sample(FAILURE_COST, self.epoch.elapsed());
+            endpoint.load.failed(self.epoch.elapsed());
             Error::unreachable(endpoint.place.clone(), source)
         };
         let (mut sender, checkout) = match self.pool.ready(endpoint, wire, fresh) {
@@ -140,10 +139,13 @@ impl Way<'_> {
         };
         let request = self.request(outgoing, sender.wire(), endpoint.is_ours())?;
         let answer = sender.send(request).await.map_err(|failed| {
-            endpoint.load.sample(FAILURE_COST, self.epoch.elapsed());
+            endpoint.load.failed(self.epoch.elapsed());
             Error::Broken { endpoint: endpoint.place.clone(), source: failed.source, processed: failed.processed }
         })?;
-        endpoint.load.sample(began.elapsed(), self.epoch.elapsed());
+        match answer.status().is_server_error() {
+            true => endpoint.load.failed(self.epoch.elapsed()),
+            false => endpoint.load.sample(began.elapsed(), self.epoch.elapsed()),
+        }
         let (mut head, body) = answer.into_parts();
         if head.status == StatusCode::SWITCHING_PROTOCOLS
             && let Some(rest) = checkout.rest()

@@ -8,16 +8,20 @@ use std::time::Duration;
 pub const FIRST_GUESS: Duration = Duration::from_millis(30);
 /// After this long without a sample, a sample's weight has fallen to 1/e.
 pub const DECAY: Duration = Duration::from_secs(10);
-/// The latency that a failure counts for: fast errors must not look like a fast endpoint.
-pub const FAILURE_COST: Duration = Duration::from_secs(1);
+/// How much dearer an endpoint is that has just failed: fast errors must not look like a fast endpoint.
+pub const FAILURE_COST: f64 = 8.0;
+/// After this long without another failure, all but 1/e of that is forgotten: whoever recovers is soon asked again.
+pub const FAILURE_DECAY: Duration = Duration::from_secs(1);
 
 /// Load of one endpoint. Workers write it without a lock: a lost update costs one sample's worth of accuracy.
 #[derive(Debug)]
 pub struct Load {
     /// f64 bits: nanoseconds.
     latency: AtomicU64,
-    /// Nanoseconds on the caller's clock when `latency` was last written.
+    /// Nanoseconds on the caller's clock when `latency` was last written, 0 before that.
     stamp: AtomicU64,
+    /// Nanoseconds on the same clock when it last failed, or nothing.
+    failed: AtomicU64,
     in_flight: AtomicU32,
 }
 
@@ -26,6 +30,7 @@ impl Default for Load {
         Self {
             latency: AtomicU64::new((FIRST_GUESS.as_nanos() as f64).to_bits()),
             stamp: AtomicU64::new(0),
+            failed: AtomicU64::new(0),
             in_flight: AtomicU32::new(0),
         }
     }
@@ -47,31 +52,48 @@ impl Load {
         self.in_flight.load(Relaxed)
     }
 
-    /// Takes a latency in. A slower one counts at once (that is the peak), a faster one by and by. `now` is the time since
+    /// Takes a latency in. The first counts whole, a slower one at once (that is the peak), a faster one by and by. `now` is the time since
     /// any fixed moment.
     pub fn sample(&self, latency: Duration, now: Duration) {
         let sample = latency.as_nanos() as f64;
         let old = f64::from_bits(self.latency.load(Relaxed));
-        let new = if sample > old {
+        let first = self.stamp.load(Relaxed) == 0;
+        let new = if first || sample > old {
             sample
         } else {
             let kept = self.weight_of_the_past(now);
             old * kept + sample * (1.0 - kept)
         };
         self.latency.store(new.to_bits(), Relaxed);
-        self.stamp.store(now.as_nanos() as u64, Relaxed);
+        self.stamp.store((now.as_nanos() as u64).max(1), Relaxed);
+    }
+
+    /// It failed. How long that took says nothing of its latency.
+    pub fn failed(&self, now: Duration) {
+        self.failed.store((now.as_nanos() as u64).max(1), Relaxed);
     }
 
     /// What the next request is expected to cost, in nanoseconds times requests. An endpoint nobody has asked for long
     /// gets cheaper, so that it is tried again.
     pub fn cost(&self, now: Duration) -> f64 {
         let latency = f64::from_bits(self.latency.load(Relaxed)) * self.weight_of_the_past(now);
-        latency.max(1.0) * f64::from(self.in_flight() + 1)
+        latency.max(1.0) * f64::from(self.in_flight() + 1) * self.penalty(now)
     }
 
-    /// Nothing is known of its latency any more.
+    /// Nothing is known of its latency and its failures any more.
     pub fn forget(&self) {
+        self.failed.store(0, Relaxed);
+        self.stamp.store(0, Relaxed);
         self.latency.store((FIRST_GUESS.as_nanos() as f64).to_bits(), Relaxed);
+    }
+
+    fn penalty(&self, now: Duration) -> f64 {
+        let failed = self.failed.load(Relaxed);
+        if failed == 0 {
+            return 1.0;
+        }
+        let passed = (now.as_nanos() as u64).saturating_sub(failed);
+        1.0 + (FAILURE_COST - 1.0) * (-(passed as f64) / FAILURE_DECAY.as_nanos() as f64).exp()
     }
 
     fn weight_of_the_past(&self, now: Duration) -> f64 {

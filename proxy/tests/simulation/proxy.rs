@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use rand::RngExt;
 use rand::rngs::StdRng;
-use sheetbend_proxy::traffic::balance::{self, FAILURE_COST};
+use sheetbend_proxy::traffic::balance;
 use sheetbend_proxy::traffic::outlier::{Detection, Floor, Outcome, Reason, State, Vitals};
 use sheetbend_proxy::traffic::retry::{self, Attempt, Budget, Failure, Verdict};
 
@@ -87,7 +87,7 @@ impl Proxy {
     }
 
     pub(crate) fn failed(&mut self, server: usize, now: Duration) {
-        self.known[server].load.sample(FAILURE_COST, now);
+        self.known[server].load.failed(now);
     }
 
     /// An attempt has ended.
