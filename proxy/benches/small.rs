@@ -5,7 +5,7 @@ mod mesh;
 
 use std::hint::black_box;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use http::{Request, Version, request};
@@ -74,7 +74,8 @@ fn routing(c: &mut Criterion) {
     });
     let route = routes.known(&target, &discovery, false).expect("a known target");
     group.bench_function(format!("endpoint of {ENDPOINTS}"), |b| {
-        b.iter(|| route.pick(route.endpoints(Some(black_box(&head))), None, Duration::from_secs(5)));
+        let (epoch, telemetry) = (Instant::now(), telemetry());
+        b.iter(|| route.pick(route.endpoints(Some(black_box(&head))), None, true, epoch, &telemetry).map(drop));
     });
 }
 

@@ -24,7 +24,7 @@ use crate::http::upgrade;
 use crate::rest::Rest;
 use crate::telemetry::{Counter, Protocol, Telemetry};
 use crate::traffic::retry::{self, Failure, Verdict};
-use crate::upstream::{DialError, EndpointState, Pool, Wire};
+use crate::upstream::{Lease, Pool, Wire};
 
 /// What an attempt needs beside the request.
 pub(crate) struct Way<'a> {
@@ -119,32 +119,42 @@ impl Way<'_> {
     /// One attempt at one endpoint.
     pub(crate) async fn attempt(
         &self,
-        endpoint: &Arc<EndpointState>,
+        mut lease: Lease,
         wire: Wire,
         fresh: bool,
         outgoing: &mut Outgoing<'_>,
     ) -> Result<Response<ResponseBody>, Error> {
         let began = Instant::now();
-        let failed = |source: DialError| {
-            endpoint.load.failed(self.epoch.elapsed());
-            Error::unreachable(endpoint.place.clone(), source)
-        };
+        let endpoint = &Arc::clone(&lease.endpoint);
         let (mut sender, checkout) = match self.pool.ready(endpoint, wire, fresh) {
             Some(ready) => ready,
             // Allocates: a connection's beginning is large, and every request would carry room for it.
             None => {
                 let checkout = self.pool.checkout(endpoint, wire, fresh, self.identity, self.telemetry);
-                checkout.boxed().await.map_err(failed)?
+                let connected = checkout.boxed().await;
+                lease.connected(&connected);
+                connected.map_err(|source| {
+                    endpoint.vitals.load.failed(self.epoch.elapsed());
+                    Error::unreachable(endpoint.place.clone(), source)
+                })?
             }
         };
         let request = self.request(outgoing, sender.wire(), endpoint.is_ours())?;
         let answer = sender.send(request).await.map_err(|failed| {
-            endpoint.load.failed(self.epoch.elapsed());
+            lease.bad();
+            endpoint.vitals.load.failed(self.epoch.elapsed());
             Error::Broken { endpoint: endpoint.place.clone(), source: failed.source, processed: failed.processed }
         })?;
-        match answer.status().is_server_error() {
-            true => endpoint.load.failed(self.epoch.elapsed()),
-            false => endpoint.load.sample(began.elapsed(), self.epoch.elapsed()),
+        let blamed = headers::grpc_status(answer.headers()).is_some_and(headers::blames_server);
+        match answer.status().is_server_error() || blamed {
+            true => {
+                lease.bad();
+                endpoint.vitals.load.failed(self.epoch.elapsed());
+            }
+            false => {
+                lease.good();
+                endpoint.vitals.load.sample(began.elapsed(), self.epoch.elapsed());
+            }
         }
         let (mut head, body) = answer.into_parts();
         if head.status == StatusCode::SWITCHING_PROTOCOLS
@@ -152,7 +162,7 @@ impl Way<'_> {
         {
             head.extensions.insert(rest.clone());
         }
-        let body = ResponseBody::of_endpoint(body, checkout.holding(sender), outgoing.deadline);
+        let body = ResponseBody::of_endpoint(body, checkout.holding(sender), lease, outgoing.deadline);
         Ok(Response::from_parts(head, body))
     }
 

@@ -29,7 +29,7 @@ use crate::rest::{Rest, splice_for};
 use crate::rewind::Rewind;
 use crate::tcp::Abort;
 use crate::telemetry::{Counter, Edge, EdgeKey, Peer, Protocol, Reporter};
-use crate::upstream::{BoxIo, EndpointState, Place, Pool, Wire, dial};
+use crate::upstream::{BoxIo, EndpointState, Lease, Place, Pool, Wire, dial};
 
 /// One port of the app.
 pub(crate) struct Port {
@@ -288,7 +288,7 @@ impl Inbound {
         let shared = &self.shared;
         let identity: &IdentityStore = &shared.identity;
         let way = Way { pool: &self.pool, identity, telemetry: &shared.telemetry, epoch: shared.epoch };
-        let mut answer = way.attempt(&app, wire, fresh, &mut outgoing).await?;
+        let mut answer = way.attempt(Lease::alone(app), wire, fresh, &mut outgoing).await?;
         if let Some(rest) = caller.rest.clone().filter(|_| client.is_some()) {
             answer.extensions_mut().insert(rest);
         }

@@ -209,13 +209,16 @@ impl Outbound {
         // Until the answer's head is here.
         let mut retrying = None;
         loop {
-            let endpoint = route.pick(endpoints, tried.as_ref(), self.shared.epoch.elapsed())?;
+            let (epoch, telemetry) = (self.shared.epoch, &self.shared.telemetry);
+            let idempotent = headers::is_idempotent(outgoing.head);
+            let lease = route.pick(endpoints, tried.as_ref(), idempotent, epoch, telemetry)?;
+            let endpoint = Arc::clone(&lease.endpoint);
             exchange.on(Arc::clone(endpoint.edge(&self.shared.telemetry, protocol)));
             exchange.attempt(&endpoint);
             let wire = wire(&endpoint, &outgoing, expects);
             // What must not be sent twice takes no connection that may have closed in the meantime.
-            let fresh = upgrade || expects || before > 0 || !headers::is_idempotent(outgoing.head);
-            let result = way.attempt(&endpoint, wire, fresh, &mut outgoing).await;
+            let fresh = upgrade || expects || before > 0 || !idempotent;
+            let result = way.attempt(lease, wire, fresh, &mut outgoing).await;
             let again = way.again(&result, &outgoing, before, endpoint.is_ours(), &route.budget);
             let Some(after) = again else { return result.map(|answer| (answer, client)) };
             drop(retrying.replace(Retrying(&route.budget)));
@@ -275,8 +278,12 @@ impl Outbound {
     async fn connect(&self, route: &Route) -> Result<Connected, Error> {
         let mut tried = None;
         loop {
-            let endpoint = route.pick(route.endpoints(None), tried.as_ref(), self.shared.epoch.elapsed())?;
-            match dial(&endpoint, MeshAlpn::Tcp, &self.shared.identity, &self.shared.telemetry, &self.pool.own).await {
+            let (epoch, telemetry) = (self.shared.epoch, &self.shared.telemetry);
+            let mut lease = route.pick(route.endpoints(None), tried.as_ref(), true, epoch, telemetry)?;
+            let endpoint = Arc::clone(&lease.endpoint);
+            let dialed = dial(&endpoint, MeshAlpn::Tcp, &self.shared.identity, telemetry, &self.pool.own).await;
+            lease.connected(&dialed);
+            match dialed {
                 Ok(dialed) => return Ok(Connected { endpoint, io: dialed.io, rest: dialed.rest }),
                 // Nothing was sent yet: another endpoint may be tried, once.
                 Err(_) if tried.is_none() && route.endpoints(None).len() > 1 => tried = Some(endpoint),

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use http::request;
 use sheetbend_control_plane_client::discovery::Discovery;
@@ -12,8 +13,9 @@ use crate::http::error::Error;
 use crate::policy;
 use crate::telemetry::{Counter, Telemetry};
 use crate::traffic::balance;
+use crate::traffic::outlier::{Floor, Picked, Vitals};
 use crate::traffic::retry::Budget;
-use crate::upstream::{EndpointState, Endpoints, Place};
+use crate::upstream::{EndpointState, Endpoints, Lease, Place};
 
 /// A destination made ready.
 pub struct Route {
@@ -30,19 +32,26 @@ pub struct Route {
 #[derive(Default)]
 pub struct Candidates {
     endpoints: Vec<Arc<EndpointState>>,
+    vitals: Arc<[Arc<Vitals>]>,
+    /// Who of them is ejected; nobody outside the mesh.
+    floor: Option<Arc<Floor>>,
     /// Running sums of their weights, where those differ.
     shares: Option<Vec<u64>>,
 }
 
 impl Candidates {
-    fn new(endpoints: Vec<Arc<EndpointState>>, weights: &[u32]) -> Self {
+    fn new(endpoints: Vec<Arc<EndpointState>>, weights: &[u32], floor: Option<Arc<Floor>>) -> Self {
         let differ = weights.windows(2).any(|pair| pair[0] != pair[1]);
         let sums = weights.iter().scan(0, |sum, weight| {
             *sum += u64::from(*weight);
             Some(*sum)
         });
         let shares = differ.then(|| sums.collect());
-        Self { endpoints, shares }
+        let vitals: Arc<[_]> = endpoints.iter().map(|endpoint| Arc::clone(&endpoint.vitals)).collect();
+        if let Some(floor) = &floor {
+            floor.follow(Arc::clone(&vitals));
+        }
+        Self { endpoints, vitals, floor, shares }
     }
 
     /// How many there are.
@@ -61,10 +70,11 @@ impl Route {
         let clusters = destination.clusters.iter().map(|(name, cluster)| {
             let service = Some((cluster.service.clone(), destination.trust_domain.clone()));
             let all = cluster.endpoints.iter().map(|endpoint| {
-                endpoints.at(Place::Address(endpoint.address), endpoint.transport.clone(), service.clone())
+                let place = Place::Address(endpoint.address);
+                endpoints.at(place, endpoint.transport.clone(), service.clone(), Some(name))
             });
             let weights: Vec<u32> = cluster.endpoints.iter().map(|endpoint| endpoint.weight).collect();
-            (name.clone(), Candidates::new(all.collect(), &weights))
+            (name.clone(), Candidates::new(all.collect(), &weights, Some(endpoints.floor(name))))
         });
         let clusters = clusters.collect();
         Self { target, clusters, destination: Some(destination), elsewhere: Candidates::default(), budget }
@@ -72,7 +82,7 @@ impl Route {
 
     fn elsewhere(target: Target, endpoints: &Endpoints) -> Self {
         let place = target.address().map_or_else(|| Place::Name(target.clone()), Place::Address);
-        let elsewhere = Candidates::new(vec![endpoints.at(place, Transport::Plain, None)], &[1]);
+        let elsewhere = Candidates::new(vec![endpoints.at(place, Transport::Plain, None, None)], &[1], None);
         Self { target, destination: None, clusters: BTreeMap::new(), elsewhere, budget: Arc::default() }
     }
 
@@ -92,22 +102,34 @@ impl Route {
         self.clusters.get(name).unwrap_or(&self.elsewhere)
     }
 
-    /// Picks one of [`Route::endpoints`], another one than `tried` where there is another.
+    /// Picks one of [`Route::endpoints`], another one than `tried` where there is another. A request that may be sent
+    /// again may be the one that tries an ejected endpoint. `epoch` is the start of the clock by which loads count.
     pub fn pick(
         &self,
         candidates: &Candidates,
         tried: Option<&Arc<EndpointState>>,
-        now: std::time::Duration,
-    ) -> Result<Arc<EndpointState>, Error> {
-        let endpoints = &candidates.endpoints;
+        retryable: bool,
+        epoch: Instant,
+        telemetry: &Arc<Telemetry>,
+    ) -> Result<Lease, Error> {
+        let Candidates { endpoints, vitals, floor, shares } = candidates;
+        let now = epoch.elapsed();
         let excluded = tried.and_then(|tried| endpoints.iter().position(|endpoint| Arc::ptr_eq(endpoint, tried)));
-        let cost = |at: usize| endpoints.get(at).map_or(f64::MAX, |endpoint| endpoint.load.cost(now));
-        let picked = match &candidates.shares {
-            None => balance::pick(endpoints.len(), excluded, rand::random(), cost),
-            Some(shares) => balance::pick_weighted(shares, excluded, rand::random(), cost),
+        let cost = |at: usize| vitals.get(at).map_or(f64::MAX, |vitals| vitals.load.cost(now));
+        let balance = |chance| match shares {
+            None => balance::pick(endpoints.len(), excluded, chance, cost),
+            Some(shares) => balance::pick_weighted(shares, excluded, chance, cost),
         };
-        let endpoint = picked.and_then(|at| endpoints.get(at));
-        endpoint.cloned().ok_or_else(|| Error::NoEndpoint(self.target.to_string()))
+        let picked = match floor {
+            Some(floor) => floor.pick(vitals, retryable && tried.is_none(), now, rand::random, balance),
+            None => balance(rand::random()).map(|at| Picked { at, probe: false }),
+        };
+        let found = picked.and_then(|picked| Some((picked, Arc::clone(endpoints.get(picked.at)?))));
+        let (picked, endpoint) = found.ok_or_else(|| Error::NoEndpoint(self.target.to_string()))?;
+        Ok(match floor {
+            Some(floor) => Lease::of(endpoint, picked.probe, floor, epoch, telemetry),
+            None => Lease::alone(endpoint),
+        })
     }
 }
 

@@ -17,10 +17,10 @@ use super::deadline::Deadline;
 use super::error::Error;
 use super::exchange::Exchange;
 use super::expect::Asked;
-use super::headers::grpc_status;
+use super::headers::{blames_server, grpc_status};
 use super::turns::{Reading, Turn};
 use crate::traffic::retry::BODY_COPY;
-use crate::upstream::Checkout;
+use crate::upstream::{Checkout, Lease};
 
 /// Why a body ended early.
 #[derive(Debug)]
@@ -295,6 +295,8 @@ pub struct ResponseBody {
     exchange: Option<Box<Exchange>>,
     /// What the connection goes back to its pool with.
     checkout: Option<Checkout>,
+    /// The endpoint hears what became of it.
+    lease: Option<Lease>,
     deadline: Option<Pin<Box<Sleep>>>,
     /// The request's turn on its connection ends with its response.
     turn: Option<Turn>,
@@ -320,9 +322,10 @@ impl ResponseBody {
     }
 
     /// An endpoint's body.
-    pub fn of_endpoint(body: Incoming, checkout: Checkout, deadline: Option<Deadline>) -> Self {
+    pub fn of_endpoint(body: Incoming, checkout: Checkout, lease: Lease, deadline: Option<Deadline>) -> Self {
         let deadline = deadline.map(|deadline| Box::pin(tokio::time::sleep_until(deadline.at())));
-        Self { kind: Kind::Incoming(body), exchange: None, checkout: Some(checkout), deadline, turn: None }
+        let (checkout, lease) = (Some(checkout), Some(lease));
+        Self { kind: Kind::Incoming(body), exchange: None, checkout, lease, deadline, turn: None }
     }
 
     #[cfg(test)]
@@ -331,7 +334,7 @@ impl ResponseBody {
     }
 
     fn of(kind: Kind) -> Self {
-        Self { kind, exchange: None, checkout: None, deadline: None, turn: None }
+        Self { kind, exchange: None, checkout: None, lease: None, deadline: None, turn: None }
     }
 
     /// Lets `exchange` end with this body.
@@ -351,6 +354,7 @@ impl ResponseBody {
             exchange.complete();
         }
         self.exchange = None;
+        self.lease = None;
         if let Some(checkout) = self.checkout.take() {
             checkout.give_back();
         }
@@ -361,6 +365,9 @@ impl ResponseBody {
             exchange.body_failed(error);
         }
         self.checkout = None;
+        if let Some(mut lease) = self.lease.take() {
+            lease.bad();
+        }
     }
 }
 
@@ -393,13 +400,15 @@ impl Body for ResponseBody {
                 Poll::Ready(None)
             }
             Some(Ok(frame)) => {
+                let grpc_status = frame.trailers_ref().and_then(grpc_status);
+                if let Some(lease) = this.lease.as_mut().filter(|_| grpc_status.is_some_and(blames_server)) {
+                    lease.bad();
+                }
                 if let Some(exchange) = &mut this.exchange {
                     if let Some(data) = frame.data_ref() {
                         exchange.response_bytes += data.len() as u64;
                     }
-                    if let Some(status) = frame.trailers_ref().and_then(grpc_status) {
-                        exchange.grpc_status = Some(status);
-                    }
+                    exchange.grpc_status = grpc_status.or(exchange.grpc_status);
                 }
                 Poll::Ready(Some(Ok(frame)))
             }

@@ -197,6 +197,12 @@ pub fn is_grpc(headers: &HeaderMap) -> bool {
     })
 }
 
+/// Whether a gRPC status says that the server failed, and not that its caller asked for the wrong thing: UNKNOWN,
+/// DEADLINE_EXCEEDED, INTERNAL, UNAVAILABLE, DATA_LOSS (gRPC "Status codes and their use").
+pub(crate) fn blames_server(status: u16) -> bool {
+    matches!(status, 2 | 4 | 13 | 14 | 15)
+}
+
 /// `grpc-status` of a trailer section or of the head of an answer without a body.
 pub fn grpc_status(headers: &HeaderMap) -> Option<u16> {
     headers.get("grpc-status")?.to_str().ok()?.parse().ok()

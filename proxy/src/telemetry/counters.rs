@@ -37,6 +37,9 @@ metrics_of_the_process! {
     RetriedReset "sheetbend_retries_total" { reason: "reset" } "Second attempts, by why the first one failed.";
     RetriedStatus "sheetbend_retries_total" { reason: "status" } "Second attempts, by why the first one failed.";
 
+    EjectedConsecutive "sheetbend_ejections_total" { reason: "consecutive_failures" } "Endpoints left alone for a while, by why.";
+    EjectedSuccessRate "sheetbend_ejections_total" { reason: "success_rate" } "Endpoints left alone for a while, by why.";
+    EjectedProbe "sheetbend_ejections_total" { reason: "probe_failed" } "Endpoints left alone for a while, by why.";
     NotRetriedUnsafe "sheetbend_not_retried_total" { reason: "unsafe" } "Failures that were not tried again, by why not.";
     NotRetriedBody "sheetbend_not_retried_total" { reason: "body_too_large" } "Failures that were not tried again, by why not.";
     NotRetriedBudget "sheetbend_not_retried_total" { reason: "budget" } "Failures that were not tried again, by why not.";

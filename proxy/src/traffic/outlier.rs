@@ -30,19 +30,21 @@ pub struct Detection {
 }
 
 impl Detection {
+    /// Where nobody says otherwise.
+    pub const DEFAULT: Self = Self {
+        consecutive_failures: 7,
+        success_rate: 0.8,
+        request_volume: 20,
+        base_ejection_time: Duration::from_secs(1),
+        max_ejection_time: Duration::from_secs(60),
+    };
     /// What the success rate is the rate of.
     pub const INTERVAL: Duration = Duration::from_secs(Window::SECONDS);
 }
 
 impl Default for Detection {
     fn default() -> Self {
-        Self {
-            consecutive_failures: 7,
-            success_rate: 0.8,
-            request_volume: 20,
-            base_ejection_time: Duration::from_secs(1),
-            max_ejection_time: Duration::from_secs(60),
-        }
+        Self::DEFAULT
     }
 }
 
@@ -146,12 +148,19 @@ impl Vitals {
         Duration::from_nanos(self.period.load(Relaxed) / 2)
     }
 
-    /// Whether the balancer may choose it. `chance` is in `0.0..1.0`.
-    fn admits(&self, chance: f64, now: Duration) -> bool {
+    /// How long its current or last ejection takes.
+    pub fn period(&self) -> Duration {
+        Duration::from_nanos(self.period.load(Relaxed))
+    }
+
+    /// Whether the balancer may choose it.
+    fn admits(&self, chances: impl FnOnce() -> u64, now: Duration) -> bool {
         match self.state() {
             State::Serving => true,
             State::Ejected { .. } | State::Probing => false,
-            State::Ramping { since } => now.saturating_sub(since).as_secs_f64() >= chance * self.ramp().as_secs_f64(),
+            State::Ramping { since } => {
+                now.saturating_sub(since).as_secs_f64() >= unit(chances()) * self.ramp().as_secs_f64()
+            }
         }
     }
 
@@ -277,7 +286,7 @@ impl Floor {
         let mut last = None;
         for _ in 0..DRAWS {
             let at = balance(chances())?;
-            let admitted = members.get(at).is_some_and(|vitals| vitals.admits(unit(chances()), now));
+            let admitted = members.get(at).is_some_and(|vitals| vitals.admits(&mut chances, now));
             if admitted {
                 return Some(Picked { at, probe: false });
             }
@@ -306,7 +315,8 @@ impl Floor {
         at
     }
 
-    /// What came of a request to one of the endpoints. Called once for each that was picked. `chance` is in `0.0..1.0`.
+    /// What came of a request to one of the endpoints. Called once for each that was picked. `chance` gives a number in
+    /// `0.0..1.0`.
     pub fn report(
         &self,
         vitals: &Arc<Vitals>,
@@ -314,7 +324,7 @@ impl Floor {
         outcome: Outcome,
         detection: &Detection,
         now: Duration,
-        chance: f64,
+        chance: impl FnOnce() -> f64,
     ) -> Option<Reason> {
         let reason = match outcome {
             Outcome::Unknown => None,
@@ -345,7 +355,7 @@ impl Floor {
             self.probed(vitals, outcome, now);
         }
         let reason = reason?;
-        self.eject(vitals, detection, now, chance).then_some(reason)
+        self.eject(vitals, detection, now, chance()).then_some(reason)
     }
 
     fn probed(&self, vitals: &Arc<Vitals>, outcome: Outcome, now: Duration) {

@@ -7,6 +7,7 @@
 //! - [`Pool`]: the HTTP connections of one worker.
 
 mod dial;
+mod lease;
 mod own;
 mod pool;
 mod sender;
@@ -20,10 +21,11 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use sheetbend_certs::SpiffeId;
-use sheetbend_control_plane_client::model::{ServicePort, Target, Transport};
+use sheetbend_control_plane_client::model::{ClusterName, ServicePort, Target, Transport};
 
 pub use dial::{BoxIo, DialError, Io};
 pub(crate) use dial::{Dialed, dial};
+pub use lease::Lease;
 pub(crate) use own::{Entering, Own};
 pub(crate) use pool::Pooled;
 pub use pool::{Checkout, Pool};
@@ -32,7 +34,7 @@ pub use sender::{SendError, Sender, Wire};
 pub(crate) use windows::{STREAMS, Windows};
 
 use crate::telemetry::{Edge, EdgeKey, Peer, Protocol, Reporter, Telemetry};
-use crate::traffic::balance::Load;
+use crate::traffic::outlier::{Floor, Vitals};
 
 /// Where an endpoint is.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -62,8 +64,8 @@ pub struct EndpointState {
     pub transport: Transport,
     /// What it is part of, and the trust domain of that: the SNI. `None` outside the mesh.
     pub service: Option<(ServicePort, Arc<str>)>,
-    /// How loaded it is.
-    pub load: Load,
+    /// What is learned of it.
+    pub vitals: Arc<Vitals>,
     /// Never given to another: the key of its connections.
     number: u64,
     edges: [OnceLock<Arc<Edge>>; 4],
@@ -74,7 +76,7 @@ impl EndpointState {
     pub fn new(place: Place, transport: Transport, service: Option<(ServicePort, Arc<str>)>) -> Self {
         static NUMBERS: AtomicU64 = AtomicU64::new(0);
         let number = NUMBERS.fetch_add(1, Relaxed);
-        Self { place, transport, service, load: Load::default(), number, edges: Default::default() }
+        Self { place, transport, service, vitals: Arc::default(), number, edges: Default::default() }
     }
 
     /// Who must answer there; `None` outside the mesh.
@@ -122,9 +124,11 @@ impl EndpointState {
 #[derive(Default)]
 pub struct Endpoints {
     known: Mutex<HashMap<Key, Weak<EndpointState>>>,
+    floors: Mutex<HashMap<ClusterName, Weak<Floor>>>,
 }
 
-type Key = (Place, Transport2, Option<ServicePort>);
+/// Of two backends, the same place is two endpoints: what the one's callers meet is not what the other's do.
+type Key = (Place, Transport2, Option<ClusterName>);
 
 /// [`Transport`] as a key.
 #[derive(Clone, PartialEq, Eq, Hash)]
@@ -141,13 +145,14 @@ impl Endpoints {
         place: Place,
         transport: Transport,
         service: Option<(ServicePort, Arc<str>)>,
+        backend: Option<&ClusterName>,
     ) -> Arc<EndpointState> {
         let kind = match &transport {
             Transport::Sheetbend(id) => Transport2::Sheetbend(id.clone()),
             Transport::MutualTls(id) => Transport2::MutualTls(id.clone()),
             Transport::Plain => Transport2::Plain,
         };
-        let key = (place.clone(), kind, service.as_ref().map(|(name, _)| name.clone()));
+        let key = (place.clone(), kind, backend.cloned());
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(endpoint) = known.get(&key).and_then(Weak::upgrade) {
             return endpoint;
@@ -159,5 +164,19 @@ impl Endpoints {
         let endpoint = Arc::new(EndpointState::new(place, transport, service));
         known.insert(key, Arc::downgrade(&endpoint));
         endpoint
+    }
+
+    /// Who is ejected among a backend's endpoints.
+    pub(crate) fn floor(&self, backend: &ClusterName) -> Arc<Floor> {
+        let mut floors = self.floors.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(floor) = floors.get(backend).and_then(Weak::upgrade) {
+            return floor;
+        }
+        if floors.len() >= 64 && floors.len().is_power_of_two() {
+            floors.retain(|_, floor| floor.strong_count() > 0);
+        }
+        let floor = Arc::<Floor>::default();
+        floors.insert(backend.clone(), Arc::downgrade(&floor));
+        floor
     }
 }

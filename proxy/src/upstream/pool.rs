@@ -123,7 +123,7 @@ pub struct Checkout {
 
 impl Checkout {
     fn begin(pool: &Arc<Pool>, endpoint: &Arc<EndpointState>) -> Self {
-        endpoint.load.begin();
+        endpoint.vitals.load.begin();
         let (pool, endpoint) = (Arc::clone(pool), Arc::clone(endpoint));
         Self { pool, endpoint, sender: None, streams: None, rest: None }
     }
@@ -171,7 +171,7 @@ impl Drop for Checkout {
         if let Some(streams) = &self.streams {
             streams.fetch_sub(1, Relaxed);
         }
-        self.endpoint.load.end();
+        self.endpoint.vitals.load.end();
     }
 }
 

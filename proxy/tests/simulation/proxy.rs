@@ -94,7 +94,7 @@ impl Proxy {
     pub(crate) fn report(&mut self, of: Attempted, outcome: Outcome, chance: f64, now: Duration) -> Option<Reason> {
         let vitals = &self.known[of.server];
         vitals.load.end();
-        self.floor.report(vitals, of.probe, outcome, &self.detection, now, chance)
+        self.floor.report(vitals, of.probe, outcome, &self.detection, now, || chance)
     }
 
     pub(crate) fn again(
