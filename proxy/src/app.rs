@@ -298,12 +298,13 @@ impl Proxy {
             ports: feeds.iter().map(|(listener, port)| (listener.local_addr(), Arc::clone(port))).collect(),
             redirected: (!redirected.is_empty()).then(|| Redirected::new(service.to_string(), protocols)),
         });
+        let endpoints = Endpoints::default();
         let shared = Arc::new(Shared {
             identity,
             discovery,
             telemetry,
-            endpoints: Endpoints::default(),
-            epoch: Instant::now(),
+            epoch: endpoints.epoch,
+            endpoints,
             deny_unknown: config.deny_unknown,
             strict: config.strict,
             same_user_only: config.same_user_only,

@@ -40,7 +40,7 @@
 //! | [`route`], [`policy`] | what the control plane said, ready for requests |
 //! | [`traffic`] | pure: state and `now` in, a decision out: balancing, retries |
 //! | [`upstream`] | endpoints that outlive a change of configuration, connections to them, mutual TLS |
-//! | [`telemetry`], [`admin`], `observe` | what happened, and how to ask for it |
+//! | [`telemetry`], [`admin`], `observe`, `breakers` | what happened, and how to ask for it |
 //!
 //! # What always holds
 //!
@@ -52,6 +52,7 @@
 
 pub mod admin;
 pub mod app;
+mod breakers;
 pub mod client_hello;
 pub mod detect;
 pub mod first_bytes;

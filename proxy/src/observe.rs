@@ -16,7 +16,7 @@ use crate::upstream::{Pooled, Windows};
 /// What the admin port needs of a running proxy.
 pub(crate) fn admin_state(shared: &Arc<Shared>) -> AdminState {
     let of = || Arc::clone(shared);
-    let (ready, measured, dump, clusters, certs, info) = (of(), of(), of(), of(), of(), of());
+    let (ready, measured, dump, clusters, breakers, certs, info) = (of(), of(), of(), of(), of(), of(), of());
     AdminState {
         telemetry: Arc::clone(&shared.telemetry),
         ready: Box::new(move || match *ready.inbound_drain.borrow() {
@@ -42,6 +42,7 @@ pub(crate) fn admin_state(shared: &Arc<Shared>) -> AdminState {
             });
             serde_json::Value::Array(found.collect())
         }),
+        breakers: Box::new(move || crate::breakers::document(&breakers.endpoints)),
         certs: Box::new(move || match certs.identity.current() {
             Some(material) => json!({
                 "id": material.identity.id.to_string(),

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use http::request;
 use sheetbend_control_plane_client::discovery::Discovery;
@@ -40,7 +40,7 @@ pub struct Candidates {
 }
 
 impl Candidates {
-    fn new(endpoints: Vec<Arc<EndpointState>>, weights: &[u32], floor: Option<Arc<Floor>>) -> Self {
+    fn new(endpoints: Vec<Arc<EndpointState>>, weights: &[u32], floor: Option<Arc<Floor>>, now: Duration) -> Self {
         let differ = weights.windows(2).any(|pair| pair[0] != pair[1]);
         let sums = weights.iter().scan(0, |sum, weight| {
             *sum += u64::from(*weight);
@@ -49,7 +49,7 @@ impl Candidates {
         let shares = differ.then(|| sums.collect());
         let vitals: Arc<[_]> = endpoints.iter().map(|endpoint| Arc::clone(&endpoint.vitals)).collect();
         if let Some(floor) = &floor {
-            floor.follow(Arc::clone(&vitals));
+            floor.follow(Arc::clone(&vitals), now);
         }
         Self { endpoints, vitals, floor, shares }
     }
@@ -74,7 +74,10 @@ impl Route {
                 endpoints.at(place, endpoint.transport.clone(), service.clone(), Some(name))
             });
             let weights: Vec<u32> = cluster.endpoints.iter().map(|endpoint| endpoint.weight).collect();
-            (name.clone(), Candidates::new(all.collect(), &weights, Some(endpoints.floor(name))))
+            (
+                name.clone(),
+                Candidates::new(all.collect(), &weights, Some(endpoints.floor(name)), endpoints.epoch.elapsed()),
+            )
         });
         let clusters = clusters.collect();
         Self { target, clusters, destination: Some(destination), elsewhere: Candidates::default(), budget }
@@ -82,7 +85,8 @@ impl Route {
 
     fn elsewhere(target: Target, endpoints: &Endpoints) -> Self {
         let place = target.address().map_or_else(|| Place::Name(target.clone()), Place::Address);
-        let elsewhere = Candidates::new(vec![endpoints.at(place, Transport::Plain, None, None)], &[1], None);
+        let elsewhere =
+            Candidates::new(vec![endpoints.at(place, Transport::Plain, None, None)], &[1], None, Duration::ZERO);
         Self { target, destination: None, clusters: BTreeMap::new(), elsewhere, budget: Arc::default() }
     }
 
@@ -263,8 +267,6 @@ async fn outside(target: &Target, discovery: &Discovery) -> Result<Resolution, E
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     fn target(number: usize) -> Target {

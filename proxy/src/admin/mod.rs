@@ -1,6 +1,6 @@
 //! The admin port: what an operator may ask a proxy.
 //!
-//! On loopback: `/ready /live /metrics /config_dump /clusters /certs /logging /server_info /graph`. A second listener
+//! On loopback: `/ready /live /metrics /config_dump /clusters /breakers /certs /logging /server_info /graph`. A second listener
 //! that others can reach (15120) has `/ready /live /metrics` alone. Nothing here is on the way of a request.
 
 #[cfg(test)]
@@ -46,6 +46,8 @@ pub struct AdminState {
     pub config_dump: Document,
     /// `/clusters`: clusters and the state of their endpoints.
     pub clusters: Document,
+    /// `/breakers`: which endpoints are ejected, and why.
+    pub breakers: Document,
     /// `/certs`: the certificate chain, the trust bundle, when each expires.
     pub certs: Document,
     /// `/server_info`: version, uptime, state.
@@ -89,7 +91,7 @@ impl Admin {
     }
 }
 
-const EVERYTHING: &str = "/ready /live /metrics /config_dump /clusters /certs /logging /server_info /graph[?format=json|dot|mermaid|table|html]";
+const EVERYTHING: &str = "/ready /live /metrics /config_dump /clusters /breakers /certs /logging /server_info /graph[?format=json|dot|mermaid|table|html]";
 
 fn answer(state: &AdminState, scope: Scope, rendered: &Rendered, asked: &Asked) -> Answer {
     let get = asked.method == Method::GET;
@@ -112,6 +114,7 @@ fn answer(state: &AdminState, scope: Scope, rendered: &Rendered, asked: &Asked) 
         (_, Scope::Health) => Answer::not_found("/ready /live /metrics"),
         ("/config_dump", _) => Answer::json(&(state.config_dump)()),
         ("/clusters", _) => Answer::json(&(state.clusters)()),
+        ("/breakers", _) => Answer::json(&(state.breakers)()),
         ("/certs", _) => Answer::json(&(state.certs)()),
         ("/server_info", _) => Answer::json(&(state.server_info)()),
         ("/graph", _) => Answer::graph(asked, &state.telemetry.graph()),

@@ -28,6 +28,7 @@ fn state(ready: &Arc<AtomicBool>) -> AdminState {
         measure: Box::new(|| ()),
         config_dump: Box::new(|| json!({"listen": "127.0.0.1:1"})),
         clusters: Box::new(|| json!([])),
+        breakers: Box::new(|| json!({"endpoints": []})),
         certs: Box::new(|| json!({"chain": []})),
         server_info: Box::new(|| json!({"version": "0"})),
         log_filter: Box::new(move || current.lock().unwrap().clone()),

@@ -7,6 +7,7 @@
 //! Reading is free of locks, and so is whatever goes well. Turning from one state into another takes the floor's lock, so
 //! that two workers never both take the last place below it.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -112,6 +113,20 @@ pub enum Reason {
     Probe,
 }
 
+/// A turn from one state into another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Turn {
+    /// When.
+    pub at: Duration,
+    /// Into what.
+    pub state: State,
+    /// Why, where it was ejected for its own sake.
+    pub reason: Option<Reason>,
+}
+
+/// The last turns of an endpoint, the newest at the end.
+const HISTORY: usize = 16;
+
 /// What is learned of one endpoint.
 #[derive(Debug, Default)]
 pub struct Vitals {
@@ -127,6 +142,7 @@ pub struct Vitals {
     period: AtomicU64,
     /// When it last became `Serving` again, in nanoseconds.
     restored: AtomicU64,
+    history: Mutex<VecDeque<Turn>>,
 }
 
 impl Vitals {
@@ -140,8 +156,24 @@ impl Vitals {
         self.window.sum(now)
     }
 
-    fn turn(&self, state: State) {
+    /// Failures since anything went well.
+    pub fn consecutive_failures(&self) -> u32 {
+        self.consecutive.load(Relaxed)
+    }
+
+    /// How it came to be what it is, the newest turn at the end.
+    pub fn history(&self) -> Vec<Turn> {
+        self.history.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect()
+    }
+
+    /// Under the lock of its floor.
+    fn turn(&self, state: State, reason: Option<Reason>, at: Duration) {
         self.state.store(state.pack(), Relaxed);
+        let mut history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
+        if history.len() == HISTORY {
+            history.pop_front();
+        }
+        history.push_back(Turn { at, state, reason });
     }
 
     fn ramp(&self) -> Duration {
@@ -246,7 +278,7 @@ impl Floor {
     }
 
     /// The endpoints are these from now on. Where too many of them are ejected, the oldest ejections end.
-    pub fn follow(&self, members: Arc<[Arc<Vitals>]>) {
+    pub fn follow(&self, members: Arc<[Arc<Vitals>]>, now: Duration) {
         let mut turning = self.lock();
         turning.members = members;
         let Turning { members, ejected, .. } = &mut *turning;
@@ -256,7 +288,7 @@ impl Floor {
         let back: Vec<_> = back.filter(|member| !ejected.iter().any(|other| Arc::ptr_eq(other, member))).collect();
         ejected.extend(back.into_iter().map(Arc::clone));
         let excess = turning.ejected.len().saturating_sub(turning.allowed());
-        turning.ejected.drain(..excess).for_each(|vitals| vitals.turn(State::Serving));
+        turning.ejected.drain(..excess).for_each(|vitals| vitals.turn(State::Serving, None, now));
         self.want(&turning);
     }
 
@@ -308,7 +340,7 @@ impl Floor {
         });
         if let Some(vitals) = at.and_then(|at| members.get(at)) {
             vitals.probed.store(true, Relaxed);
-            vitals.turn(State::Probing);
+            vitals.turn(State::Probing, None, now);
             turning.take_back(vitals);
         }
         self.want(&turning);
@@ -355,7 +387,7 @@ impl Floor {
             self.probed(vitals, outcome, now);
         }
         let reason = reason?;
-        self.eject(vitals, detection, now, chance()).then_some(reason)
+        self.eject(vitals, reason, detection, now, chance()).then_some(reason)
     }
 
     fn probed(&self, vitals: &Arc<Vitals>, outcome: Outcome, now: Duration) {
@@ -365,7 +397,7 @@ impl Floor {
             // What it did before is no news, and its former latency is that of its failures.
             vitals.window.clear(now);
             vitals.load.forget();
-            vitals.turn(State::Ramping { since: now });
+            vitals.turn(State::Ramping { since: now }, None, now);
         }
         self.want(&turning);
     }
@@ -374,12 +406,12 @@ impl Floor {
         let _turning = self.lock();
         if matches!(vitals.state(), State::Ramping { .. }) {
             vitals.restored.store(now.as_nanos() as u64, Relaxed);
-            vitals.turn(State::Serving);
+            vitals.turn(State::Serving, None, now);
         }
     }
 
     /// Ejects if that leaves enough, and if it is not most of them that fail.
-    fn eject(&self, vitals: &Arc<Vitals>, detection: &Detection, now: Duration, chance: f64) -> bool {
+    fn eject(&self, vitals: &Arc<Vitals>, reason: Reason, detection: &Detection, now: Duration, chance: f64) -> bool {
         /// How long nobody is ejected after most failed at once.
         const PAUSE: Duration = Duration::from_millis(200);
         let mut turning = self.lock();
@@ -411,7 +443,7 @@ impl Floor {
         vitals.period.store(period.as_nanos() as u64, Relaxed);
         // Those that were ejected together do not come back together.
         let until = now + period.mul_f64(0.75 + 0.25 * chance);
-        vitals.turn(State::Ejected { until });
+        vitals.turn(State::Ejected { until }, Some(reason), now);
         vitals.consecutive.store(0, Relaxed);
         turning.ejected.push(Arc::clone(vitals));
         self.want(&turning);
@@ -429,3 +461,6 @@ impl Floor {
 fn unit(bits: u64) -> f64 {
     (bits >> 11) as f64 / (1u64 << 53) as f64
 }
+
+#[cfg(test)]
+mod tests;

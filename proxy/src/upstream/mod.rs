@@ -19,6 +19,7 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::time::Instant;
 
 use sheetbend_certs::SpiffeId;
 use sheetbend_control_plane_client::model::{ClusterName, ServicePort, Target, Transport};
@@ -66,6 +67,7 @@ pub struct EndpointState {
     pub service: Option<(ServicePort, Arc<str>)>,
     /// What is learned of it.
     pub vitals: Arc<Vitals>,
+    backend: Option<ClusterName>,
     /// Never given to another: the key of its connections.
     number: u64,
     edges: [OnceLock<Arc<Edge>>; 4],
@@ -76,7 +78,12 @@ impl EndpointState {
     pub fn new(place: Place, transport: Transport, service: Option<(ServicePort, Arc<str>)>) -> Self {
         static NUMBERS: AtomicU64 = AtomicU64::new(0);
         let number = NUMBERS.fetch_add(1, Relaxed);
-        Self { place, transport, service, vitals: Arc::default(), number, edges: Default::default() }
+        Self { place, transport, service, vitals: Arc::default(), backend: None, number, edges: Default::default() }
+    }
+
+    /// The backend that it is part of; `None` outside the mesh.
+    pub fn backend(&self) -> Option<&ClusterName> {
+        self.backend.as_ref()
     }
 
     /// Who must answer there; `None` outside the mesh.
@@ -121,10 +128,17 @@ impl EndpointState {
 }
 
 /// All endpoints in use: what is learned of one survives every new answer of the control plane.
-#[derive(Default)]
 pub struct Endpoints {
+    /// The start of the clock by which loads, budgets and ejections count.
+    pub epoch: Instant,
     known: Mutex<HashMap<Key, Weak<EndpointState>>>,
     floors: Mutex<HashMap<ClusterName, Weak<Floor>>>,
+}
+
+impl Default for Endpoints {
+    fn default() -> Self {
+        Self { epoch: Instant::now(), known: Mutex::default(), floors: Mutex::default() }
+    }
 }
 
 /// Of two backends, the same place is two endpoints: what the one's callers meet is not what the other's do.
@@ -161,9 +175,16 @@ impl Endpoints {
         if known.len() >= 64 && known.len().is_power_of_two() {
             known.retain(|_, endpoint| endpoint.strong_count() > 0);
         }
-        let endpoint = Arc::new(EndpointState::new(place, transport, service));
+        let endpoint = EndpointState { backend: backend.cloned(), ..EndpointState::new(place, transport, service) };
+        let endpoint = Arc::new(endpoint);
         known.insert(key, Arc::downgrade(&endpoint));
         endpoint
+    }
+
+    /// Those of the mesh's backends that are in use.
+    pub(crate) fn of_backends(&self) -> Vec<Arc<EndpointState>> {
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.values().filter_map(Weak::upgrade).filter(|endpoint| endpoint.backend.is_some()).collect()
     }
 
     /// Who is ejected among a backend's endpoints.

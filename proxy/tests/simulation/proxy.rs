@@ -43,15 +43,15 @@ impl Proxy {
             budget: Budget::default(),
             retrying: 0,
         };
-        proxy.follow((0..servers).collect());
+        proxy.follow((0..servers).collect(), Duration::ZERO);
         proxy
     }
 
     /// The control plane says that these are the endpoints.
-    pub(crate) fn follow(&mut self, servers: Vec<usize>) {
+    pub(crate) fn follow(&mut self, servers: Vec<usize>, now: Duration) {
         self.endpoints = servers.iter().map(|server| Arc::clone(&self.known[*server])).collect();
         self.servers = servers;
-        self.floor.follow(Arc::clone(&self.endpoints));
+        self.floor.follow(Arc::clone(&self.endpoints), now);
     }
 
     /// A request begins.

@@ -73,9 +73,6 @@ impl Record {
 
     /// Holds each proxy's view of each server against the truth.
     pub(crate) fn look(&mut self, now: Duration, proxies: &[Proxy], servers: &[Server]) {
-        if std::env::var("DEBUGSIM").is_ok() {
-            eprintln!("{now:?} {:?}", proxies[0].state(0));
-        }
         for proxy in proxies {
             for (at, server) in servers.iter().enumerate().filter(|(at, _)| proxy.seen(*at, now) >= 20) {
                 let Some(good) = server.conduct.truly() else { continue };

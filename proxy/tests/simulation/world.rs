@@ -169,7 +169,7 @@ impl World {
             Event::Leaves(_) => {}
             Event::TooLong(call, attempt) if self.is_current(call, attempt) => self.returns(call, Outcome::TimedOut),
             Event::TooLong(..) => {}
-            Event::Push(servers) => self.proxies.iter_mut().for_each(|proxy| proxy.follow(servers.clone())),
+            Event::Push(servers) => self.proxies.iter_mut().for_each(|proxy| proxy.follow(servers.clone(), self.now)),
             Event::Look => self.record.look(self.now, &self.proxies, &self.servers),
             Event::Becomes(server, conduct) => {
                 for (call, attempt) in self.servers[server].becomes(conduct) {

@@ -1,0 +1,77 @@
+//! `/breakers`: which endpoints are serving, ejected or probing, why, since when, and when they are tried next.
+
+use std::time::{Duration, SystemTime};
+
+use serde_json::{Value, json};
+use sheetbend_certs::format_time;
+
+use crate::traffic::outlier::{Reason, State, Turn};
+use crate::upstream::{EndpointState, Endpoints};
+
+/// All endpoints of the mesh that this proxy uses, in the order of their names.
+pub(crate) fn document(endpoints: &Endpoints) -> Value {
+    let now = endpoints.epoch.elapsed();
+    let clock = Clock { now, wall: SystemTime::now() };
+    let mut all: Vec<_> = endpoints.of_backends();
+    all.sort_by_cached_key(|endpoint| (endpoint.backend().cloned(), endpoint.place.to_string()));
+    let shown: Vec<Value> = all.iter().map(|endpoint| endpoint_as_json(endpoint, &clock)).collect();
+    json!({ "endpoints": shown })
+}
+
+/// Turns times of the proxy's own clock into those of the wall.
+struct Clock {
+    now: Duration,
+    wall: SystemTime,
+}
+
+impl Clock {
+    fn time(&self, at: Duration) -> String {
+        let wall = if at > self.now { self.wall + (at - self.now) } else { self.wall - (self.now - at) };
+        format_time(wall)
+    }
+}
+
+fn endpoint_as_json(endpoint: &EndpointState, clock: &Clock) -> Value {
+    let vitals = &endpoint.vitals;
+    let history = vitals.history();
+    let (requests, failures) = vitals.recent(clock.now);
+    let last = history.last();
+    let until = match vitals.state() {
+        State::Ejected { until } => Some(clock.time(until)),
+        State::Serving | State::Probing | State::Ramping { .. } => None,
+    };
+    let reason = history.iter().rev().find_map(|turn| turn.reason).filter(|_| vitals.state() != State::Serving);
+    let turn =
+        |turn: &Turn| json!({ "at": clock.time(turn.at), "state": name(turn.state), "reason": turn.reason.map(word) });
+    json!({
+        "backend": endpoint.backend(),
+        "endpoint": endpoint.place.to_string(),
+        "identity": endpoint.identity().map(ToString::to_string),
+        "state": name(vitals.state()),
+        "reason": reason.map(word),
+        "since": last.map(|turn| clock.time(turn.at)),
+        "next_probe": until,
+        "consecutive_failures": vitals.consecutive_failures(),
+        "requests_10s": requests,
+        "failures_10s": failures,
+        "in_flight": vitals.load.in_flight(),
+        "history": history.iter().map(turn).collect::<Vec<_>>(),
+    })
+}
+
+/// The three that an operator knows: one whose share grows is being tried still.
+fn name(state: State) -> &'static str {
+    match state {
+        State::Serving => "Serving",
+        State::Ejected { .. } => "Ejected",
+        State::Probing | State::Ramping { .. } => "Probing",
+    }
+}
+
+fn word(reason: Reason) -> &'static str {
+    match reason {
+        Reason::Consecutive => "consecutive_failures",
+        Reason::SuccessRate => "success_rate",
+        Reason::Probe => "probe_failed",
+    }
+}

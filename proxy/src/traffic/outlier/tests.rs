@@ -1,0 +1,218 @@
+use proptest::prelude::*;
+
+use super::*;
+
+const fn secs(seconds: u64) -> Duration {
+    Duration::from_secs(seconds)
+}
+
+struct Backend {
+    floor: Floor,
+    members: Arc<[Arc<Vitals>]>,
+}
+
+impl Backend {
+    fn of(endpoints: usize) -> Self {
+        let members: Arc<[Arc<Vitals>]> = (0..endpoints).map(|_| Arc::default()).collect();
+        let floor = Floor::default();
+        floor.follow(Arc::clone(&members), Duration::ZERO);
+        Self { floor, members }
+    }
+
+    fn report(&self, at: usize, outcome: Outcome, now: Duration) -> Option<Reason> {
+        self.floor.report(&self.members[at], false, outcome, &Detection::DEFAULT, now, || 1.0)
+    }
+
+    /// What came of the last of so many failures in a row.
+    fn fails(&self, at: usize, times: u32, now: Duration) -> Option<Reason> {
+        (0..times).map(|_| self.report(at, Outcome::Bad, now)).last().flatten()
+    }
+
+    /// Picks by turns, as long as nobody is tried.
+    fn pick(&self, retryable: bool, now: Duration) -> Picked {
+        let mut turn = 0;
+        let balance = |_| {
+            turn += 1;
+            Some(turn % self.members.len())
+        };
+        self.floor.pick(&self.members, retryable, now, || u64::MAX, balance).unwrap()
+    }
+
+    fn in_use(&self) -> usize {
+        self.members.iter().filter(|vitals| !matches!(vitals.state(), State::Ejected { .. })).count()
+    }
+}
+
+#[test]
+fn seven_failures_in_a_row_eject_and_six_do_not() {
+    let backend = Backend::of(3);
+    assert_eq!(backend.fails(0, 6, secs(1)), None);
+    backend.report(0, Outcome::Good, secs(1));
+    assert_eq!(backend.fails(0, 6, secs(1)), None);
+    assert_eq!(backend.fails(0, 1, secs(1)), Some(Reason::Consecutive));
+    assert_eq!(backend.members[0].state(), State::Ejected { until: secs(2) });
+    assert_eq!(backend.members[0].history().last().unwrap().reason, Some(Reason::Consecutive));
+}
+
+#[test]
+fn less_than_four_in_five_of_twenty_requests_eject() {
+    let backend = Backend::of(3);
+    for at in 0..19 {
+        let outcome = if at % 3 == 0 { Outcome::Bad } else { Outcome::Good };
+        assert_eq!(backend.report(0, outcome, secs(at / 4)), None);
+    }
+    assert_eq!(backend.report(0, Outcome::Bad, secs(5)), Some(Reason::SuccessRate));
+}
+
+#[test]
+fn whoever_gave_up_and_what_we_refused_ourselves_says_nothing() {
+    let backend = Backend::of(3);
+    assert!((0..100).all(|_| backend.report(0, Outcome::Unknown, secs(1)).is_none()));
+    assert_eq!(backend.members[0].recent(secs(1)), (0, 0));
+}
+
+#[test]
+fn an_ejected_endpoint_returns_after_one_good_probe_and_a_ramp() {
+    let backend = Backend::of(2);
+    backend.fails(0, 7, secs(1));
+    assert_eq!(backend.pick(true, secs(1)), Picked { at: 1, probe: false });
+    let probe = backend.pick(true, secs(2));
+    assert_eq!(probe, Picked { at: 0, probe: true });
+    assert_eq!(backend.pick(true, secs(2)), Picked { at: 1, probe: false }, "one at a time");
+    backend.floor.report(&backend.members[0], true, Outcome::Good, &Detection::DEFAULT, secs(2), || 1.0);
+    assert_eq!(backend.members[0].state(), State::Ramping { since: secs(2) });
+    assert_eq!(backend.pick(true, secs(2)).at, 1, "a share that has only begun to grow");
+    backend.report(0, Outcome::Good, secs(3));
+    assert_eq!(backend.members[0].state(), State::Serving);
+}
+
+#[test]
+fn a_probe_that_fails_doubles_the_time_up_to_a_minute() {
+    let backend = Backend::of(2);
+    backend.fails(0, 7, secs(1));
+    let mut now = secs(1);
+    for expected in [1, 2, 4, 8, 16, 32, 60, 60] {
+        let State::Ejected { until } = backend.members[0].state() else { panic!("{:?}", backend.members[0].state()) };
+        assert_eq!(until - now, secs(expected));
+        now = until;
+        assert!(backend.pick(true, now).probe);
+        let failed = backend.floor.report(&backend.members[0], true, Outcome::Bad, &Detection::DEFAULT, now, || 1.0);
+        assert_eq!(failed, Some(Reason::Probe));
+    }
+}
+
+#[test]
+fn a_probe_waits_a_second_for_a_request_that_may_be_sent_again() {
+    let backend = Backend::of(2);
+    backend.fails(0, 7, secs(1));
+    assert!(!backend.pick(false, secs(2)).probe);
+    assert!(backend.pick(false, secs(3)).probe);
+}
+
+#[test]
+fn a_caller_who_leaves_a_probe_makes_room_for_the_next() {
+    let backend = Backend::of(2);
+    backend.fails(0, 7, secs(1));
+    for _ in 0..3 {
+        assert!(backend.pick(true, secs(2)).probe);
+        backend.floor.report(&backend.members[0], true, Outcome::Unknown, &Detection::DEFAULT, secs(2), || 1.0);
+    }
+}
+
+#[test]
+fn where_most_fail_at_once_nobody_is_ejected() {
+    let backend = Backend::of(4);
+    for _ in 0..20 {
+        for at in 0..4 {
+            assert_eq!(backend.report(at, Outcome::Bad, secs(1)), None);
+        }
+    }
+}
+
+#[test]
+fn one_that_was_gone_for_a_while_is_still_ejected_and_counts() {
+    let backend = Backend::of(4);
+    backend.fails(0, 7, secs(1));
+    let rest: Arc<[_]> = backend.members[1..].iter().cloned().collect();
+    backend.floor.follow(rest, secs(1));
+    backend.fails(1, 7, secs(1));
+    assert_eq!(backend.floor.ejected(), (1, 1));
+    backend.floor.follow(Arc::clone(&backend.members), secs(1));
+    assert_eq!((backend.floor.ejected(), backend.in_use()), ((2, 2), 2));
+}
+
+#[test]
+fn fewer_endpoints_call_the_oldest_back() {
+    let backend = Backend::of(5);
+    backend.fails(0, 7, secs(1));
+    backend.fails(1, 7, secs(2));
+    let three: Arc<[_]> = backend.members[..3].iter().cloned().collect();
+    backend.floor.follow(three, secs(2));
+    assert_eq!(backend.members[0].state(), State::Serving);
+    assert!(matches!(backend.members[1].state(), State::Ejected { .. }));
+}
+
+#[test]
+fn two_threads_never_take_the_last_place_below_the_floor_both() {
+    for _ in 0..200 {
+        let backend = Backend::of(8);
+        std::thread::scope(|scope| {
+            for half in 0..2 {
+                let backend = &backend;
+                scope.spawn(move || {
+                    for at in (0..8).filter(|at| at % 2 == half) {
+                        backend.fails(at, 7, secs(1));
+                        // Not a common cause: the others do well.
+                        (0..8).filter(|other| *other != at).for_each(|other| {
+                            backend.report(other, Outcome::Good, secs(1));
+                        });
+                    }
+                });
+            }
+        });
+        assert_eq!(backend.floor.ejected().0, 8 - backend.in_use());
+        assert!(backend.in_use() >= 4, "{} in use", backend.in_use());
+    }
+}
+
+proptest! {
+    #[test]
+    fn half_are_in_use_whatever_happens(
+        endpoints in 1usize..10,
+        events in proptest::collection::vec((0usize..10, 0u8..4, 0u64..3_000), 0..300)
+    ) {
+        let backend = Backend::of(endpoints);
+        let mut now = secs(1);
+        let mut probes = Vec::new();
+        for (at, what, passed) in events {
+            now += Duration::from_millis(passed / 10);
+            let at = at % endpoints;
+            match what {
+                0 => drop(backend.fails(at, 7, now)),
+                1 => drop(backend.report(at, Outcome::Good, now)),
+                2 => {
+                    let picked = backend.pick(true, now);
+                    probes.extend(picked.probe.then_some(picked.at));
+                }
+                _ => if let Some(at) = probes.pop() {
+                    let outcome = if passed % 2 == 0 { Outcome::Good } else { Outcome::Bad };
+                    backend.floor.report(&backend.members[at], true, outcome, &Detection::DEFAULT, now, || 0.5);
+                },
+            }
+            prop_assert!(backend.in_use() >= endpoints.div_ceil(2).max(1));
+            prop_assert_eq!(backend.floor.ejected().0, endpoints - backend.in_use());
+        }
+    }
+
+    #[test]
+    fn a_state_survives_its_packing(kind in 0u8..4, nanos in 0u64..u64::MAX / 2) {
+        let at = Duration::from_nanos(nanos & !3);
+        let state = match kind {
+            0 => State::Serving,
+            1 => State::Ejected { until: at },
+            2 => State::Probing,
+            _ => State::Ramping { since: at },
+        };
+        prop_assert_eq!(State::unpack(state.pack()), state);
+    }
+}
