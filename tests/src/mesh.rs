@@ -46,6 +46,11 @@ impl Mesh {
         Self::start(flags, None, None, loopback(free_port()))
     }
 
+    /// The same, with resources for the control plane to read (YAML); [`Mesh::write_resources`] changes them.
+    pub fn with_resources(resources: &str, flags: &[&str]) -> Self {
+        Self::start(flags, Some(resources), None, loopback(free_port()))
+    }
+
     /// The same on a host made of a network namespace, on 15112 of its IPv4 address.
     pub fn with_control_plane_on(host: &Host, flags: &[&str]) -> Self {
         Self::on(host, None, flags)
