@@ -7,6 +7,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+mod breakers;
 mod certs;
 mod control_plane;
 mod failure;
@@ -48,6 +49,8 @@ enum Verb {
     Intercept(intercept::Verb),
     /// Show who calls whom
     Graph(graph::Args),
+    /// Show which endpoints are ejected, and why
+    Breakers(breakers::Args),
 }
 
 fn main() -> ExitCode {
@@ -61,6 +64,7 @@ fn main() -> ExitCode {
         Verb::Program(args) => run::become_program(args),
         Verb::Intercept(verb) => intercept::run(verb),
         Verb::Graph(args) => graph::run(args),
+        Verb::Breakers(args) => breakers::run(args),
     };
     outcome.unwrap_or_else(|failure| failure.report())
 }

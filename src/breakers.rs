@@ -1,0 +1,177 @@
+//! `sheetbend breakers`: which endpoints are ejected, why, and when they are tried again.
+//!
+//! A proxy judges for itself: what one has ejected, another may still use. Without `--proxy` all sidecars of this user
+//! that run here are asked.
+
+use std::io::{self, IsTerminal, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde_json::Value;
+use sheetbend_control_plane_client::admin_http::{self, AskError};
+
+use crate::Failure;
+use crate::run::record;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Admin ports of proxies to ask: http://HOST:PORT [default: those of the sidecars that run here]
+    #[arg(long, value_name = "URL", num_args = 1.., value_delimiter = ',')]
+    proxy: Vec<String>,
+
+    /// The form of the answer
+    #[arg(short, long, value_name = "FORM", default_value = "table")]
+    output: Output,
+
+    /// Ask again every second, until Ctrl-C
+    #[arg(long, short)]
+    watch: bool,
+
+    /// Where `run` keeps the mesh of this user [default: $XDG_STATE_HOME/sheetbend, ~/.local/state/sheetbend]
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Output {
+    Table,
+    Json,
+}
+
+/// What one proxy says.
+struct Said {
+    proxy: String,
+    breakers: Vec<Value>,
+}
+
+/// The part of an endpoint that a table shows.
+#[derive(Deserialize)]
+struct Row {
+    backend: String,
+    endpoint: String,
+    state: String,
+    reason: Option<String>,
+    since: Option<String>,
+    next_probe: Option<String>,
+    requests_10s: u32,
+    failures_10s: u32,
+}
+
+pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Failure::new)?;
+    loop {
+        let said = runtime.block_on(ask(&args))?;
+        match print(&said, args.output, args.watch) {
+            Ok(()) => {}
+            // `| head` has seen enough.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(ExitCode::SUCCESS),
+            Err(error) => return Err(Failure::new(format!("cannot write the answer: {error}"))),
+        }
+        if !args.watch {
+            return Ok(ExitCode::SUCCESS);
+        }
+        std::thread::sleep(Duration::from_secs(1));
+    }
+}
+
+async fn ask(args: &Args) -> Result<Vec<Said>, Failure> {
+    let named = args.proxy.iter().map(|url| (url.clone(), url.clone()));
+    let state = args.state_dir.clone().or_else(crate::run::default_state_dir);
+    let running = || state.as_deref().map(record::running).unwrap_or_default();
+    let proxies: Vec<(String, String)> = match args.proxy.is_empty() {
+        false => named.collect(),
+        true => running().into_iter().map(|proxy| (proxy.service, proxy.admin)).collect(),
+    };
+    let mut said = Vec::new();
+    for (name, url) in proxies {
+        let answer = admin_http::get(&url, "/breakers").await.map_err(|error| match error {
+            AskError::Url(_) => Failure::usage(format!("--proxy: {error}")),
+            _ => Failure::new(error),
+        })?;
+        let document: Value = serde_json::from_slice(&answer).unwrap_or_default();
+        let Some(breakers) = document["endpoints"].as_array() else {
+            return Err(Failure::new(format!("{url} answers, but not with breakers: it is no proxy's admin port")));
+        };
+        said.push(Said { proxy: name, breakers: breakers.clone() });
+    }
+    if said.is_empty() {
+        let place = state.map_or("no state folder".to_string(), |dir| dir.display().to_string());
+        return Err(Failure::new(format!(
+            "no sidecar runs here (looked in {place})\n\
+             start one with `sheetbend run`, or name an admin port: --proxy http://127.0.0.1:PORT"
+        )));
+    }
+    Ok(said)
+}
+
+fn print(said: &[Said], output: Output, again: bool) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    if again && out.is_terminal() {
+        // Home, then clear what is below: no flicker.
+        write!(out, "\x1b[H\x1b[J")?;
+    }
+    match output {
+        Output::Table => write!(out, "{}", table(said))?,
+        Output::Json => {
+            let all: Vec<Value> = said
+                .iter()
+                .map(|said| serde_json::json!({ "proxy": said.proxy, "endpoints": said.breakers }))
+                .collect();
+            writeln!(out, "{:#}", Value::Array(all))?;
+        }
+    }
+    out.flush()
+}
+
+fn table(said: &[Said]) -> String {
+    const TITLES: [&str; 8] =
+        ["PROXY", "BACKEND", "ENDPOINT", "STATE", "REASON", "SINCE", "NEXT PROBE", "FAILED IN 10 S"];
+    let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_string());
+    let mut rows = vec![TITLES.map(str::to_string)];
+    for Said { proxy, breakers } in said {
+        let known = breakers.iter().filter_map(|one| Row::deserialize(one).ok());
+        rows.extend(known.map(|row| {
+            let failed = format!("{} of {}", row.failures_10s, row.requests_10s);
+            let (reason, since, next) = (or_dash(row.reason), or_dash(row.since), or_dash(row.next_probe));
+            [proxy.clone(), row.backend, row.endpoint, row.state, reason, since, next, failed]
+        }));
+    }
+    if rows.len() == 1 {
+        return "No endpoint of the mesh has been called yet.\n".to_string();
+    }
+    let widths: Vec<usize> =
+        (0..TITLES.len()).map(|at| rows.iter().map(|row| row[at].chars().count()).max().unwrap_or(0)).collect();
+    let line = |row: &[String; 8]| {
+        let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}  "));
+        format!("{}\n", cells.collect::<String>().trim_end())
+    };
+    rows.iter().map(line).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn the_table_says_what_is_ejected_and_why() {
+        let ejected = json!({
+            "backend": "web.default:80", "endpoint": "10.0.0.1:80", "state": "Ejected", "reason": "success_rate",
+            "since": "2026-01-01T00:00:00Z", "next_probe": "2026-01-01T00:00:02Z", "requests_10s": 40, "failures_10s": 9,
+        });
+        let text = table(&[Said { proxy: "caller".into(), breakers: vec![ejected] }]);
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines.len(), 2, "{text}");
+        assert!(lines[1].starts_with("caller  web.default:80  10.0.0.1:80  Ejected  success_rate"), "{text}");
+        assert!(lines[1].ends_with("9 of 40"), "{text}");
+    }
+
+    #[test]
+    fn nobody_called_is_said_in_words() {
+        let text = table(&[Said { proxy: "caller".into(), breakers: Vec::new() }]);
+        assert_eq!(text, "No endpoint of the mesh has been called yet.\n");
+    }
+}
