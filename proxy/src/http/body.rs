@@ -161,7 +161,7 @@ pub struct Keeper {
 
 struct Kept {
     body: Incoming,
-    /// What came so far; `None` once it was more than is kept.
+    /// What came so far; `None` once it was more than is kept, or broke off.
     frames: Option<VecDeque<Piece>>,
     bytes: usize,
     passing: Passing,
@@ -233,7 +233,11 @@ impl Attempt {
                 kept.ended = true;
                 return Poll::Ready(None);
             }
-            Some(Err(error)) => return Poll::Ready(Some(Err(BodyError::Hyper(error)))),
+            Some(Err(error)) => {
+                // Half a request: asked again, the connection that it came on would say that this was all.
+                kept.frames = None;
+                return Poll::Ready(Some(Err(BodyError::Hyper(error))));
+            }
             Some(Ok(frame)) => frame,
         };
         kept.keep(&frame);

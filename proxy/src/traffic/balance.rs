@@ -4,7 +4,7 @@
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
-/// What an endpoint is taken to need before anything is known of it.
+/// What an endpoint is taken to need from its first request on, until that is answered.
 pub const FIRST_GUESS: Duration = Duration::from_millis(30);
 /// After this long without a sample, a sample's weight has fallen to 1/e.
 pub const DECAY: Duration = Duration::from_secs(10);
@@ -16,7 +16,7 @@ pub const FAILURE_COST: Duration = Duration::from_secs(1);
 pub struct Load {
     /// f64 bits: nanoseconds.
     latency: AtomicU64,
-    /// Nanoseconds on the caller's clock when `latency` was last written.
+    /// Nanoseconds on the caller's clock when `latency` was last written, 0 before the first sample.
     stamp: AtomicU64,
     in_flight: AtomicU32,
 }
@@ -47,29 +47,39 @@ impl Load {
         self.in_flight.load(Relaxed)
     }
 
-    /// Takes a latency in. A slower one counts at once (that is the peak), a faster one by and by. `now` is the time since
-    /// any fixed moment.
+    /// Takes a latency in. The first counts as it is, a slower one at once (that is the peak), a faster one by and by. `now`
+    /// is the time since any fixed moment.
     pub fn sample(&self, latency: Duration, now: Duration) {
         let sample = latency.as_nanos() as f64;
         let old = f64::from_bits(self.latency.load(Relaxed));
-        let new = if sample > old {
+        let new = if self.is_unknown() || sample > old {
             sample
         } else {
             let kept = self.weight_of_the_past(now);
             old * kept + sample * (1.0 - kept)
         };
         self.latency.store(new.to_bits(), Relaxed);
-        self.stamp.store(now.as_nanos() as u64, Relaxed);
+        self.stamp.store((now.as_nanos() as u64).max(1), Relaxed);
     }
 
     /// What the next request is expected to cost, in nanoseconds times requests. An endpoint nobody has asked for long
-    /// gets cheaper, so that it is tried again.
+    /// gets cheaper, so that it is tried again. Of a new one, one request finds out; the others do not pile up behind it.
     pub fn cost(&self, now: Duration) -> f64 {
+        if self.is_unknown() && self.in_flight() == 0 {
+            return 1.0;
+        }
         let latency = f64::from_bits(self.latency.load(Relaxed)) * self.weight_of_the_past(now);
         latency.max(1.0) * f64::from(self.in_flight() + 1)
     }
 
+    fn is_unknown(&self) -> bool {
+        self.stamp.load(Relaxed) == 0
+    }
+
     fn weight_of_the_past(&self, now: Duration) -> f64 {
+        if self.is_unknown() {
+            return 1.0;
+        }
         let passed = (now.as_nanos() as u64).saturating_sub(self.stamp.load(Relaxed));
         (-(passed as f64) / DECAY.as_nanos() as f64).exp()
     }
@@ -138,8 +148,21 @@ mod tests {
     }
 
     #[test]
+    fn one_request_finds_out_about_a_new_endpoint_and_the_others_wait_for_its_answer() {
+        let (new, known, now) = (Load::default(), Load::default(), Duration::from_secs(86_400));
+        known.sample(Duration::from_millis(5), now);
+        assert!(new.cost(now) < known.cost(now));
+        new.begin();
+        assert!(new.cost(now) > 5.0 * known.cost(now));
+        new.sample(Duration::from_millis(5), now);
+        new.end();
+        assert_eq!(new.cost(now), known.cost(now));
+    }
+
+    #[test]
     fn what_is_in_flight_makes_an_endpoint_dearer() {
         let load = Load::default();
+        load.sample(Duration::from_millis(5), Duration::ZERO);
         let idle = load.cost(Duration::ZERO);
         load.begin();
         assert_eq!(load.cost(Duration::ZERO), 2.0 * idle);
