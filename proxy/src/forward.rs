@@ -23,9 +23,9 @@ use crate::http::headers::{self, SENT_VERSION, UNSENT};
 use crate::http::upgrade;
 use crate::rest::Rest;
 use crate::telemetry::{Counter, Protocol, Telemetry};
-use crate::traffic::balance::FAILURE_COST;
+use crate::traffic::balance::{FAILURE_COST, Load};
 use crate::traffic::retry::{self, Failure, Verdict};
-use crate::upstream::{DialError, EndpointState, Pool, Wire};
+use crate::upstream::{EndpointState, Pool, SendError, Wire};
 
 /// What an attempt needs beside the request.
 pub(crate) struct Way<'a> {
@@ -125,25 +125,31 @@ impl Way<'_> {
         fresh: bool,
         outgoing: &mut Outgoing<'_>,
     ) -> Result<Response<ResponseBody>, Error> {
-        let began = Instant::now();
-        let failed = |source: DialError| {
-            endpoint.load.sample(FAILURE_COST, self.epoch.elapsed());
-            Error::unreachable(endpoint.place.clone(), source)
-        };
+        let waiting = Waiting { load: &endpoint.load, began: Instant::now(), epoch: self.epoch, over: false };
         let (mut sender, checkout) = match self.pool.ready(endpoint, wire, fresh) {
             Some(ready) => ready,
             // Allocates: a connection's beginning is large, and every request would carry room for it.
             None => {
                 let checkout = self.pool.checkout(endpoint, wire, fresh, self.identity, self.telemetry);
-                checkout.boxed().await.map_err(failed)?
+                match checkout.boxed().await {
+                    Ok(connected) => connected,
+                    Err(source) => {
+                        waiting.ends(FAILURE_COST);
+                        return Err(Error::unreachable(endpoint.place.clone(), source));
+                    }
+                }
             }
         };
         let request = self.request(outgoing, sender.wire(), endpoint.is_ours())?;
-        let answer = sender.send(request).await.map_err(|failed| {
-            endpoint.load.sample(FAILURE_COST, self.epoch.elapsed());
-            Error::Broken { endpoint: endpoint.place.clone(), source: failed.source, processed: failed.processed }
-        })?;
-        endpoint.load.sample(began.elapsed(), self.epoch.elapsed());
+        let answer = match sender.send(request).await {
+            Ok(answer) => answer,
+            Err(SendError { source, processed }) => {
+                waiting.ends(FAILURE_COST);
+                return Err(Error::Broken { endpoint: endpoint.place.clone(), source, processed });
+            }
+        };
+        let took = waiting.began.elapsed();
+        waiting.ends(took);
         let (mut head, body) = answer.into_parts();
         if head.status == StatusCode::SWITCHING_PROTOCOLS
             && let Some(rest) = checkout.rest()
@@ -209,6 +215,30 @@ impl Way<'_> {
                 self.telemetry.count(counter);
                 None
             }
+        }
+    }
+}
+
+/// An attempt whose answer is waited for. Whoever gives up, be it the caller or its deadline, has learned that this takes
+/// longer: one that answers nobody must not look like one that nobody asks.
+struct Waiting<'a> {
+    load: &'a Load,
+    began: Instant,
+    epoch: Instant,
+    over: bool,
+}
+
+impl Waiting<'_> {
+    fn ends(mut self, latency: Duration) {
+        self.over = true;
+        self.load.sample(latency, self.epoch.elapsed());
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        if !self.over {
+            self.load.longer_than(self.began.elapsed(), self.epoch.elapsed());
         }
     }
 }

@@ -62,6 +62,14 @@ impl Load {
         self.stamp.store((now.as_nanos() as u64).max(1), Relaxed);
     }
 
+    /// Somebody gave up waiting after this long: it would have taken longer.
+    pub fn longer_than(&self, waited: Duration, now: Duration) {
+        let expected = f64::from_bits(self.latency.load(Relaxed)) * self.weight_of_the_past(now);
+        if waited.as_nanos() as f64 > expected {
+            self.sample(waited, now);
+        }
+    }
+
     /// What the next request is expected to cost, in nanoseconds times requests. An endpoint nobody has asked for long
     /// gets cheaper, so that it is tried again. Of a new one, one request finds out; the others do not pile up behind it.
     pub fn cost(&self, now: Duration) -> f64 {
@@ -157,6 +165,20 @@ mod tests {
         new.sample(Duration::from_millis(5), now);
         new.end();
         assert_eq!(new.cost(now), known.cost(now));
+    }
+
+    #[test]
+    fn who_gives_up_waiting_makes_an_endpoint_dearer_and_never_cheaper() {
+        let (load, now) = (Load::default(), Duration::from_secs(60));
+        load.sample(Duration::from_millis(50), now);
+        let before = load.cost(now);
+        load.longer_than(Duration::from_millis(1), now);
+        assert_eq!(load.cost(now), before);
+        load.longer_than(Duration::from_secs(1), now);
+        assert_eq!(load.cost(now), 1e9);
+        // What it took once fades, and whoever waits in vain again renews it.
+        load.longer_than(Duration::from_millis(500), now + DECAY);
+        assert!(load.cost(now + DECAY) > 5e8, "{}", load.cost(now + DECAY));
     }
 
     #[test]
