@@ -14,7 +14,7 @@ use sheetbend_certs::IdentityStore;
 use tokio::sync::watch;
 use tokio::time::timeout_at;
 
-use crate::http::body::{Keeper, Passing, RequestBody, ResponseBody};
+use crate::http::body::{Keeper, Passed, Passing, RequestBody, ResponseBody};
 use crate::http::deadline::Deadline;
 use crate::http::error::{Error, Processed, Refusal};
 use crate::http::exchange::Exchange;
@@ -24,7 +24,7 @@ use crate::http::upgrade;
 use crate::rest::Rest;
 use crate::telemetry::{Counter, Protocol, Telemetry};
 use crate::traffic::retry::{self, Failure, Verdict};
-use crate::upstream::{Lease, Pool, Wire};
+use crate::upstream::{Lease, Pool, SendError, Wire};
 
 /// What an attempt needs beside the request.
 pub(crate) struct Way<'a> {
@@ -43,6 +43,8 @@ pub(crate) struct Outgoing<'a> {
     /// The version the caller spoke.
     pub(crate) sent: Version,
     pub(crate) body: Body1,
+    /// What passed of it, where there is one.
+    pub(crate) passed: Option<Arc<Passed>>,
     pub(crate) upgrade: bool,
     /// When the caller no longer cares.
     pub(crate) deadline: Option<Deadline>,
@@ -75,7 +77,7 @@ impl Body1 {
             return Self::None;
         }
         let passing: Passing = head.extensions.remove().unwrap_or_default();
-        exchange.request_bytes = Some(Arc::clone(&passing.bytes));
+        exchange.request_passed = Some(Arc::clone(&passing.passed));
         match sending {
             Sending::Again => Self::Kept(Keeper::new(body, passing)),
             Sending::Once => Self::Once(Some((body, passing))),
@@ -124,37 +126,36 @@ impl Way<'_> {
         fresh: bool,
         outgoing: &mut Outgoing<'_>,
     ) -> Result<Response<ResponseBody>, Error> {
-        let began = Instant::now();
         let endpoint = &Arc::clone(&lease.endpoint);
+        lease.until(outgoing.deadline);
         let (mut sender, checkout) = match self.pool.ready(endpoint, wire, fresh) {
             Some(ready) => ready,
             // Allocates: a connection's beginning is large, and every request would carry room for it.
             None => {
                 let checkout = self.pool.checkout(endpoint, wire, fresh, self.identity, self.telemetry);
-                let connected = checkout.boxed().await;
-                lease.connected(&connected);
-                connected.map_err(|source| {
-                    endpoint.vitals.load.failed(self.epoch.elapsed());
-                    Error::unreachable(endpoint.place.clone(), source)
-                })?
+                match checkout.boxed().await {
+                    Ok(connected) => connected,
+                    Err(source) => {
+                        lease.unreachable(&source);
+                        return Err(Error::unreachable(endpoint.place.clone(), source));
+                    }
+                }
             }
         };
         let request = self.request(outgoing, sender.wire(), endpoint.is_ours())?;
-        let answer = sender.send(request).await.map_err(|failed| {
-            lease.bad();
-            endpoint.vitals.load.failed(self.epoch.elapsed());
-            Error::Broken { endpoint: endpoint.place.clone(), source: failed.source, processed: failed.processed }
-        })?;
-        let blamed = headers::grpc_status(answer.headers()).is_some_and(headers::blames_server);
-        match answer.status().is_server_error() || blamed {
-            true => {
-                lease.bad();
-                endpoint.vitals.load.failed(self.epoch.elapsed());
+        let answer = match sender.send(request).await {
+            Ok(answer) => answer,
+            Err(SendError { source, processed }) => {
+                match outgoing.passed.as_ref().is_some_and(|passed| passed.broke()) {
+                    true => lease.hung_up(),
+                    false => lease.broken(processed),
+                }
+                return Err(Error::Broken { endpoint: endpoint.place.clone(), source, processed });
             }
-            false => {
-                lease.good();
-                endpoint.vitals.load.sample(began.elapsed(), self.epoch.elapsed());
-            }
+        };
+        match headers::grpc_status(answer.headers()) {
+            Some(headers::GRPC_DEADLINE_EXCEEDED) => lease.expired(),
+            _ => lease.answered(speaks_well(&answer)),
         }
         let (mut head, body) = answer.into_parts();
         if head.status == StatusCode::SWITCHING_PROTOCOLS
@@ -223,6 +224,15 @@ impl Way<'_> {
             }
         }
     }
+}
+
+/// Whether an answer's head says that the endpoint does what it is there for. A method or a version that it does not know
+/// is its caller's choice.
+fn speaks_well<T>(answer: &Response<T>) -> bool {
+    let status = answer.status();
+    let unknown = matches!(status, StatusCode::NOT_IMPLEMENTED | StatusCode::HTTP_VERSION_NOT_SUPPORTED);
+    let fails = status.is_server_error() && !unknown;
+    !fails && !headers::grpc_status(answer.headers()).is_some_and(headers::blames_server)
 }
 
 impl Outgoing<'_> {

@@ -279,8 +279,9 @@ impl Inbound {
         let fresh = upgrade || !headers::is_idempotent(head);
         let sending = if headers::expects_continue(head) { Sending::WhenAsked } else { Sending::Once };
         let body = Body1::new(head, body, sending, exchange);
+        let passed = exchange.request_passed.clone();
         let deadline = Deadline::of(&head.headers);
-        let mut outgoing = Outgoing { head, authority, sent, body, upgrade, deadline, once: true };
+        let mut outgoing = Outgoing { head, authority, sent, body, passed, upgrade, deadline, once: true };
         let app = self.port.app.load_full();
         exchange.attempt(&app);
         let wire = if sent == Version::HTTP_2 { Wire::Http2 } else { Wire::Http1 };

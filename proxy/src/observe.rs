@@ -94,6 +94,13 @@ fn measure(shared: &Shared) {
     telemetry.count_is(Counter::DiscoveryRefused, discovery.refused);
     telemetry.count_is(Counter::ReportsFailed, shared.reporter.failures());
 
+    let tally = shared.endpoints.tally();
+    telemetry.count_is(Counter::EjectedConsecutive, tally.consecutive);
+    telemetry.count_is(Counter::EjectedSuccessRate, tally.success_rate);
+    telemetry.count_is(Counter::EjectedProbe, tally.probe);
+    telemetry.count_is(Counter::NotEjectedFloor, tally.floor);
+    telemetry.count_is(Counter::NotEjectedCommonCause, tally.common_cause);
+
     telemetry.count_is(Counter::EmptyDataDropped, crate::http::body::empty_frames());
 
     let identity = shared.renewal.borrow().clone();

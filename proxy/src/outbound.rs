@@ -200,18 +200,18 @@ impl Outbound {
             (false, false) => Sending::Again,
         };
         let body = Body1::new(head, body, sending, exchange);
+        let passed = exchange.request_passed.clone();
         let deadline = Deadline::of(&head.headers);
         let sent = head.version;
-        let mut outgoing = Outgoing { head, authority, sent, body, upgrade, deadline, once: false };
+        let mut outgoing = Outgoing { head, authority, sent, body, passed, upgrade, deadline, once: false };
         let way = self.way();
         let mut tried: Option<Arc<EndpointState>> = None;
         let mut before = 0;
         // Until the answer's head is here.
         let mut retrying = None;
         loop {
-            let (epoch, telemetry) = (self.shared.epoch, &self.shared.telemetry);
             let idempotent = headers::is_idempotent(outgoing.head);
-            let lease = route.pick(endpoints, tried.as_ref(), idempotent, epoch, telemetry)?;
+            let lease = route.pick(endpoints, tried.as_ref(), idempotent, self.shared.epoch.elapsed())?;
             let endpoint = Arc::clone(&lease.endpoint);
             exchange.on(Arc::clone(endpoint.edge(&self.shared.telemetry, protocol)));
             exchange.attempt(&endpoint);
@@ -278,11 +278,14 @@ impl Outbound {
     async fn connect(&self, route: &Route) -> Result<Connected, Error> {
         let mut tried = None;
         loop {
-            let (epoch, telemetry) = (self.shared.epoch, &self.shared.telemetry);
-            let mut lease = route.pick(route.endpoints(None), tried.as_ref(), true, epoch, telemetry)?;
+            let (now, telemetry) = (self.shared.epoch.elapsed(), &self.shared.telemetry);
+            let mut lease = route.pick(route.endpoints(None), tried.as_ref(), true, now)?;
             let endpoint = Arc::clone(&lease.endpoint);
             let dialed = dial(&endpoint, MeshAlpn::Tcp, &self.shared.identity, telemetry, &self.pool.own).await;
-            lease.connected(&dialed);
+            match &dialed {
+                Ok(_) => lease.connected(),
+                Err(error) => lease.unreachable(error),
+            }
             match dialed {
                 Ok(dialed) => return Ok(Connected { endpoint, io: dialed.io, rest: dialed.rest }),
                 // Nothing was sent yet: another endpoint may be tried, once.

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use http::request;
 use sheetbend_control_plane_client::discovery::Discovery;
@@ -107,33 +107,30 @@ impl Route {
     }
 
     /// Picks one of [`Route::endpoints`], another one than `tried` where there is another. A request that may be sent
-    /// again may be the one that tries an ejected endpoint. `epoch` is the start of the clock by which loads count.
+    /// again may be the one that tries an ejected endpoint. `now` is the time on the endpoints' clock.
     pub fn pick(
         &self,
         candidates: &Candidates,
         tried: Option<&Arc<EndpointState>>,
         retryable: bool,
-        epoch: Instant,
-        telemetry: &Arc<Telemetry>,
+        now: Duration,
     ) -> Result<Lease, Error> {
         let Candidates { endpoints, vitals, floor, shares } = candidates;
-        let now = epoch.elapsed();
         let excluded = tried.and_then(|tried| endpoints.iter().position(|endpoint| Arc::ptr_eq(endpoint, tried)));
-        let cost = |at: usize| vitals.get(at).map_or(f64::MAX, |vitals| vitals.load.cost(now));
-        let balance = |chance| match shares {
-            None => balance::pick(endpoints.len(), excluded, chance, cost),
-            Some(shares) => balance::pick_weighted(shares, excluded, chance, cost),
+        let balance = |bits, chance| {
+            let cost = |at: usize| vitals.get(at).map_or(f64::INFINITY, |vitals| vitals.cost(chance, now));
+            match shares {
+                None => balance::pick(endpoints.len(), excluded, bits, cost),
+                Some(shares) => balance::pick_weighted(shares, excluded, bits, cost),
+            }
         };
         let picked = match floor {
             Some(floor) => floor.pick(vitals, retryable && tried.is_none(), now, rand::random, balance),
-            None => balance(rand::random()).map(|at| Picked { at, probe: false }),
+            None => balance(rand::random(), 1.0).map(|at| Picked { at, probe: false }),
         };
         let found = picked.and_then(|picked| Some((picked, Arc::clone(endpoints.get(picked.at)?))));
         let (picked, endpoint) = found.ok_or_else(|| Error::NoEndpoint(self.target.to_string()))?;
-        Ok(match floor {
-            Some(floor) => Lease::of(endpoint, picked.probe, floor, epoch, telemetry),
-            None => Lease::alone(endpoint),
-        })
+        Ok(Lease::of(endpoint, picked, now))
     }
 }
 

@@ -279,6 +279,35 @@ async fn an_answer_that_could_be_read_differently_or_breaks_off_is_not_taken_for
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_that_breaks_off_is_never_delivered_as_a_whole_one() {
+    let app = Scripted::start(|mut line| async move {
+        while line.hear("\r\n\r\n").await.is_some() {
+            line.hear("0\r\n\r\n").await;
+            line.say(WELL).await;
+        }
+    })
+    .await;
+    let pair = pair(app.port()).await;
+    // A method that may be sent again, and a body that is short enough to be.
+    let begins = "PUT http://server/ HTTP/1.1\r\nHost: server\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n";
+    for rest in ["no chunk\r\n", ""] {
+        let mut client = TcpStream::connect(pair.proxy()).await.unwrap();
+        client.write_all(begins.as_bytes()).await.unwrap();
+        eventually("the app has heard the beginning", START, || async {
+            app.heard().ends_with("hello\r\n").then_some(())
+        })
+        .await;
+        client.write_all(rest.as_bytes()).await.unwrap();
+        client.shutdown().await.unwrap();
+        let said = hear(&mut client, "").await.unwrap_or_default();
+        assert!(!said.contains("200 OK"), "{said}");
+    }
+    let whole = dialogue(pair.proxy(), &format!("{begins}0\r\n\r\n"), "well\n").await.unwrap();
+    assert!(whole.starts_with("HTTP/1.1 200"), "{whole}");
+    assert_eq!(app.heard().matches("0\r\n\r\n").count(), 1, "{}", app.heard());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn informational_answers_are_dropped_and_counted_and_the_final_one_arrives() {
     let app = Scripted::answering(
         "HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 103 Early Hints\r\nlink: </a.css>\r\n\r\n\

@@ -188,8 +188,11 @@ async fn grpc(to: std::net::SocketAddr, path: &str, timeout: &str) -> (http::Hea
         .header("grpc-timeout", timeout)
         .body(Full::<Bytes>::default())
         .expect("a request");
-    let (head, body) = sender.send_request(request).await.expect("an answer").into_parts();
-    let body = body.collect().await.expect("a whole answer");
+    let call = async {
+        let (head, body) = sender.send_request(request).await.expect("an answer").into_parts();
+        (head, body.collect().await.expect("a whole answer"))
+    };
+    let (head, body) = tokio::time::timeout(START, call).await.expect("the call ends");
     let trailers = body.trailers().cloned().unwrap_or_default();
     (head.headers, body.to_bytes(), trailers)
 }

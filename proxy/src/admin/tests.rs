@@ -53,9 +53,11 @@ async fn started(scope: Scope) -> Proxy {
 
 /// Asked again where the machine takes longer than an operator's tools wait.
 async fn get(proxy: &Proxy, path: &str) -> Result<String, String> {
+    let mut tries = 10;
     loop {
+        tries -= 1;
         match admin_http::get(&proxy.address, path).await {
-            Err(admin_http::AskError::Timeout(_)) => {}
+            Err(admin_http::AskError::Timeout(_)) if tries > 0 => {}
             answer => return answer.map(|body| String::from_utf8_lossy(&body).into_owned()).map_err(|e| e.to_string()),
         }
     }

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 
@@ -107,11 +107,29 @@ impl Body for RequestBody {
     }
 }
 
+/// What passed of a request's body.
+#[derive(Debug, Default)]
+pub struct Passed {
+    bytes: AtomicU64,
+    broke: AtomicBool,
+}
+
+impl Passed {
+    /// Bytes of it.
+    pub fn bytes(&self) -> u64 {
+        self.bytes.load(Relaxed)
+    }
+
+    /// Whether it broke off: whoever sent it is gone, or makes no sense.
+    pub fn broke(&self) -> bool {
+        self.broke.load(Relaxed)
+    }
+}
+
 /// What is to be told of a request's body as it passes.
 #[derive(Clone, Debug, Default)]
 pub struct Passing {
-    /// Bytes of it.
-    pub(crate) bytes: Arc<AtomicU64>,
+    pub(crate) passed: Arc<Passed>,
     /// Its connection is told of its end.
     reading: Option<Arc<Mutex<Reading>>>,
 }
@@ -119,12 +137,15 @@ pub struct Passing {
 impl Passing {
     /// Of a connection that hears of the body's end.
     pub(crate) fn read_from(reading: Reading) -> Self {
-        Self { bytes: Arc::default(), reading: Some(Arc::new(Mutex::new(reading))) }
+        Self { passed: Arc::default(), reading: Some(Arc::new(Mutex::new(reading))) }
     }
 
     fn saw(&self, frame: Option<&Result<Frame<Bytes>, hyper::Error>>, body: &Incoming) {
         if let Some(data) = frame.and_then(|frame| frame.as_ref().ok()?.data_ref()) {
-            self.bytes.fetch_add(data.len() as u64, Relaxed);
+            self.passed.bytes.fetch_add(data.len() as u64, Relaxed);
+        }
+        if frame.is_some_and(Result::is_err) {
+            self.passed.broke.store(true, Relaxed);
         }
         let over = frame.is_none() || body.is_end_stream() && frame.is_some_and(Result::is_ok);
         if let Some(reading) = self.reading.as_ref().filter(|_| over) {
@@ -161,7 +182,7 @@ pub struct Keeper {
 
 struct Kept {
     body: Incoming,
-    /// What came so far; `None` once it was more than is kept.
+    /// What came so far; `None` once it was more than is kept, or broke off.
     frames: Option<VecDeque<Piece>>,
     bytes: usize,
     passing: Passing,
@@ -233,7 +254,11 @@ impl Attempt {
                 kept.ended = true;
                 return Poll::Ready(None);
             }
-            Some(Err(error)) => return Poll::Ready(Some(Err(BodyError::Hyper(error)))),
+            Some(Err(error)) => {
+                // Half a request: asked again, the connection that it came on would say that this was all.
+                kept.frames = None;
+                return Poll::Ready(Some(Err(BodyError::Hyper(error))));
+            }
             Some(Ok(frame)) => frame,
         };
         kept.keep(&frame);
@@ -354,7 +379,6 @@ impl ResponseBody {
             exchange.complete();
         }
         self.exchange = None;
-        self.lease = None;
         if let Some(checkout) = self.checkout.take() {
             checkout.give_back();
         }
@@ -365,8 +389,8 @@ impl ResponseBody {
             exchange.body_failed(error);
         }
         self.checkout = None;
-        if let Some(mut lease) = self.lease.take() {
-            lease.bad();
+        if let (BodyError::Hyper(_), Some(mut lease)) = (error, self.lease.take()) {
+            lease.failed();
         }
     }
 }
@@ -402,7 +426,7 @@ impl Body for ResponseBody {
             Some(Ok(frame)) => {
                 let grpc_status = frame.trailers_ref().and_then(grpc_status);
                 if let Some(lease) = this.lease.as_mut().filter(|_| grpc_status.is_some_and(blames_server)) {
-                    lease.bad();
+                    lease.failed();
                 }
                 if let Some(exchange) = &mut this.exchange {
                     if let Some(data) = frame.data_ref() {

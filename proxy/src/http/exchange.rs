@@ -2,13 +2,12 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Instant, SystemTime};
 
 use http::{HeaderValue, Method, Uri, Version, request};
 use sheetbend_certs::SpiffeId;
 
-use super::body::BodyError;
+use super::body::{BodyError, Passed};
 use super::error::{Causes, Error, h2_reason};
 use super::headers::X_REQUEST_ID;
 use crate::telemetry::{AccessEntry, Edge, Flags, Outcome, Reporter, Telemetry};
@@ -30,7 +29,7 @@ pub struct Exchange {
     /// Why the response is what it is.
     pub flags: Flags,
     /// Bytes of the request's body; shared with whoever sends it. `None` when there is none.
-    pub request_bytes: Option<Arc<AtomicU64>>,
+    pub request_passed: Option<Arc<Passed>>,
     /// Bytes of the response's body so far.
     pub response_bytes: u64,
     /// Attempts made.
@@ -78,7 +77,7 @@ impl Exchange {
             status: 0,
             grpc_status: None,
             flags: Flags::NONE,
-            request_bytes: None,
+            request_passed: None,
             response_bytes: 0,
             attempts: 0,
             detail: String::new(),
@@ -158,7 +157,7 @@ impl Drop for Exchange {
             status: self.status,
             grpc_status: self.grpc_status,
             latency: now - self.started,
-            request_bytes: self.request_bytes.as_ref().map_or(0, |count| count.load(Relaxed)),
+            request_bytes: self.request_passed.as_ref().map_or(0, |passed| passed.bytes()),
             response_bytes: self.response_bytes,
             flags: self.flags,
         };

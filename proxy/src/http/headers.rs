@@ -197,10 +197,13 @@ pub fn is_grpc(headers: &HeaderMap) -> bool {
     })
 }
 
+/// The gRPC status of a call that took longer than its caller was ready to wait.
+pub(crate) const GRPC_DEADLINE_EXCEEDED: u16 = 4;
+
 /// Whether a gRPC status says that the server failed, and not that its caller asked for the wrong thing: UNKNOWN,
-/// DEADLINE_EXCEEDED, INTERNAL, UNAVAILABLE, DATA_LOSS (gRPC "Status codes and their use").
+/// INTERNAL, UNAVAILABLE, DATA_LOSS (gRPC "Status codes and their use").
 pub(crate) fn blames_server(status: u16) -> bool {
-    matches!(status, 2 | 4 | 13 | 14 | 15)
+    matches!(status, 2 | 13 | 14 | 15)
 }
 
 /// `grpc-status` of a trailer section or of the head of an answer without a body.

@@ -40,6 +40,8 @@ metrics_of_the_process! {
     EjectedConsecutive "sheetbend_ejections_total" { reason: "consecutive_failures" } "Endpoints left alone for a while, by why.";
     EjectedSuccessRate "sheetbend_ejections_total" { reason: "success_rate" } "Endpoints left alone for a while, by why.";
     EjectedProbe "sheetbend_ejections_total" { reason: "probe_failed" } "Endpoints left alone for a while, by why.";
+    NotEjectedFloor "sheetbend_not_ejected_total" { reason: "floor" } "Endpoints that failed and were kept, by why.";
+    NotEjectedCommonCause "sheetbend_not_ejected_total" { reason: "common_cause" } "Endpoints that failed and were kept, by why.";
     NotRetriedUnsafe "sheetbend_not_retried_total" { reason: "unsafe" } "Failures that were not tried again, by why not.";
     NotRetriedBody "sheetbend_not_retried_total" { reason: "body_too_large" } "Failures that were not tried again, by why not.";
     NotRetriedBudget "sheetbend_not_retried_total" { reason: "budget" } "Failures that were not tried again, by why not.";

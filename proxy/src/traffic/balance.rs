@@ -4,7 +4,7 @@
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
-/// What an endpoint is taken to need before anything is known of it.
+/// What an endpoint is taken to need from its first request on, until that is answered.
 pub const FIRST_GUESS: Duration = Duration::from_millis(30);
 /// After this long without a sample, a sample's weight has fallen to 1/e.
 pub const DECAY: Duration = Duration::from_secs(10);
@@ -18,7 +18,7 @@ pub const FAILURE_DECAY: Duration = Duration::from_secs(1);
 pub struct Load {
     /// f64 bits: nanoseconds.
     latency: AtomicU64,
-    /// Nanoseconds on the caller's clock when `latency` was last written, 0 before that.
+    /// Nanoseconds on the caller's clock when `latency` was last written, 0 before the first sample.
     stamp: AtomicU64,
     /// Nanoseconds on the same clock when it last failed, or nothing.
     failed: AtomicU64,
@@ -52,13 +52,12 @@ impl Load {
         self.in_flight.load(Relaxed)
     }
 
-    /// Takes a latency in. The first counts whole, a slower one at once (that is the peak), a faster one by and by. `now` is the time since
-    /// any fixed moment.
+    /// Takes a latency in. The first counts as it is, a slower one at once (that is the peak), a faster one by and by. `now`
+    /// is the time since any fixed moment.
     pub fn sample(&self, latency: Duration, now: Duration) {
         let sample = latency.as_nanos() as f64;
         let old = f64::from_bits(self.latency.load(Relaxed));
-        let first = self.stamp.load(Relaxed) == 0;
-        let new = if first || sample > old {
+        let new = if self.is_unknown() || sample > old {
             sample
         } else {
             let kept = self.weight_of_the_past(now);
@@ -68,14 +67,30 @@ impl Load {
         self.stamp.store((now.as_nanos() as u64).max(1), Relaxed);
     }
 
-    /// It failed. How long that took says nothing of its latency.
+    /// It failed. How long that took says nothing of its latency, which does not fade meanwhile: one that fails on and on
+    /// must not become the cheapest for want of an answer.
     pub fn failed(&self, now: Duration) {
-        self.failed.store((now.as_nanos() as u64).max(1), Relaxed);
+        let now = (now.as_nanos() as u64).max(1);
+        self.failed.store(now, Relaxed);
+        if !self.is_unknown() {
+            self.stamp.store(now, Relaxed);
+        }
+    }
+
+    /// Somebody gave up waiting after this long: it would have taken longer.
+    pub fn longer_than(&self, waited: Duration, now: Duration) {
+        let expected = f64::from_bits(self.latency.load(Relaxed)) * self.weight_of_the_past(now);
+        if waited.as_nanos() as f64 > expected {
+            self.sample(waited, now);
+        }
     }
 
     /// What the next request is expected to cost, in nanoseconds times requests. An endpoint nobody has asked for long
-    /// gets cheaper, so that it is tried again.
+    /// gets cheaper, so that it is tried again. Of a new one, one request finds out; the others do not pile up behind it.
     pub fn cost(&self, now: Duration) -> f64 {
+        if self.is_unknown() && self.in_flight() == 0 && self.failed.load(Relaxed) == 0 {
+            return 1.0;
+        }
         let latency = f64::from_bits(self.latency.load(Relaxed)) * self.weight_of_the_past(now);
         latency.max(1.0) * f64::from(self.in_flight() + 1) * self.penalty(now)
     }
@@ -96,7 +111,14 @@ impl Load {
         1.0 + (FAILURE_COST - 1.0) * (-(passed as f64) / FAILURE_DECAY.as_nanos() as f64).exp()
     }
 
+    fn is_unknown(&self) -> bool {
+        self.stamp.load(Relaxed) == 0
+    }
+
     fn weight_of_the_past(&self, now: Duration) -> f64 {
+        if self.is_unknown() {
+            return 1.0;
+        }
         let passed = (now.as_nanos() as u64).saturating_sub(self.stamp.load(Relaxed));
         (-(passed as f64) / DECAY.as_nanos() as f64).exp()
     }
@@ -165,8 +187,35 @@ mod tests {
     }
 
     #[test]
+    fn one_request_finds_out_about_a_new_endpoint_and_the_others_wait_for_its_answer() {
+        let (new, known, now) = (Load::default(), Load::default(), Duration::from_secs(86_400));
+        known.sample(Duration::from_millis(5), now);
+        assert!(new.cost(now) < known.cost(now));
+        new.begin();
+        assert!(new.cost(now) > 5.0 * known.cost(now));
+        new.sample(Duration::from_millis(5), now);
+        new.end();
+        assert_eq!(new.cost(now), known.cost(now));
+    }
+
+    #[test]
+    fn who_gives_up_waiting_makes_an_endpoint_dearer_and_never_cheaper() {
+        let (load, now) = (Load::default(), Duration::from_secs(60));
+        load.sample(Duration::from_millis(50), now);
+        let before = load.cost(now);
+        load.longer_than(Duration::from_millis(1), now);
+        assert_eq!(load.cost(now), before);
+        load.longer_than(Duration::from_secs(1), now);
+        assert_eq!(load.cost(now), 1e9);
+        // What it took once fades, and whoever waits in vain again renews it.
+        load.longer_than(Duration::from_millis(500), now + DECAY);
+        assert!(load.cost(now + DECAY) > 5e8, "{}", load.cost(now + DECAY));
+    }
+
+    #[test]
     fn what_is_in_flight_makes_an_endpoint_dearer() {
         let load = Load::default();
+        load.sample(Duration::from_millis(5), Duration::ZERO);
         let idle = load.cost(Duration::ZERO);
         load.begin();
         assert_eq!(load.cost(Duration::ZERO), 2.0 * idle);

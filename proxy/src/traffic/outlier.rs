@@ -7,13 +7,16 @@
 //! Reading is free of locks, and so is whatever goes well. Turning from one state into another takes the floor's lock, so
 //! that two workers never both take the last place below it.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::balance::Load;
 use super::window::Window;
+
+#[cfg(test)]
+mod tests;
 
 /// When an endpoint is ejected, and for how long. The words are those of Istio's `outlierDetection`.
 #[derive(Clone, Debug, PartialEq)]
@@ -31,6 +34,9 @@ pub struct Detection {
 }
 
 impl Detection {
+    /// What the success rate is the rate of.
+    pub const INTERVAL: Duration = Duration::from_secs(Window::SECONDS);
+
     /// Where nobody says otherwise.
     pub const DEFAULT: Self = Self {
         consecutive_failures: 7,
@@ -39,8 +45,6 @@ impl Detection {
         base_ejection_time: Duration::from_secs(1),
         max_ejection_time: Duration::from_secs(60),
     };
-    /// What the success rate is the rate of.
-    pub const INTERVAL: Duration = Duration::from_secs(Window::SECONDS);
 }
 
 impl Default for Detection {
@@ -124,7 +128,7 @@ pub struct Turn {
     pub reason: Option<Reason>,
 }
 
-/// The last turns of an endpoint, the newest at the end.
+/// The last turns of an endpoint that are remembered.
 const HISTORY: usize = 16;
 
 /// What is learned of one endpoint.
@@ -133,11 +137,15 @@ pub struct Vitals {
     /// How loaded it is.
     pub load: Load,
     state: AtomicU64,
+    /// How often that changed.
+    turns: AtomicU32,
     /// Failures since anything went well.
     consecutive: AtomicU32,
     window: Window,
     /// Whether somebody is trying it.
     probed: AtomicBool,
+    /// Whether it is one of its floor's endpoints now.
+    present: AtomicBool,
     /// Nanoseconds that its current or last ejection takes.
     period: AtomicU64,
     /// When it last became `Serving` again, in nanoseconds.
@@ -151,6 +159,11 @@ impl Vitals {
         State::unpack(self.state.load(Relaxed))
     }
 
+    /// How often its state changed so far.
+    pub fn turns(&self) -> u32 {
+        self.turns.load(Relaxed)
+    }
+
     /// Requests of the last [`Detection::INTERVAL`], and those of them that failed.
     pub fn recent(&self, now: Duration) -> (u32, u32) {
         self.window.sum(now)
@@ -161,14 +174,31 @@ impl Vitals {
         self.consecutive.load(Relaxed)
     }
 
+    /// How long its current or last ejection takes.
+    pub fn period(&self) -> Duration {
+        Duration::from_nanos(self.period.load(Relaxed))
+    }
+
     /// How it came to be what it is, the newest turn at the end.
     pub fn history(&self) -> Vec<Turn> {
         self.history.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect()
     }
 
+    /// What a balancer takes it to cost: everything, where it may not be chosen. `chance`, in `0.0..1.0`, is drawn once a
+    /// pick, and decides about those whose share grows.
+    pub fn cost(&self, chance: f64, now: Duration) -> f64 {
+        let admitted = match self.state() {
+            State::Serving => true,
+            State::Ejected { .. } | State::Probing => false,
+            State::Ramping { since } => now.saturating_sub(since).as_secs_f64() >= chance * self.ramp().as_secs_f64(),
+        };
+        if admitted { self.load.cost(now) } else { f64::INFINITY }
+    }
+
     /// Under the lock of its floor.
     fn turn(&self, state: State, reason: Option<Reason>, at: Duration) {
         self.state.store(state.pack(), Relaxed);
+        self.turns.fetch_add(1, Relaxed);
         let mut history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
         if history.len() == HISTORY {
             history.pop_front();
@@ -177,38 +207,22 @@ impl Vitals {
     }
 
     fn ramp(&self) -> Duration {
-        Duration::from_nanos(self.period.load(Relaxed) / 2)
+        self.period() / 2
     }
 
-    /// How long its current or last ejection takes.
-    pub fn period(&self) -> Duration {
-        Duration::from_nanos(self.period.load(Relaxed))
-    }
-
-    /// Whether the balancer may choose it.
-    fn admits(&self, chances: impl FnOnce() -> u64, now: Duration) -> bool {
-        match self.state() {
-            State::Serving => true,
-            State::Ejected { .. } | State::Probing => false,
-            State::Ramping { since } => {
-                now.saturating_sub(since).as_secs_f64() >= unit(chances()) * self.ramp().as_secs_f64()
-            }
-        }
-    }
-
-    /// Whether the last that was heard of it was a failure, which says less than that it is ejected.
+    /// Whether it looks as if it failed, which says less than that it is ejected: the last that was heard of it was a
+    /// failure, or it is halfway to the least share.
     fn is_suspect(&self, detection: &Detection, now: Duration) -> bool {
         if self.state() != State::Serving || self.consecutive.load(Relaxed) > 0 {
             return true;
         }
-        let (all, bad) = self.window.sum_of_last(2, now);
-        all >= 5 && f64::from(all - bad) < f64::from(all) * detection.success_rate
+        let (all, bad) = self.window.sum(now);
+        all >= 5 && f64::from(all - bad) < f64::from(all) * f64::midpoint(detection.success_rate, 1.0)
     }
 
-    /// What speaks against it after a failure.
-    fn verdict(&self, detection: &Detection, now: Duration) -> Option<Reason> {
-        let consecutive = self.consecutive.load(Relaxed);
-        if consecutive > 0 && consecutive.is_multiple_of(detection.consecutive_failures.max(1)) {
+    /// What speaks against it after so many failures in a row.
+    fn verdict(&self, consecutive: u32, detection: &Detection, now: Duration) -> Option<Reason> {
+        if consecutive >= detection.consecutive_failures {
             return Some(Reason::Consecutive);
         }
         let (all, bad) = self.window.sum(now);
@@ -228,12 +242,23 @@ pub struct Picked {
     pub probe: bool,
 }
 
+/// Who sent a request to an endpoint, for when something is heard of it.
+#[derive(Clone, Copy, Debug)]
+pub struct Sent {
+    /// It was a probe.
+    pub probe: bool,
+    /// [`Vitals::turns`] at that time.
+    pub turn: u32,
+}
+
 /// Who is ejected among the endpoints of one backend, shared by all workers.
 #[derive(Debug, Default)]
 pub struct Floor {
     turning: Mutex<Turning>,
-    /// From then on somebody wants a probe, in nanoseconds.
+    /// From then on somebody wants a probe, in nanoseconds; 0 before the first look.
     wanted: AtomicU64,
+    /// Requests that could have been a probe but may not be sent again, since one is wanted.
+    passed: AtomicU32,
 }
 
 #[derive(Debug, Default)]
@@ -241,8 +266,37 @@ struct Turning {
     members: Arc<[Arc<Vitals>]>,
     /// The oldest first.
     ejected: Vec<Arc<Vitals>>,
+    /// Those that are being tried.
+    probing: Vec<Arc<Vitals>>,
     /// Until then nobody is ejected: most failed at once.
     common_cause: Duration,
+    /// What was decided so far.
+    tally: Tally,
+}
+
+/// How often what was decided.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Ejections for failures in a row.
+    pub consecutive: u64,
+    /// Ejections for too small a share of successes.
+    pub success_rate: u64,
+    /// Ejections after a probe that failed.
+    pub probe: u64,
+    /// Endpoints that would have been ejected, had enough others been left.
+    pub floor: u64,
+    /// The same, had not most failed at once.
+    pub common_cause: u64,
+}
+
+impl std::ops::AddAssign for Tally {
+    fn add_assign(&mut self, other: Self) {
+        self.consecutive += other.consecutive;
+        self.success_rate += other.success_rate;
+        self.probe += other.probe;
+        self.floor += other.floor;
+        self.common_cause += other.common_cause;
+    }
 }
 
 impl Turning {
@@ -252,18 +306,26 @@ impl Turning {
         n - n.div_ceil(2).max(1).min(n)
     }
 
-    fn take_back(&mut self, vitals: &Arc<Vitals>) {
-        self.ejected.retain(|ejected| !Arc::ptr_eq(ejected, vitals));
+    fn leave(&mut self, vitals: &Arc<Vitals>) {
+        for list in [&mut self.ejected, &mut self.probing] {
+            list.retain(|other| !Arc::ptr_eq(other, vitals));
+        }
     }
 
-    /// When somebody next wants a probe.
-    fn wanted(&self) -> Duration {
-        let until = self.members.iter().filter_map(|vitals| match vitals.state() {
-            State::Ejected { until } => Some(until),
-            State::Probing if !vitals.probed.load(Relaxed) => Some(Duration::ZERO),
+    /// Whose turn it is to be tried, and since or from when.
+    fn wanted(&self) -> Option<(Duration, &Arc<Vitals>)> {
+        let ejected = self.ejected.iter().filter_map(|vitals| match vitals.state() {
+            State::Ejected { until } => Some((until, vitals)),
             _ => None,
         });
-        until.min().unwrap_or(Duration::MAX)
+        let unheard = self.probing.iter().filter(|vitals| !vitals.probed.load(Relaxed));
+        ejected.chain(unheard.map(|vitals| (Duration::ZERO, vitals))).min_by_key(|(at, _)| *at)
+    }
+
+    fn eject(&mut self, vitals: &Arc<Vitals>, until: Duration, reason: Option<Reason>, now: Duration) {
+        self.leave(vitals);
+        vitals.turn(State::Ejected { until }, reason, now);
+        self.ejected.push(Arc::clone(vitals));
     }
 }
 
@@ -274,132 +336,187 @@ impl Floor {
     }
 
     fn want(&self, turning: &Turning) {
-        self.wanted.store(u64::try_from(turning.wanted().as_nanos()).unwrap_or(u64::MAX), Relaxed);
+        let wanted = turning.wanted().map_or(Duration::MAX, |(at, _)| at);
+        self.wanted.store(u64::try_from(wanted.as_nanos()).unwrap_or(u64::MAX), Relaxed);
     }
 
     /// The endpoints are these from now on. Where too many of them are ejected, the oldest ejections end.
     pub fn follow(&self, members: Arc<[Arc<Vitals>]>, now: Duration) {
         let mut turning = self.lock();
-        turning.members = members;
-        let Turning { members, ejected, .. } = &mut *turning;
-        ejected.retain(|ejected| members.iter().any(|member| Arc::ptr_eq(member, ejected)));
+        let former = std::mem::replace(&mut turning.members, Arc::clone(&members));
+        former.iter().for_each(|vitals| vitals.present.store(false, Relaxed));
+        members.iter().for_each(|vitals| vitals.present.store(true, Relaxed));
+        let Turning { ejected, probing, .. } = &mut *turning;
+        ejected.retain(|vitals| vitals.present.load(Relaxed));
+        probing.retain(|vitals| vitals.present.load(Relaxed));
         // One that was gone in between is as it was.
-        let back = members.iter().filter(|member| matches!(member.state(), State::Ejected { .. }));
-        let back: Vec<_> = back.filter(|member| !ejected.iter().any(|other| Arc::ptr_eq(other, member))).collect();
-        ejected.extend(back.into_iter().map(Arc::clone));
+        let known: HashSet<*const Vitals> = ejected.iter().chain(probing.iter()).map(Arc::as_ptr).collect();
+        for vitals in members.iter().filter(|vitals| !known.contains(&Arc::as_ptr(vitals))) {
+            match vitals.state() {
+                State::Ejected { .. } => ejected.push(Arc::clone(vitals)),
+                State::Probing => probing.push(Arc::clone(vitals)),
+                State::Serving | State::Ramping { .. } => {}
+            }
+        }
         let excess = turning.ejected.len().saturating_sub(turning.allowed());
         turning.ejected.drain(..excess).for_each(|vitals| vitals.turn(State::Serving, None, now));
         self.want(&turning);
     }
 
     /// Picks for a request: a probe where one is wanted, or what `balance` says of those that are in use. `balance` is
-    /// asked with numbers to avoid, and gives any other.
-    ///
-    /// `chances` are 64 random bits each time.
+    /// asked with 64 random bits and the chance that [`Vitals::cost`] asks for.
     pub fn pick(
         &self,
         members: &[Arc<Vitals>],
         retryable: bool,
         now: Duration,
         mut chances: impl FnMut() -> u64,
-        mut balance: impl FnMut(u64) -> Option<usize>,
+        mut balance: impl FnMut(u64, f64) -> Option<usize>,
     ) -> Option<Picked> {
-        /// Half are in use at least, so that as many draws all miss once in 65,536 times.
+        /// Half are in use at least, so that all of these draw two that are not once in 2^32 times.
         const DRAWS: usize = 16;
-        /// How long a probe waits for a request that may be sent again.
-        const PATIENCE: Duration = Duration::from_secs(1);
-        let wanted = Duration::from_nanos(self.wanted.load(Relaxed));
-        if now >= wanted
-            && (retryable || now >= wanted + PATIENCE)
+        if now.as_nanos() as u64 >= self.wanted.load(Relaxed)
+            && self.may_probe(retryable)
             && let Some(at) = self.probe(members, now)
         {
             return Some(Picked { at, probe: true });
         }
+        let chance = unit(chances());
         let mut last = None;
         for _ in 0..DRAWS {
-            let at = balance(chances())?;
-            let admitted = members.get(at).is_some_and(|vitals| vitals.admits(&mut chances, now));
-            if admitted {
+            let at = balance(chances(), chance)?;
+            if members.get(at).is_some_and(|vitals| vitals.cost(chance, now).is_finite()) {
                 return Some(Picked { at, probe: false });
             }
             last = Some(at);
         }
         // Bad luck, or nobody serves but those that are tried: they are in use, too.
-        let in_use = |state| !matches!(state, State::Ejected { .. });
-        let at = members.iter().position(|vitals| in_use(vitals.state())).or(last)?;
+        let in_use = |at: &usize| members.get(*at).is_some_and(|v| !matches!(v.state(), State::Ejected { .. }));
+        let from = last?;
+        let at = (from..members.len()).chain(0..from).find(in_use).unwrap_or(from);
         Some(Picked { at, probe: false })
+    }
+
+    /// A request that may not be sent again is a probe only when none came for long that may.
+    fn may_probe(&self, retryable: bool) -> bool {
+        const PASSED: u32 = 10;
+        let may = retryable || self.passed.fetch_add(1, Relaxed) >= PASSED;
+        if may {
+            self.passed.store(0, Relaxed);
+        }
+        may
     }
 
     /// Whose ejection is over, or who is being tried and has nobody.
     fn probe(&self, members: &[Arc<Vitals>], now: Duration) -> Option<usize> {
         let mut turning = self.lock();
-        let at = members.iter().position(|vitals| match vitals.state() {
-            State::Ejected { until } => now >= until,
-            State::Probing => !vitals.probed.load(Relaxed),
-            State::Serving | State::Ramping { .. } => false,
-        });
-        if let Some(vitals) = at.and_then(|at| members.get(at)) {
+        let due = turning.wanted().filter(|(at, _)| now >= *at).map(|(_, vitals)| Arc::clone(vitals));
+        let at = due.as_ref().and_then(|vitals| members.iter().position(|member| Arc::ptr_eq(member, vitals)));
+        if let Some(vitals) = due.filter(|_| at.is_some()) {
             vitals.probed.store(true, Relaxed);
-            vitals.turn(State::Probing, None, now);
-            turning.take_back(vitals);
+            if vitals.state() != State::Probing {
+                turning.leave(&vitals);
+                vitals.turn(State::Probing, None, now);
+                turning.probing.push(vitals);
+            }
         }
         self.want(&turning);
         at
     }
 
-    /// What came of a request to one of the endpoints. Called once for each that was picked. `chance` gives a number in
-    /// `0.0..1.0`.
+    /// What came of a request to one of the endpoints. `chance` gives a number in `0.0..1.0`.
     pub fn report(
         &self,
         vitals: &Arc<Vitals>,
-        probe: bool,
+        sent: Sent,
         outcome: Outcome,
         detection: &Detection,
         now: Duration,
         chance: impl FnOnce() -> f64,
     ) -> Option<Reason> {
-        let reason = match outcome {
-            Outcome::Unknown => None,
+        let consecutive = match outcome {
+            Outcome::Unknown => 0,
             Outcome::Good => {
                 vitals.window.count(false, now);
                 if vitals.consecutive.load(Relaxed) != 0 {
                     vitals.consecutive.store(0, Relaxed);
                 }
-                if let State::Ramping { since } = vitals.state()
-                    && now >= since + vitals.ramp()
-                {
-                    self.restore(vitals, now);
-                }
-                None
+                0
             }
             Outcome::Bad => {
                 vitals.window.count(true, now);
-                vitals.consecutive.fetch_add(1, Relaxed);
-                match vitals.state() {
-                    State::Serving | State::Ramping { .. } => vitals.verdict(detection, now),
-                    // It was sent before, and says nothing new.
-                    State::Ejected { .. } => None,
-                    State::Probing => probe.then_some(Reason::Probe),
-                }
+                vitals.consecutive.fetch_add(1, Relaxed).saturating_add(1)
             }
         };
-        if probe {
-            self.probed(vitals, outcome, now);
+        if sent.probe {
+            return self.probed(vitals, outcome, detection, now, chance());
         }
-        let reason = reason?;
-        self.eject(vitals, reason, detection, now, chance()).then_some(reason)
+        match (outcome, vitals.state()) {
+            (Outcome::Good, State::Ramping { since }) if now >= since + vitals.ramp() => {
+                self.restore(vitals, now);
+                None
+            }
+            (Outcome::Bad, State::Serving) => {
+                let reason = vitals.verdict(consecutive, detection, now)?;
+                self.eject(vitals, reason, detection, now, chance())
+            }
+            // What was sent before it was ejected says nothing new.
+            (Outcome::Bad, State::Ramping { .. }) if sent.turn == vitals.turns() => {
+                let reason = vitals.verdict(consecutive, detection, now)?;
+                self.eject(vitals, reason, detection, now, chance())
+            }
+            _ => None,
+        }
     }
 
-    fn probed(&self, vitals: &Arc<Vitals>, outcome: Outcome, now: Duration) {
-        let turning = self.lock();
+    /// What came of a probe.
+    fn probed(
+        &self,
+        vitals: &Arc<Vitals>,
+        outcome: Outcome,
+        detection: &Detection,
+        now: Duration,
+        chance: f64,
+    ) -> Option<Reason> {
+        let mut turning = self.lock();
         vitals.probed.store(false, Relaxed);
-        if outcome == Outcome::Good && vitals.state() == State::Probing {
-            // What it did before is no news, and its former latency is that of its failures.
-            vitals.window.clear(now);
-            vitals.load.forget();
-            vitals.turn(State::Ramping { since: now }, None, now);
+        if vitals.state() != State::Probing || !vitals.present.load(Relaxed) {
+            self.want(&turning);
+            return None;
         }
+        let room = turning.ejected.len() < turning.allowed();
+        let reason = match outcome {
+            Outcome::Good => {
+                // What it did before is no news, and its former latency is that of its failures.
+                vitals.window.clear();
+                vitals.load.forget();
+                turning.leave(vitals);
+                vitals.turn(State::Ramping { since: now }, None, now);
+                None
+            }
+            Outcome::Bad if room => {
+                vitals.consecutive.store(0, Relaxed);
+                let period = lengthened(vitals, detection);
+                turning.eject(vitals, now + shortened(period, chance), Some(Reason::Probe), now);
+                turning.tally.probe += 1;
+                Some(Reason::Probe)
+            }
+            // Not at once again: whatever hindered it may hinder the next one too.
+            Outcome::Unknown if room => {
+                let wait = vitals.period() / 4;
+                turning.eject(vitals, now + wait, None, now);
+                None
+            }
+            // It is needed, and gets what the balancer gives it rather than every request that may be a probe.
+            Outcome::Bad | Outcome::Unknown => {
+                turning.leave(vitals);
+                vitals.turn(State::Serving, None, now);
+                turning.tally.floor += 1;
+                None
+            }
+        };
         self.want(&turning);
+        reason
     }
 
     fn restore(&self, vitals: &Arc<Vitals>, now: Duration) {
@@ -411,43 +528,50 @@ impl Floor {
     }
 
     /// Ejects if that leaves enough, and if it is not most of them that fail.
-    fn eject(&self, vitals: &Arc<Vitals>, reason: Reason, detection: &Detection, now: Duration, chance: f64) -> bool {
+    fn eject(
+        &self,
+        vitals: &Arc<Vitals>,
+        reason: Reason,
+        detection: &Detection,
+        now: Duration,
+        chance: f64,
+    ) -> Option<Reason> {
         /// How long nobody is ejected after most failed at once.
-        const PAUSE: Duration = Duration::from_millis(200);
+        const PAUSE: Duration = Duration::from_secs(1);
         let mut turning = self.lock();
-        let is_member = turning.members.iter().any(|member| Arc::ptr_eq(member, vitals));
-        if !is_member || turning.ejected.len() >= turning.allowed() {
-            return false;
-        }
         let again = match vitals.state() {
-            State::Ejected { .. } => return false,
-            State::Probing | State::Ramping { .. } => true,
-            State::Serving => {
-                if now < turning.common_cause {
-                    return false;
-                }
-                let suspects = turning.members.iter().filter(|member| member.is_suspect(detection, now)).count();
-                if suspects * 2 > turning.members.len() {
-                    turning.common_cause = now + PAUSE;
-                    return false;
-                }
-                // It has failed again soon after the last time.
-                let restored = Duration::from_nanos(vitals.restored.load(Relaxed));
-                let period = Duration::from_nanos(vitals.period.load(Relaxed));
-                !restored.is_zero() && now < restored + period * 2 + Detection::INTERVAL
-            }
+            State::Ejected { .. } | State::Probing => return None,
+            State::Ramping { .. } => true,
+            State::Serving => is_soon_again(vitals, now),
         };
-        let former = Duration::from_nanos(vitals.period.load(Relaxed));
-        let period = if again { former * 2 } else { detection.base_ejection_time };
-        let period = period.clamp(detection.base_ejection_time, detection.max_ejection_time);
-        vitals.period.store(period.as_nanos() as u64, Relaxed);
-        // Those that were ejected together do not come back together.
-        let until = now + period.mul_f64(0.75 + 0.25 * chance);
-        vitals.turn(State::Ejected { until }, Some(reason), now);
+        if now < turning.common_cause || !vitals.present.load(Relaxed) {
+            return None;
+        }
+        if turning.ejected.len() >= turning.allowed() {
+            // Judged anew after as many failures as the first time.
+            vitals.consecutive.store(0, Relaxed);
+            turning.tally.floor += 1;
+            return None;
+        }
+        let suspects = turning.members.iter().filter(|member| member.is_suspect(detection, now)).count();
+        if suspects * 2 > turning.members.len() {
+            turning.common_cause = now + PAUSE;
+            turning.tally.common_cause += 1;
+            return None;
+        }
+        let period = match again {
+            true => lengthened(vitals, detection),
+            false => begun(vitals, detection),
+        };
         vitals.consecutive.store(0, Relaxed);
-        turning.ejected.push(Arc::clone(vitals));
+        turning.eject(vitals, now + shortened(period, chance), Some(reason), now);
+        match reason {
+            Reason::Consecutive => turning.tally.consecutive += 1,
+            Reason::SuccessRate => turning.tally.success_rate += 1,
+            Reason::Probe => turning.tally.probe += 1,
+        }
         self.want(&turning);
-        true
+        Some(reason)
     }
 
     /// How many are ejected, and how many may be.
@@ -455,12 +579,37 @@ impl Floor {
         let turning = self.lock();
         (turning.ejected.len(), turning.allowed())
     }
+
+    /// What was decided so far.
+    pub fn tally(&self) -> Tally {
+        self.lock().tally
+    }
+}
+
+/// Whether it has failed again soon after it came back.
+fn is_soon_again(vitals: &Vitals, now: Duration) -> bool {
+    let restored = Duration::from_nanos(vitals.restored.load(Relaxed));
+    !restored.is_zero() && now < restored + vitals.period() * 2 + Detection::INTERVAL
+}
+
+fn begun(vitals: &Vitals, detection: &Detection) -> Duration {
+    vitals.period.store(detection.base_ejection_time.as_nanos() as u64, Relaxed);
+    detection.base_ejection_time
+}
+
+fn lengthened(vitals: &Vitals, detection: &Detection) -> Duration {
+    let longest = detection.max_ejection_time.max(detection.base_ejection_time);
+    let period = (vitals.period() * 2).clamp(detection.base_ejection_time, longest);
+    vitals.period.store(period.as_nanos() as u64, Relaxed);
+    period
+}
+
+/// Those that were ejected together do not come back together.
+fn shortened(period: Duration, chance: f64) -> Duration {
+    period.mul_f64(0.75 + 0.25 * chance)
 }
 
 /// An even number in `0.0..1.0`.
 fn unit(bits: u64) -> f64 {
     (bits >> 11) as f64 / (1u64 << 53) as f64
 }
-
-#[cfg(test)]
-mod tests;

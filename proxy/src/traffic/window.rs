@@ -52,7 +52,7 @@ impl Window {
     }
 
     /// Forgets everything.
-    pub fn clear(&self, _now: Duration) {
+    pub fn clear(&self) {
         self.seconds.iter().for_each(|slot| slot.store(0, Relaxed));
     }
 

@@ -1,78 +1,139 @@
-//! An endpoint that was picked for a request. What came of it is reported once, when the lease is dropped.
+//! An endpoint that was picked for a request, until what came of it has been reported.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::Duration;
 
 use super::{DialError, EndpointState};
-use crate::telemetry::{Counter, Telemetry};
-use crate::traffic::outlier::{Detection, Floor, Outcome, Reason};
+use crate::http::deadline::Deadline;
+use crate::http::error::Processed;
+use crate::traffic::outlier::{Detection, Outcome, Picked, Sent};
 
-/// The use of an endpoint. Dropped without a word, it says nothing of the endpoint: the caller gave up.
+/// The use of an endpoint, which hears of it once: with the head of the answer, with what failed, or, when this is dropped
+/// before, that somebody gave up waiting. An answer that breaks off later is one failure more.
 pub struct Lease {
     /// Whose.
     pub endpoint: Arc<EndpointState>,
-    /// Who hears of it; nobody ejects the app, or what is no part of the mesh.
-    judge: Option<Judge>,
-    probe: bool,
-    outcome: Outcome,
-}
-
-struct Judge {
-    floor: Arc<Floor>,
-    telemetry: Arc<Telemetry>,
-    epoch: Instant,
+    sent: Sent,
+    /// On the clock of the endpoint.
+    began: Duration,
+    deadline: Option<Deadline>,
+    reported: bool,
 }
 
 impl Lease {
-    /// Of one that is alone, and used whatever it does.
+    /// Of a pick.
+    pub(crate) fn of(endpoint: Arc<EndpointState>, picked: Picked, now: Duration) -> Self {
+        let sent = Sent { probe: picked.probe, turn: endpoint.vitals.turns() };
+        Self { endpoint, sent, began: now, deadline: None, reported: false }
+    }
+
+    /// Of the only one there is, such as the app.
     pub(crate) fn alone(endpoint: Arc<EndpointState>) -> Self {
-        Self { endpoint, judge: None, probe: false, outcome: Outcome::Unknown }
+        let now = endpoint.now();
+        Self::of(endpoint, Picked { at: 0, probe: false }, now)
     }
 
-    /// Of a pick among endpoints that may be ejected.
-    pub(crate) fn of(
-        endpoint: Arc<EndpointState>,
-        probe: bool,
-        floor: &Arc<Floor>,
-        epoch: Instant,
-        telemetry: &Arc<Telemetry>,
-    ) -> Self {
-        let judge = Judge { floor: Arc::clone(floor), telemetry: Arc::clone(telemetry), epoch };
-        Self { endpoint, judge: Some(judge), probe, outcome: Outcome::Unknown }
+    /// When the caller will no longer care.
+    pub(crate) fn until(&mut self, deadline: Option<Deadline>) {
+        self.deadline = deadline;
     }
 
-    /// The endpoint did what was asked of it, or said that the caller is wrong.
-    pub(crate) fn good(&mut self) {
-        self.outcome = Outcome::Good;
-    }
-
-    /// A connection to it was made, or not.
-    pub(crate) fn connected<T>(&mut self, outcome: &Result<T, DialError>) {
-        match outcome {
-            Ok(_) => self.good(),
-            // What we refused ourselves says nothing of it.
-            Err(error) if error.counter().is_some() => {}
-            Err(_) => self.bad(),
+    /// The head of an answer: whether it speaks well of the endpoint.
+    pub(crate) fn answered(&mut self, well: bool) {
+        match well {
+            true => {
+                self.report(Outcome::Good);
+                let now = self.endpoint.now();
+                self.endpoint.vitals.load.sample(now.saturating_sub(self.began), now);
+            }
+            false => self.failed(),
         }
     }
 
-    /// The endpoint failed.
-    pub(crate) fn bad(&mut self) {
-        self.outcome = Outcome::Bad;
+    /// The endpoint failed: instead of an answer, or in the middle of one.
+    pub(crate) fn failed(&mut self) {
+        self.endpoint.vitals.load.failed(self.endpoint.now());
+        self.report(Outcome::Bad);
+    }
+
+    /// Opaque bytes: the connection is all that is seen of it.
+    pub(crate) fn connected(&mut self) {
+        self.report(Outcome::Good);
+    }
+
+    /// No connection.
+    pub(crate) fn unreachable(&mut self, error: &DialError) {
+        match error {
+            // We refused ourselves, or somebody else reports it.
+            DialError::Loop(_)
+            | DialError::OfMesh(_)
+            | DialError::Overflow
+            | DialError::WaitedTooLong
+            | DialError::NoIdentity
+            | DialError::OwnExpired(_)
+            | DialError::Shared(_) => self.report(Outcome::Unknown),
+            DialError::Tcp(_)
+            | DialError::TcpTimeout(_)
+            | DialError::Handshake(_)
+            | DialError::HandshakeTimeout
+            | DialError::Peer(_)
+            | DialError::Identity { .. }
+            | DialError::Protocol
+            | DialError::Http(_) => self.failed(),
+        }
+    }
+
+    /// The connection or the stream broke before an answer came.
+    pub(crate) fn broken(&mut self, processed: Processed) {
+        match processed {
+            // It was not sent, or politely declined: a connection that ends is no failure.
+            Processed::No(_) => self.report(Outcome::Unknown),
+            Processed::Maybe => self.failed(),
+        }
+    }
+
+    /// The caller went away in the middle of its request.
+    pub(crate) fn hung_up(&mut self) {
+        self.report(Outcome::Unknown);
+    }
+
+    /// A deadline passed, there or here. That speaks against it only where it had time enough.
+    pub(crate) fn expired(&mut self) {
+        /// A deadline below this is the caller's own affair.
+        const ENOUGH: Duration = Duration::from_secs(1);
+        let now = self.endpoint.now();
+        let waited = now.saturating_sub(self.began);
+        self.endpoint.vitals.load.longer_than(waited, now);
+        match waited >= ENOUGH {
+            true => self.failed(),
+            false => self.report(Outcome::Unknown),
+        }
+    }
+
+    fn report(&mut self, outcome: Outcome) {
+        let sent = Sent { probe: self.sent.probe && !self.reported, ..self.sent };
+        self.reported = true;
+        let (endpoint, now) = (&self.endpoint, self.endpoint.now());
+        let Some(floor) = &endpoint.floor else { return };
+        let ejected = floor.report(&endpoint.vitals, sent, outcome, &Detection::DEFAULT, now, rand::random);
+        if let Some(reason) = ejected {
+            let (state, period) = (endpoint.vitals.state(), endpoint.vitals.period());
+            tracing::warn!(endpoint = %endpoint.place, ?reason, ?state, ?period, "ejected an endpoint");
+        }
     }
 }
 
 impl Drop for Lease {
+    /// Somebody gave up waiting.
     fn drop(&mut self) {
-        let Some(Judge { floor, telemetry, epoch }) = &self.judge else { return };
-        let (endpoint, now) = (&self.endpoint, epoch.elapsed());
-        let ejected = floor.report(&endpoint.vitals, self.probe, self.outcome, &Detection::DEFAULT, now, rand::random);
-        let Some(reason) = ejected else { return };
-        telemetry.count(match reason {
-            Reason::Consecutive => Counter::EjectedConsecutive,
-            Reason::SuccessRate => Counter::EjectedSuccessRate,
-            Reason::Probe => Counter::EjectedProbe,
-        });
-        tracing::warn!(endpoint = %endpoint.place, ?reason, period = ?endpoint.vitals.period(), "ejected an endpoint");
+        if self.reported {
+            return;
+        }
+        if self.deadline.is_some_and(|deadline| deadline.left().is_zero()) {
+            return self.expired();
+        }
+        let now = self.endpoint.now();
+        self.endpoint.vitals.load.longer_than(now.saturating_sub(self.began), now);
+        self.report(Outcome::Unknown);
     }
 }

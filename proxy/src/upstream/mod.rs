@@ -18,8 +18,8 @@ use std::collections::HashMap;
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
-use std::time::Instant;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use sheetbend_certs::SpiffeId;
 use sheetbend_control_plane_client::model::{ClusterName, ServicePort, Target, Transport};
@@ -35,7 +35,7 @@ pub use sender::{SendError, Sender, Wire};
 pub(crate) use windows::{STREAMS, Windows};
 
 use crate::telemetry::{Edge, EdgeKey, Peer, Protocol, Reporter, Telemetry};
-use crate::traffic::outlier::{Floor, Vitals};
+use crate::traffic::outlier::{Floor, Tally, Vitals};
 
 /// Where an endpoint is.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -68,6 +68,10 @@ pub struct EndpointState {
     /// What is learned of it.
     pub vitals: Arc<Vitals>,
     backend: Option<ClusterName>,
+    /// Who else is in its backend; nobody ejects what is alone.
+    floor: Option<Arc<Floor>>,
+    /// The start of the clock by which loads and ejections count.
+    epoch: Instant,
     /// Never given to another: the key of its connections.
     number: u64,
     edges: [OnceLock<Arc<Edge>>; 4],
@@ -78,7 +82,22 @@ impl EndpointState {
     pub fn new(place: Place, transport: Transport, service: Option<(ServicePort, Arc<str>)>) -> Self {
         static NUMBERS: AtomicU64 = AtomicU64::new(0);
         let number = NUMBERS.fetch_add(1, Relaxed);
-        Self { place, transport, service, vitals: Arc::default(), backend: None, number, edges: Default::default() }
+        Self {
+            place,
+            transport,
+            service,
+            vitals: Arc::default(),
+            backend: None,
+            floor: None,
+            epoch: Instant::now(),
+            number,
+            edges: Default::default(),
+        }
+    }
+
+    /// The time on its clock.
+    pub fn now(&self) -> Duration {
+        self.epoch.elapsed()
     }
 
     /// The backend that it is part of; `None` outside the mesh.
@@ -127,18 +146,33 @@ impl EndpointState {
     }
 }
 
-/// All endpoints in use: what is learned of one survives every new answer of the control plane.
+/// All endpoints in use, and those that were until a moment ago: what is learned of one survives every new answer of the
+/// control plane.
 pub struct Endpoints {
     /// The start of the clock by which loads, budgets and ejections count.
     pub epoch: Instant,
-    known: Mutex<HashMap<Key, Weak<EndpointState>>>,
-    floors: Mutex<HashMap<ClusterName, Weak<Floor>>>,
+    known: Mutex<Known>,
 }
 
 impl Default for Endpoints {
     fn default() -> Self {
-        Self { epoch: Instant::now(), known: Mutex::default(), floors: Mutex::default() }
+        Self { epoch: Instant::now(), known: Mutex::default() }
     }
+}
+
+#[derive(Default)]
+struct Known {
+    endpoints: HashMap<Key, Remembered>,
+    floors: HashMap<ClusterName, Arc<Floor>>,
+    /// What floors decided that are gone.
+    past: Tally,
+    swept: Duration,
+}
+
+struct Remembered {
+    endpoint: Arc<EndpointState>,
+    /// Since when nothing leads there any more.
+    unused: Option<Duration>,
 }
 
 /// Of two backends, the same place is two endpoints: what the one's callers meet is not what the other's do.
@@ -152,7 +186,44 @@ enum Transport2 {
     Plain,
 }
 
+impl Known {
+    /// Lets go of what nobody has used for a minute: one that comes back before is as it was.
+    fn sweep(&mut self, now: Duration) {
+        const EVERY: Duration = Duration::from_secs(10);
+        const KEPT: Duration = Duration::from_secs(60);
+        if now < self.swept + EVERY {
+            return;
+        }
+        self.swept = now;
+        self.endpoints.retain(|_, remembered| {
+            let used = Arc::strong_count(&remembered.endpoint) > 1;
+            let since = *remembered.unused.get_or_insert(now);
+            remembered.unused = (!used).then_some(since);
+            used || now < since + KEPT
+        });
+        let past = &mut self.past;
+        self.floors.retain(|_, floor| {
+            let used = Arc::strong_count(floor) > 1;
+            if !used {
+                *past += floor.tally();
+            }
+            used
+        });
+    }
+
+    fn floor(&mut self, backend: &ClusterName) -> Arc<Floor> {
+        match self.floors.get(backend) {
+            Some(floor) => Arc::clone(floor),
+            None => Arc::clone(self.floors.entry(backend.clone()).or_default()),
+        }
+    }
+}
+
 impl Endpoints {
+    fn lock(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The endpoint there, made if it is new. Asked when a destination is indexed, not for every request.
     pub fn at(
         &self,
@@ -167,37 +238,35 @@ impl Endpoints {
             Transport::Plain => Transport2::Plain,
         };
         let key = (place.clone(), kind, backend.cloned());
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(endpoint) = known.get(&key).and_then(Weak::upgrade) {
-            return endpoint;
+        let mut known = self.lock();
+        known.sweep(self.epoch.elapsed());
+        if let Some(remembered) = known.endpoints.get(&key) {
+            return Arc::clone(&remembered.endpoint);
         }
-        // Those that nobody holds any more go when the table has doubled; each costs a key at most until then.
-        if known.len() >= 64 && known.len().is_power_of_two() {
-            known.retain(|_, endpoint| endpoint.strong_count() > 0);
-        }
-        let endpoint = EndpointState { backend: backend.cloned(), ..EndpointState::new(place, transport, service) };
-        let endpoint = Arc::new(endpoint);
-        known.insert(key, Arc::downgrade(&endpoint));
+        let floor = backend.map(|backend| known.floor(backend));
+        let new = EndpointState::new(place, transport, service);
+        let endpoint = Arc::new(EndpointState { backend: backend.cloned(), floor, epoch: self.epoch, ..new });
+        known.endpoints.insert(key, Remembered { endpoint: Arc::clone(&endpoint), unused: None });
         endpoint
     }
 
     /// Those of the mesh's backends that are in use.
     pub(crate) fn of_backends(&self) -> Vec<Arc<EndpointState>> {
-        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        known.values().filter_map(Weak::upgrade).filter(|endpoint| endpoint.backend.is_some()).collect()
+        let known = self.lock();
+        let used = known.endpoints.values().filter(|remembered| Arc::strong_count(&remembered.endpoint) > 1);
+        used.map(|remembered| Arc::clone(&remembered.endpoint)).filter(|found| found.backend.is_some()).collect()
     }
 
     /// Who is ejected among a backend's endpoints.
     pub(crate) fn floor(&self, backend: &ClusterName) -> Arc<Floor> {
-        let mut floors = self.floors.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(floor) = floors.get(backend).and_then(Weak::upgrade) {
-            return floor;
-        }
-        if floors.len() >= 64 && floors.len().is_power_of_two() {
-            floors.retain(|_, floor| floor.strong_count() > 0);
-        }
-        let floor = Arc::<Floor>::default();
-        floors.insert(backend.clone(), Arc::downgrade(&floor));
-        floor
+        self.lock().floor(backend)
+    }
+
+    /// What was decided about ejections so far.
+    pub(crate) fn tally(&self) -> Tally {
+        let known = self.lock();
+        let mut all = known.past;
+        known.floors.values().for_each(|floor| all += floor.tally());
+        all
     }
 }

@@ -22,8 +22,7 @@ const fn secs(seconds: u64) -> Duration {
 }
 
 fn of(servers: Vec<Conduct>, callers: Vec<Caller>, lasts: Duration) -> Script {
-    let per_try = Some(Duration::from_millis(250));
-    Script { servers, callers, changes: Vec::new(), pushes: Vec::new(), per_try, ejects: true, lasts }
+    Script { servers, callers, changes: Vec::new(), pushes: Vec::new(), per_try: None, ejects: true, lasts }
 }
 
 #[test]
@@ -91,7 +90,10 @@ fn with_one_of_five_endpoints_failing_hardly_any_caller_notices_after_the_first_
         let mut servers = vec![Conduct::good(); 5];
         servers[chance.random_range(0..5)] = bad.clone();
         let callers = vec![Caller::at(chance.random_range(50.0..500.0))];
-        let record = play(&of(servers, callers, secs(61)), seed);
+        let mut script = of(servers, callers, secs(61));
+        // What hangs is noticed by whoever has said how long an attempt may take.
+        script.per_try = Some(Duration::from_millis(250));
+        let record = play(&script, seed);
         let success = record.success(secs(1)..secs(61));
         (success >= 0.999).then_some(()).ok_or(format!("{success:.5} with {bad:?}"))?;
         record.check()
@@ -150,6 +152,60 @@ fn a_common_cause_ejects_nobody() {
         let record = play(&script, seed);
         let ejections = record.ejections(secs(0)..secs(30));
         (ejections == 0).then_some(()).ok_or(format!("{ejections} ejections of {n}"))
+    });
+}
+
+#[test]
+fn however_many_fail_callers_fare_no_worse_than_by_chance() {
+    for_each_seed(100, |seed, chance| {
+        let n = chance.random_range(2..7);
+        let bad = chance.random_range(1..n);
+        let mut script = of(vec![Conduct::good(); n], vec![Caller::at(chance.random_range(50.0..300.0))], secs(60));
+        let how = [Conduct::failing(1.0), Conduct::Resets, Conduct::Refuses][chance.random_range(0..3)].clone();
+        script.changes.extend((0..bad).map(|at| (secs(5), at, how.clone())));
+        let record = play(&script, seed);
+        let (success, by_chance) = (record.success(secs(10)..secs(60)), (n - bad) as f64 / n as f64);
+        (success >= by_chance).then_some(()).ok_or(format!("{success:.3} with {bad} of {n} {how:?}"))?;
+        record.check()
+    });
+}
+
+#[test]
+fn an_endpoint_that_hangs_draws_in_no_more_than_the_others() {
+    for_each_seed(50, |seed, chance| {
+        let caller = Caller { patience: Some(secs(1)), ..Caller::at(chance.random_range(50.0..200.0)) };
+        let mut script = of(vec![Conduct::good(); 5], vec![caller], secs(90));
+        script.changes.push((secs(5), 0, Conduct::Hangs));
+        let record = play(&script, seed);
+        let late = record.success(secs(40)..secs(90));
+        (late >= 0.97).then_some(()).ok_or(format!("{late:.3} in the end"))
+    });
+}
+
+#[test]
+fn a_newcomer_that_is_slow_at_first_is_not_buried() {
+    for_each_seed(50, |seed, chance| {
+        let rate = chance.random_range(200.0..1000.0);
+        let mut script = of(vec![Conduct::good(); 5], vec![Caller::at(rate)], secs(20));
+        script.pushes = vec![(Duration::ZERO, vec![0, 1, 2, 3]), (secs(10), vec![0, 1, 2, 3, 4])];
+        script.servers[4] = Conduct::slower(400);
+        let record = play(&script, seed);
+        let (all, late) = (record.loads(secs(10)..secs(12)), record.quantile(0.99, secs(11)..secs(20)));
+        let share = all[4] as f64 / all.iter().sum::<usize>() as f64;
+        (share <= 0.02 && late <= secs(1)).then_some(()).ok_or(format!("{share:.3} of all, p99 {late:?}"))
+    });
+}
+
+#[test]
+fn errors_of_a_common_cause_that_are_few_eject_hardly_anybody() {
+    for_each_seed(50, |seed, chance| {
+        let n = chance.random_range(4..11);
+        let errors = chance.random_range(0.15..0.35);
+        let mut script = of(vec![Conduct::good(); n], vec![Caller::at(chance.random_range(100.0..500.0))], secs(45));
+        script.changes.extend((0..n).map(|at| (secs(5), at, Conduct::failing(errors))));
+        let record = play(&script, seed);
+        let ejections = record.ejections(secs(0)..secs(45));
+        (ejections <= n / 2).then_some(()).ok_or(format!("{ejections} ejections of {n} at {errors:.2}"))
     });
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use rand::RngExt;
 use rand::rngs::StdRng;
 use sheetbend_proxy::traffic::balance;
-use sheetbend_proxy::traffic::outlier::{Detection, Floor, Outcome, Reason, State, Vitals};
+use sheetbend_proxy::traffic::outlier::{Detection, Floor, Outcome, Reason, Sent, State, Vitals};
 use sheetbend_proxy::traffic::retry::{self, Attempt, Budget, Failure, Verdict};
 
 pub(crate) struct Proxy {
@@ -25,7 +25,7 @@ pub(crate) struct Proxy {
 #[derive(Clone, Copy)]
 pub(crate) struct Attempted {
     pub(crate) server: usize,
-    pub(crate) probe: bool,
+    pub(crate) sent: Sent,
 }
 
 impl Proxy {
@@ -74,16 +74,22 @@ impl Proxy {
     ) -> Attempted {
         let tried = tried.and_then(|tried| self.servers.iter().position(|server| *server == tried));
         let endpoints = &self.endpoints;
-        let balance = |bits| balance::pick(endpoints.len(), tried, bits, |at| endpoints[at].load.cost(now));
+        let balance = |bits, chance| balance::pick(endpoints.len(), tried, bits, |at| endpoints[at].cost(chance, now));
         let picked = self.floor.pick(endpoints, idempotent && tried.is_none(), now, || chance.random(), balance);
         let picked = picked.expect("a script has servers");
         endpoints[picked.at].load.begin();
-        Attempted { server: self.servers[picked.at], probe: picked.probe }
+        let turn = endpoints[picked.at].turns();
+        Attempted { server: self.servers[picked.at], sent: Sent { probe: picked.probe, turn } }
     }
 
     /// The head of an answer came.
     pub(crate) fn answered(&mut self, server: usize, after: Duration, now: Duration) {
         self.known[server].load.sample(after, now);
+    }
+
+    /// Somebody gave up waiting for one.
+    pub(crate) fn abandoned(&mut self, server: usize, after: Duration, now: Duration) {
+        self.known[server].load.longer_than(after, now);
     }
 
     pub(crate) fn failed(&mut self, server: usize, now: Duration) {
@@ -94,7 +100,7 @@ impl Proxy {
     pub(crate) fn report(&mut self, of: Attempted, outcome: Outcome, chance: f64, now: Duration) -> Option<Reason> {
         let vitals = &self.known[of.server];
         vitals.load.end();
-        self.floor.report(vitals, of.probe, outcome, &self.detection, now, || chance)
+        self.floor.report(vitals, of.sent, outcome, &self.detection, now, || chance)
     }
 
     pub(crate) fn again(

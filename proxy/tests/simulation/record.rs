@@ -65,6 +65,10 @@ impl Record {
     /// An endpoint was ejected: half of them, and never nobody, stay in use.
     pub(crate) fn ejected(&mut self, server: usize, at: Duration, proxy: &Proxy) {
         self.ejected[server].push(at);
+        self.check_floor(at, proxy);
+    }
+
+    pub(crate) fn check_floor(&mut self, at: Duration, proxy: &Proxy) {
         let (all, in_use) = proxy.in_use();
         if in_use < all.div_ceil(2).max(1) {
             self.wrong(format!("at {at:?} {in_use} of {all} endpoints are in use"));
@@ -74,6 +78,7 @@ impl Record {
     /// Holds each proxy's view of each server against the truth.
     pub(crate) fn look(&mut self, now: Duration, proxies: &[Proxy], servers: &[Server]) {
         for proxy in proxies {
+            self.check_floor(now, proxy);
             for (at, server) in servers.iter().enumerate().filter(|(at, _)| proxy.seen(*at, now) >= 20) {
                 let Some(good) = server.conduct.truly() else { continue };
                 let wrong = match proxy.state(at) {

@@ -10,7 +10,7 @@ use std::time::Duration;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use sheetbend_proxy::telemetry::Counter;
-use sheetbend_proxy::traffic::outlier;
+use sheetbend_proxy::traffic::outlier::{self, Sent};
 use sheetbend_proxy::traffic::retry::{Failure, Verdict};
 
 use super::proxy::{Attempted, Proxy};
@@ -75,6 +75,9 @@ enum Outcome {
     TimedOut,
 }
 
+/// How long the proxies have been up when a script begins: nothing may hang on a clock that starts with them.
+const UPTIME: Duration = Duration::from_secs(30 * 24 * 3600);
+
 /// The order of events: by time, then as they were planned.
 type Due = (Duration, u64);
 
@@ -97,7 +100,7 @@ pub(crate) struct World {
 /// Plays a script from its beginning to its end.
 pub(crate) fn play(script: &Script, seed: u64) -> Record {
     let mut world = World {
-        now: Duration::ZERO,
+        now: UPTIME,
         planned: 0,
         queue: BinaryHeap::new(),
         events: Vec::new(),
@@ -111,13 +114,13 @@ pub(crate) fn play(script: &Script, seed: u64) -> Record {
         per_try: script.per_try,
     };
     for (at, servers) in &script.pushes {
-        world.plan(*at, Event::Push(servers.clone()));
+        world.plan(UPTIME + *at, Event::Push(servers.clone()));
     }
     for second in 1..=script.lasts.as_secs() {
-        world.plan(Duration::from_secs(second), Event::Look);
+        world.plan(UPTIME + Duration::from_secs(second), Event::Look);
     }
     for (at, server, conduct) in &script.changes {
-        world.plan(*at, Event::Becomes(*server, conduct.clone()));
+        world.plan(UPTIME + *at, Event::Becomes(*server, conduct.clone()));
     }
     for caller in 0..script.callers.len() {
         world.plan_next_call(caller);
@@ -126,7 +129,7 @@ pub(crate) fn play(script: &Script, seed: u64) -> Record {
         world.now = at;
         let Some(event) = world.events[event].take().inspect(|_| world.free.push(event)) else { continue };
         // Callers stop at the end; what they have begun goes on until it is answered.
-        if !matches!(event, Event::Asks(_)) || at < script.lasts {
+        if !matches!(event, Event::Asks(_)) || at < UPTIME + script.lasts {
             world.happens(event);
         }
     }
@@ -169,7 +172,10 @@ impl World {
             Event::Leaves(_) => {}
             Event::TooLong(call, attempt) if self.is_current(call, attempt) => self.returns(call, Outcome::TimedOut),
             Event::TooLong(..) => {}
-            Event::Push(servers) => self.proxies.iter_mut().for_each(|proxy| proxy.follow(servers.clone(), self.now)),
+            Event::Push(servers) => {
+                self.proxies.iter_mut().for_each(|proxy| proxy.follow(servers.clone(), self.now));
+                self.proxies.iter().for_each(|proxy| self.record.check_floor(self.now - UPTIME, proxy));
+            }
             Event::Look => self.record.look(self.now, &self.proxies, &self.servers),
             Event::Becomes(server, conduct) => {
                 for (call, attempt) in self.servers[server].becomes(conduct) {
@@ -191,7 +197,7 @@ impl World {
         if let Some(patience) = caller.patience {
             self.plan(begun + patience, Event::Leaves(id));
         }
-        let to = Attempted { server: usize::MAX, probe: false };
+        let to = Attempted { server: usize::MAX, sent: Sent { probe: false, turn: 0 } };
         let (sent, retrying, attempting, over) = (begun, false, false, false);
         let call = Call { proxy, begun, idempotent, before: 0, to, sent, effects: 0, retrying, attempting, over };
         self.calls.push(call);
@@ -210,18 +216,20 @@ impl World {
         }
         match self.servers[server].conduct {
             Conduct::Refuses => self.plan(self.now + HOP * 2, Event::Returns(id, attempt, Outcome::Unreached)),
-            Conduct::Silent { since } if self.now >= since + SILENCE => {
+            Conduct::Silent { since } if self.now >= UPTIME + since + SILENCE => {
                 self.plan(self.now + CONNECT, Event::Returns(id, attempt, Outcome::Unreached));
             }
             // Into a connection that nobody knows yet to be dead.
-            Conduct::Silent { since } => self.plan(since + SILENCE, Event::Returns(id, attempt, Outcome::Reset)),
+            Conduct::Silent { since } => {
+                self.plan(UPTIME + since + SILENCE, Event::Returns(id, attempt, Outcome::Reset))
+            }
             _ => self.plan(self.now + HOP, Event::Comes(id, attempt)),
         }
     }
 
     fn comes(&mut self, id: usize, attempt: u32) {
         let call = &mut self.calls[id];
-        self.record.reached(call.to.server, self.now);
+        self.record.reached(call.to.server, self.now - UPTIME);
         let server = &mut self.servers[call.to.server];
         let reply = server.take(id, attempt, self.now, &mut self.chance);
         if reply.has_effect() {
@@ -292,18 +300,22 @@ impl World {
             let proxy = &mut self.proxies[call.proxy];
             let ejected = proxy.report(call.to, outcome, self.chance.random(), self.now);
             if ejected.is_some() {
-                self.record.ejected(call.to.server, self.now, proxy);
+                self.record.ejected(call.to.server, self.now - UPTIME, proxy);
             }
         }
     }
 
     fn end(&mut self, id: usize, end: End) {
+        let call = &self.calls[id];
+        if call.attempting {
+            self.proxies[call.proxy].abandoned(call.to.server, self.now - call.sent, self.now);
+        }
         self.end_attempt(id, outlier::Outcome::Unknown);
         let call = &mut self.calls[id];
         call.over = true;
         let proxy = &mut self.proxies[call.proxy];
         proxy.end_retry(call.retrying);
         proxy.end();
-        self.record.ended(call.begun, self.now, call.before + 1, end);
+        self.record.ended(call.begun - UPTIME, self.now - UPTIME, call.before + 1, end);
     }
 }

@@ -20,7 +20,13 @@ impl Backend {
     }
 
     fn report(&self, at: usize, outcome: Outcome, now: Duration) -> Option<Reason> {
-        self.floor.report(&self.members[at], false, outcome, &Detection::DEFAULT, now, || 1.0)
+        let sent = Sent { probe: false, turn: self.members[at].turns() };
+        self.floor.report(&self.members[at], sent, outcome, &Detection::DEFAULT, now, || 1.0)
+    }
+
+    fn probed(&self, at: usize, outcome: Outcome, now: Duration) -> Option<Reason> {
+        let sent = Sent { probe: true, turn: self.members[at].turns() };
+        self.floor.report(&self.members[at], sent, outcome, &Detection::DEFAULT, now, || 1.0)
     }
 
     /// What came of the last of so many failures in a row.
@@ -31,7 +37,7 @@ impl Backend {
     /// Picks by turns, as long as nobody is tried.
     fn pick(&self, retryable: bool, now: Duration) -> Picked {
         let mut turn = 0;
-        let balance = |_| {
+        let balance = |_, _| {
             turn += 1;
             Some(turn % self.members.len())
         };
@@ -79,7 +85,7 @@ fn an_ejected_endpoint_returns_after_one_good_probe_and_a_ramp() {
     let probe = backend.pick(true, secs(2));
     assert_eq!(probe, Picked { at: 0, probe: true });
     assert_eq!(backend.pick(true, secs(2)), Picked { at: 1, probe: false }, "one at a time");
-    backend.floor.report(&backend.members[0], true, Outcome::Good, &Detection::DEFAULT, secs(2), || 1.0);
+    backend.probed(0, Outcome::Good, secs(2));
     assert_eq!(backend.members[0].state(), State::Ramping { since: secs(2) });
     assert_eq!(backend.pick(true, secs(2)).at, 1, "a share that has only begun to grow");
     backend.report(0, Outcome::Good, secs(3));
@@ -96,27 +102,43 @@ fn a_probe_that_fails_doubles_the_time_up_to_a_minute() {
         assert_eq!(until - now, secs(expected));
         now = until;
         assert!(backend.pick(true, now).probe);
-        let failed = backend.floor.report(&backend.members[0], true, Outcome::Bad, &Detection::DEFAULT, now, || 1.0);
+        let failed = backend.probed(0, Outcome::Bad, now);
         assert_eq!(failed, Some(Reason::Probe));
     }
 }
 
 #[test]
-fn a_probe_waits_a_second_for_a_request_that_may_be_sent_again() {
+fn a_probe_waits_for_a_request_that_may_be_sent_again_until_ten_others_have_passed() {
     let backend = Backend::of(2);
     backend.fails(0, 7, secs(1));
-    assert!(!backend.pick(false, secs(2)).probe);
-    assert!(backend.pick(false, secs(3)).probe);
+    assert!((0..10).all(|_| !backend.pick(false, secs(2)).probe));
+    assert!(backend.pick(false, secs(2)).probe);
 }
 
 #[test]
-fn a_caller_who_leaves_a_probe_makes_room_for_the_next() {
+fn a_caller_who_leaves_a_probe_makes_room_for_another_a_little_later() {
     let backend = Backend::of(2);
     backend.fails(0, 7, secs(1));
-    for _ in 0..3 {
-        assert!(backend.pick(true, secs(2)).probe);
-        backend.floor.report(&backend.members[0], true, Outcome::Unknown, &Detection::DEFAULT, secs(2), || 1.0);
+    for quarter in 0..3 {
+        let now = secs(2) + Duration::from_millis(250) * quarter;
+        assert!(backend.pick(true, now).probe);
+        assert!(!backend.pick(true, now).probe, "one at a time");
+        backend.probed(0, Outcome::Unknown, now);
+        assert!(!backend.pick(true, now).probe, "not at once");
     }
+}
+
+#[test]
+fn a_probe_that_fails_where_no_more_may_be_ejected_is_no_target_for_every_request() {
+    let backend = Backend::of(4);
+    backend.fails(0, 7, secs(1));
+    assert!(backend.pick(true, secs(2)).probe);
+    backend.fails(1, 7, secs(2));
+    let three: Arc<[_]> = backend.members[..3].iter().cloned().collect();
+    backend.floor.follow(three, secs(2));
+    backend.probed(0, Outcome::Bad, secs(2));
+    assert_eq!(backend.members[0].state(), State::Serving);
+    assert_eq!(backend.floor.tally().floor, 1);
 }
 
 #[test]
@@ -196,7 +218,7 @@ proptest! {
                 }
                 _ => if let Some(at) = probes.pop() {
                     let outcome = if passed % 2 == 0 { Outcome::Good } else { Outcome::Bad };
-                    backend.floor.report(&backend.members[at], true, outcome, &Detection::DEFAULT, now, || 0.5);
+                    backend.probed(at, outcome, now);
                 },
             }
             prop_assert!(backend.in_use() >= endpoints.div_ceil(2).max(1));
