@@ -6,7 +6,6 @@
 
 use std::path::Path;
 use std::process::Command;
-use std::time::Instant;
 
 use sheetbend_tests::{
     Host, Process, START, binary, finish, namespaces, need, program, registered, two_hosts, until, workspace,
@@ -156,9 +155,11 @@ fn every_console_block_of_the_readme_prints_what_it_shows() {
             running.push(process);
             continue;
         }
-        let deadline = Instant::now() + START;
         let mut said = finish(command, START).stdout;
-        while step.only_looks() && !as_shown(&step.expected, &said, false) && Instant::now() < deadline {
+        // Twice more at most: what fails again and again is not what the README shows.
+        let mut more = 2;
+        while step.only_looks() && !as_shown(&step.expected, &said, false) && more > 0 {
+            more -= 1;
             for again in steps.iter().filter(|other| step.needs(other)).chain([step]) {
                 said = finish(shell(&host, folder.path(), &again.command), START).stdout;
             }

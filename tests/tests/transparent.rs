@@ -388,13 +388,13 @@ fn requests_share_connections_to_the_app_whoever_sends_them_and_each_address_has
         let mut connections: Vec<String> =
             said.lines().filter_map(|line| Some(line.rsplit_once(' ')?.1.to_string())).collect();
         connections.dedup();
-        // One is enough; pauses of this machine may cost others. The twenty in plain alone would take as many.
-        assert!(connections.len() <= 10, "40 requests over {connections:?}");
+        // One is enough; a pause of this machine may cost another.
+        assert!(connections.len() <= 4, "40 requests over {connections:?}");
         seen.push(connections);
     }
     assert!(seen[0].iter().all(|number| !seen[1].contains(number)), "{seen:?}");
     let dialed = web.counter("sheetbend_dials_total", &["app"]) - before;
-    assert!((1.0..=20.0).contains(&dialed), "{dialed} connections to the app");
+    assert!((1.0..=8.0).contains(&dialed), "{dialed} connections to the app");
 }
 
 #[test]
