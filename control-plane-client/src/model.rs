@@ -11,6 +11,11 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use sheetbend_certs::SpiffeId;
 
+pub mod duration;
+mod policy;
+
+pub use policy::{BackendPolicy, InboundPolicy, OutlierDetection, RulePolicy, Timeouts, Unusable};
+
 /// What traffic asked for: a host (or an address) and a port.
 ///
 /// `web:80`, `web.default.svc.cluster.local:8000`, `10.1.2.3:5432` or `[fd00::1]:80`. Hosts are lower case, without
@@ -249,6 +254,9 @@ pub struct Rule {
     pub matches: Vec<Match>,
     /// Weighted backends; the weights' sum is above zero and fits in u32.
     pub backends: Vec<Backend>,
+    /// What it wants of its requests beside.
+    #[serde(default)]
+    pub policy: Arc<RulePolicy>,
 }
 
 /// A weighted choice.
@@ -292,6 +300,9 @@ pub struct Cluster {
     pub service: ServicePort,
     /// Its endpoints; empty when none is ready.
     pub endpoints: Vec<Endpoint>,
+    /// What its callers keep to.
+    #[serde(default)]
+    pub policy: Arc<BackendPolicy>,
 }
 
 /// One place that can answer.

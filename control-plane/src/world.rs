@@ -8,9 +8,10 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use sheetbend_control_plane_client::model::{
-    AppProtocol, Cluster, ClusterName, Destination, Endpoint, Mesh, ServiceName, ServicePort, Target,
+    AppProtocol, Cluster, ClusterName, Destination, Endpoint, InboundPolicy, Mesh, ServiceName, ServicePort, Target,
 };
 
+pub(crate) use self::parts::service_of;
 use self::parts::{Parts, clusters};
 use crate::registry::Registered;
 use crate::resources::Resource;
@@ -39,6 +40,8 @@ pub(crate) struct World {
     /// Where an endpoint is reached, which stands for that one alone.
     endpoints: HashMap<SocketAddr, (ServicePort, Endpoint)>,
     trust_domain: Arc<str>,
+    /// What holds for those who call.
+    inbound: Arc<InboundPolicy>,
 }
 
 /// What a world is built from.
@@ -60,6 +63,7 @@ impl World {
         let mut world = World {
             mesh: reuse(parts.mesh(inputs, &ports), Some(&former.mesh)),
             trust_domain: inputs.trust_domain.clone(),
+            inbound: former.inbound.clone(),
             ..World::default()
         };
         let owners = parts.owners(inputs);
@@ -113,7 +117,8 @@ impl World {
         let (name, endpoint) = self.endpoints.get(&address)?;
         let whole = self.destinations.get(name)?;
         // Who calls one instance by its address means that one, as clients of StatefulSets do.
-        let cluster = pinned_cluster(name, endpoint);
+        let policy = whole.clusters.get(&whole.default_cluster).map(|whole| whole.policy.clone());
+        let cluster = Cluster { policy: policy.unwrap_or_default(), ..pinned_cluster(name, endpoint) };
         Some(Arc::new(Destination {
             rules: Vec::new(),
             default_cluster: cluster.name.clone(),
@@ -191,6 +196,11 @@ impl World {
         self.resolve_address(address).filter(|destination| *destination.default_cluster == *name)
     }
 
+    /// What holds for those who call a service.
+    pub(crate) fn inbound(&self, _service: &ServiceName) -> Arc<InboundPolicy> {
+        self.inbound.clone()
+    }
+
     /// Every service port, for those who want all.
     pub(crate) fn destinations(&self) -> impl Iterator<Item = &Arc<Destination>> {
         self.destinations.values()
@@ -212,7 +222,7 @@ fn parse_service_port(text: &str) -> Option<ServicePort> {
 
 fn pinned_cluster(name: &ServicePort, endpoint: &Endpoint) -> Cluster {
     let cluster: ClusterName = format!("{name}@{}", endpoint.address).into();
-    Cluster { name: cluster, service: name.clone(), endpoints: vec![endpoint.clone()] }
+    Cluster { name: cluster, service: name.clone(), endpoints: vec![endpoint.clone()], policy: Arc::default() }
 }
 
 fn reuse<T: PartialEq>(new: T, former: Option<&Arc<T>>) -> Arc<T> {

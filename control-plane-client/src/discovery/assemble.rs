@@ -84,8 +84,12 @@ impl Built {
         {
             return Some(cluster.clone());
         }
-        let cluster =
-            Cluster { name: name.clone(), service: parts.service.clone(), endpoints: parts.endpoints.to_vec() };
+        let cluster = Cluster {
+            name: name.clone(),
+            service: parts.service.clone(),
+            endpoints: parts.endpoints.to_vec(),
+            policy: parts.policy.clone(),
+        };
         let cluster = match self.clusters.get(name) {
             Some((_, same)) if **same == cluster => same.clone(),
             _ => Arc::new(cluster),

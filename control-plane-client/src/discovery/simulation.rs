@@ -64,6 +64,7 @@ impl World {
             name: format!("{service}.default:80").into(),
             service: port(service),
             endpoints: (0..count).map(endpoint).collect(),
+            policy: Arc::default(),
         }
     }
 
@@ -76,7 +77,12 @@ impl World {
             name: port(service),
             trust_domain: "cluster.local".into(),
             protocol: AppProtocol::Http,
-            rules: vec![Rule { name: "default/r#0".into(), matches: vec![], backends: backends.collect() }],
+            rules: vec![Rule {
+                name: "default/r#0".into(),
+                matches: vec![],
+                backends: backends.collect(),
+                policy: Arc::default(),
+            }],
             default_cluster: clusters.keys().next().unwrap().clone(),
             clusters,
         })

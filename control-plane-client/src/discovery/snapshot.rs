@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::model::{Mesh, OutboundPolicy, Resolution, Target};
+use crate::model::{InboundPolicy, Mesh, OutboundPolicy, Resolution, Target};
 
 /// Everything known at one moment. Never changes; the next moment is another snapshot.
 ///
@@ -14,6 +14,7 @@ use crate::model::{Mesh, OutboundPolicy, Resolution, Target};
 pub struct Snapshot {
     pub(super) entries: HashMap<Target, Entry>,
     pub(super) mesh: Option<Arc<Mesh>>,
+    pub(super) inbound: Option<Arc<InboundPolicy>>,
 }
 
 /// An answer, and whether anybody cared for it lately.
@@ -34,6 +35,11 @@ impl Snapshot {
     /// What the mesh is; `None` before the first answer of a control plane.
     pub fn mesh(&self) -> Option<&Arc<Mesh>> {
         self.mesh.as_ref()
+    }
+
+    /// What holds for those who call the service beside this proxy; `None` before a control plane said so.
+    pub fn inbound(&self) -> Option<&Arc<InboundPolicy>> {
+        self.inbound.as_ref()
     }
 
     /// Whether a target is the mesh's by its name or address alone. Before the mesh is known, names without a dot are,

@@ -17,7 +17,7 @@ use super::store::{Content, Stores};
 use super::{MAX_TARGETS, PATIENCE};
 use crate::model::{ClusterName, Resolution, Target};
 use crate::xds::decode::Decoded;
-use crate::xds::{Kind, MESH, ROOT_CA, shown};
+use crate::xds::{INBOUND, Kind, MESH, ROOT_CA, shown};
 
 /// A destination that nobody asked for this long is forgotten.
 const IDLE: Duration = Duration::from_secs(10 * 60);
@@ -256,7 +256,7 @@ impl State {
             let resolution = wanted.answer.clone()?;
             Some((target.clone(), Entry { resolution, used: wanted.used.clone() }))
         });
-        Snapshot { entries: known.collect(), mesh: self.stores.mesh() }
+        Snapshot { entries: known.collect(), mesh: self.stores.mesh(), inbound: self.stores.inbound() }
     }
 
     /// "Not in the mesh" gives way to a newcomer, and so does what nobody waits for any more: an app that talks to
@@ -286,7 +286,8 @@ impl State {
 
     /// The names of each kind that what is wanted leads to, in the order of [`Kind::ALL`].
     fn wanted(&self) -> [BTreeSet<Arc<str>>; 5] {
-        let listeners = self.targets.values().map(|wanted| wanted.name.clone()).chain([MESH.into()]).collect();
+        let listeners =
+            self.targets.values().map(|wanted| wanted.name.clone()).chain([MESH.into(), INBOUND.into()]).collect();
         let mut routes = BTreeSet::new();
         let mut clusters: BTreeSet<ClusterName> = BTreeSet::new();
         for wanted in self.targets.values() {

@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use envoy_types::pb::envoy::service::discovery::v3::Resource;
 
-use crate::model::{Endpoint, Mesh, ServicePort};
+use crate::model::{BackendPolicy, Endpoint, InboundPolicy, Mesh, ServicePort};
 use crate::xds::decode::{self, Decoded, Listener, Routes};
-use crate::xds::{DecodeError, Kind, MESH};
+use crate::xds::{DecodeError, INBOUND, Kind, MESH};
 
 /// What is held at once, as it came over the wire: more than 200,000 endpoints of 150 bytes.
 const MAX_BYTES: usize = 32 << 20;
@@ -21,7 +21,7 @@ pub(super) struct Stores {
     clock: u64,
     /// What all that is held measured on the wire.
     bytes: usize,
-    /// Another mesh was told since somebody looked.
+    /// Another mesh was told since somebody looked, or other rules for those who call.
     pub(super) mesh_changed: bool,
 }
 
@@ -51,6 +51,7 @@ pub(super) enum Content {
 /// A cluster's two halves.
 pub(super) struct ClusterParts<'a> {
     pub(super) service: &'a ServicePort,
+    pub(super) policy: &'a Arc<BackendPolicy>,
     pub(super) endpoints: &'a [Endpoint],
     pub(super) generation: u64,
 }
@@ -95,16 +96,23 @@ impl Stores {
         }
     }
 
+    pub(super) fn inbound(&self) -> Option<Arc<InboundPolicy>> {
+        match self.content(Kind::Listener, INBOUND)? {
+            Content::Value(Decoded::Inbound(policy)) => Some(policy.clone()),
+            _ => None,
+        }
+    }
+
     /// A cluster and its endpoints, once both were told. Endpoints said to be absent are none.
     pub(super) fn cluster(&self, name: &str) -> Option<ClusterParts<'_>> {
         let (cluster, endpoints) = (self.held(Kind::Cluster, name)?, self.held(Kind::Endpoints, name)?);
-        let Content::Value(Decoded::Cluster(service)) = &cluster.content else { return None };
+        let Content::Value(Decoded::Cluster(service, policy)) = &cluster.content else { return None };
         let endpoints_now: &[Endpoint] = match &endpoints.content {
             Content::Value(Decoded::Endpoints(found)) => found,
             _ => &[],
         };
         let generation = cluster.generation.max(endpoints.generation);
-        Some(ClusterParts { service, endpoints: endpoints_now, generation })
+        Some(ClusterParts { service, policy, endpoints: endpoints_now, generation })
     }
 
     /// Takes in one resource, and gives it back when it is new. What nobody asked for is not kept.
@@ -121,7 +129,7 @@ impl Stores {
         }
         self.bytes = all;
         self.clock += 1;
-        self.mesh_changed |= matches!(decoded, Decoded::Mesh(_));
+        self.mesh_changed |= matches!(decoded, Decoded::Mesh(_) | Decoded::Inbound(_));
         let held = Held {
             version: resource.version.clone(),
             content: Content::Value(decoded.clone()),
@@ -132,9 +140,9 @@ impl Stores {
         Ok(Some(decoded))
     }
 
-    /// A name that stands for nothing, or no longer. What the mesh is, and whom it trusts, is never taken back.
+    /// A name that stands for nothing, or no longer. What the mesh is, whom it trusts and who may call is never taken back.
     pub(super) fn remove(&mut self, kind: Kind, name: &str) {
-        if kind == Kind::Secret || (kind == Kind::Listener && name == MESH) {
+        if kind == Kind::Secret || (kind == Kind::Listener && [MESH, INBOUND].contains(&name)) {
             return;
         }
         let Some(name) = self.stores[kind as usize].subscribed.get(name).cloned() else { return };

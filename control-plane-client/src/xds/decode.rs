@@ -21,9 +21,11 @@ use serde::de::DeserializeOwned;
 
 use super::metadata::from_struct;
 pub use super::routes::{MAX_BACKENDS, MAX_HEADERS, MAX_ROUTES, Routes, routes};
-use super::words::{EndpointWords, ListenerWords, ServiceWords, Wire};
+use super::words::{ClusterWords, EndpointWords, ListenerWords, ServiceWords, Wire};
 use super::{DecodeError, Kind, ROOT_CA, WORDS, shown};
-use crate::model::{AppProtocol, ClusterName, Endpoint, Mesh, ServicePort, Transport};
+use crate::model::{
+    AppProtocol, BackendPolicy, ClusterName, Endpoint, InboundPolicy, Mesh, ServicePort, Transport, Unusable,
+};
 
 /// Endpoints of one cluster. At 150 bytes each this is 1.5 MiB on the wire.
 pub const MAX_ENDPOINTS: usize = 10_000;
@@ -41,8 +43,10 @@ pub enum Decoded {
     Mesh(Arc<Mesh>),
     /// A destination's routes.
     Routes(Arc<Routes>),
-    /// A cluster without its endpoints: the service port behind it.
-    Cluster(ServicePort),
+    /// What holds for those who call the service beside this proxy.
+    Inbound(Arc<InboundPolicy>),
+    /// A cluster without its endpoints: the service port behind it, and what its callers keep to.
+    Cluster(ServicePort, Arc<BackendPolicy>),
     /// A cluster's endpoints.
     Endpoints(Arc<[Endpoint]>),
     /// The trust bundle, PEM.
@@ -70,9 +74,10 @@ pub fn resource(kind: Kind, name: &str, payload: &Any) -> Result<Decoded, Decode
         Kind::Listener => {
             let message: lds::Listener = unpack(payload, kind.type_url())?;
             same_name(name, &message.name)?;
-            match name == super::MESH {
-                true => mesh(&message).map(|mesh| Decoded::Mesh(mesh.into())),
-                false => listener(&message).map(|listener| Decoded::Listener(listener.into())),
+            match name {
+                super::MESH => mesh(&message).map(|mesh| Decoded::Mesh(mesh.into())),
+                super::INBOUND => inbound(&message).map(|policy| Decoded::Inbound(policy.into())),
+                _ => listener(&message).map(|listener| Decoded::Listener(listener.into())),
             }
         }
         Kind::Routes => {
@@ -83,7 +88,7 @@ pub fn resource(kind: Kind, name: &str, payload: &Any) -> Result<Decoded, Decode
         Kind::Cluster => {
             let message: cds::Cluster = unpack(payload, kind.type_url())?;
             same_name(name, &message.name)?;
-            cluster(&message).map(Decoded::Cluster)
+            cluster(&message).map(|(service, policy)| Decoded::Cluster(service, policy))
         }
         Kind::Endpoints => {
             let message: eds::ClusterLoadAssignment = unpack(payload, kind.type_url())?;
@@ -130,8 +135,15 @@ pub fn mesh(message: &lds::Listener) -> Result<Mesh, DecodeError> {
     Ok(mesh)
 }
 
-/// A cluster: the service port behind it.
-pub fn cluster(message: &cds::Cluster) -> Result<ServicePort, DecodeError> {
+/// What holds for those who call.
+pub fn inbound(message: &lds::Listener) -> Result<InboundPolicy, DecodeError> {
+    let policy: InboundPolicy = typed_words(message.metadata.as_ref(), "metadata")?;
+    policy.check().map_err(unusable)?;
+    Ok(policy)
+}
+
+/// A cluster: the service port behind it, and what its callers keep to.
+pub fn cluster(message: &cds::Cluster) -> Result<(ServicePort, Arc<BackendPolicy>), DecodeError> {
     use cds::cluster::{ClusterDiscoveryType, DiscoveryType};
     let eds = Some(ClusterDiscoveryType::Type(DiscoveryType::Eds as i32));
     if message.cluster_discovery_type != eds {
@@ -141,8 +153,9 @@ pub fn cluster(message: &cds::Cluster) -> Result<ServicePort, DecodeError> {
     if !config.service_name.is_empty() && config.service_name != message.name {
         return Err(DecodeError::invalid("eds_cluster_config.service_name", "it must be the cluster's name"));
     }
-    let words: ServiceWords = from_struct(words(message.metadata.as_ref())?, "metadata")?;
-    service_port(words)
+    let words: ClusterWords = from_struct(words(message.metadata.as_ref())?, "metadata")?;
+    words.policy.check().map_err(unusable)?;
+    Ok((service_port(words.service)?, words.policy))
 }
 
 /// A cluster's endpoints, those that do not take traffic left out.
@@ -270,6 +283,10 @@ fn typed_words<T: DeserializeOwned>(metadata: Option<&core::Metadata>, field: &'
     let packed = packed.ok_or(DecodeError::Missing("metadata.typed_filter_metadata[\"sheetbend.io\"]"))?;
     let fields: Struct = unpack(packed, "type.googleapis.com/google.protobuf.Struct")?;
     from_struct(&fields, field)
+}
+
+pub(super) fn unusable(error: Unusable) -> DecodeError {
+    DecodeError::invalid("policy", error)
 }
 
 fn words(metadata: Option<&core::Metadata>) -> Result<&Struct, DecodeError> {

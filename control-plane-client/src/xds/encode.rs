@@ -27,10 +27,11 @@ use serde::Serialize;
 use sheetbend_certs::SpiffeId;
 
 use super::metadata::to_struct;
-use super::words::{DEFAULT_ROUTE, EndpointWords, ListenerWords, ServiceWords, Wire};
+use super::words::{ClusterWords, DEFAULT_ROUTE, EndpointWords, ListenerWords, Wire};
 use super::{OWN_CERTIFICATE, ROOT_CA, WORDS};
 use crate::model::{
-    AppProtocol, Cluster, Destination, Endpoint, Match, Mesh, PathMatch, Rule, ServicePort, Target, Transport,
+    AppProtocol, Cluster, Destination, Endpoint, InboundPolicy, Match, Mesh, PathMatch, Rule, RulePolicy, ServicePort,
+    Target, Transport,
 };
 
 /// What Envoy looks at to choose a transport socket for an endpoint.
@@ -104,6 +105,11 @@ pub fn mesh(mesh: &Mesh) -> lds::Listener {
     lds::Listener { name: super::MESH.to_string(), metadata: Some(typed_words(mesh)), ..lds::Listener::default() }
 }
 
+/// The Listener that tells what holds for those who call.
+pub fn inbound(policy: &InboundPolicy) -> lds::Listener {
+    lds::Listener { name: super::INBOUND.to_string(), metadata: Some(typed_words(policy)), ..lds::Listener::default() }
+}
+
 /// The Secret with the trust bundle, PEM.
 pub fn root_ca(bundle: &str) -> tls::Secret {
     let context = tls::CertificateValidationContext {
@@ -140,7 +146,10 @@ pub fn cluster(cluster: &Cluster, trust_domain: &str, protocol: AppProtocol) -> 
         lb_policy: LbPolicy::LeastRequest as i32,
         transport_socket_matches: transport_sockets(cluster, trust_domain, protocol),
         typed_extension_protocol_options: http_options(protocol),
-        metadata: Some(words(to_struct(&ServiceWords::from(&cluster.service)))),
+        metadata: Some(words(to_struct(&ClusterWords {
+            service: (&cluster.service).into(),
+            policy: cluster.policy.clone(),
+        }))),
         ..cds::Cluster::default()
     }
 }
@@ -165,7 +174,9 @@ pub fn load_assignment(cluster: &Cluster) -> eds::ClusterLoadAssignment {
 fn routes_of_rule(rule: &Rule) -> Vec<rds::Route> {
     let every_request = [Match::default()];
     let matches = if rule.matches.is_empty() { &every_request[..] } else { &rule.matches[..] };
-    matches.iter().map(|m| route(&rule.name, route_match(m), action(rule))).collect()
+    let metadata = (*rule.policy != RulePolicy::default()).then(|| words(to_struct(&rule.policy)));
+    let one = |m| rds::Route { metadata: metadata.clone(), ..route(&rule.name, route_match(m), action(rule)) };
+    matches.iter().map(one).collect()
 }
 
 fn route(name: &str, condition: rds::RouteMatch, action: rds::RouteAction) -> rds::Route {
@@ -216,7 +227,13 @@ fn action(rule: &Rule) -> rds::RouteAction {
         ..rds::weighted_cluster::ClusterWeight::default()
     });
     let clusters = rds::WeightedCluster { clusters: clusters.collect(), ..rds::WeightedCluster::default() };
-    forward_to(rds::route_action::ClusterSpecifier::WeightedClusters(clusters))
+    let mut action = forward_to(rds::route_action::ClusterSpecifier::WeightedClusters(clusters));
+    action.timeout = rule.policy.timeouts.request.map(duration).or(action.timeout);
+    action
+}
+
+fn duration(ours: std::time::Duration) -> Duration {
+    Duration { seconds: ours.as_secs().min(i64::MAX as u64) as i64, nanos: ours.subsec_nanos() as i32 }
 }
 
 fn forward_to(clusters: rds::route_action::ClusterSpecifier) -> rds::RouteAction {

@@ -7,6 +7,7 @@
 //! | Cluster | `web.default:8000` | the service port behind it; TLS for peers that are not ours |
 //! | ClusterLoadAssignment | the cluster's name | endpoints, with identity and transport in their metadata |
 //! | Listener | [`MESH`] | the mesh's trust domain, address ranges and domains |
+//! | Listener | [`INBOUND`] | what holds for those who call the service beside the proxy |
 //! | Secret | [`ROOT_CA`] | the trust bundle |
 //!
 //! What xDS has no word for is a `google.protobuf.Struct` under [`WORDS`], in `typed_filter_metadata` of a Listener and
@@ -31,6 +32,8 @@ pub(crate) use error::shown;
 pub const WORDS: &str = "sheetbend.io";
 /// The Listener that tells what the mesh is.
 pub const MESH: &str = "sheetbend.io/mesh";
+/// The Listener that tells what holds for those who call the service beside the proxy that asks.
+pub const INBOUND: &str = "sheetbend.io/inbound";
 /// The Secret that holds the trust bundle.
 pub const ROOT_CA: &str = "ROOTCA";
 /// The Secret under which a foreign Envoy is told its own certificate, from its own bootstrap.

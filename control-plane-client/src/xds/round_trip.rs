@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use envoy_types::pb::envoy::config::listener::v3 as lds;
 use envoy_types::pb::envoy::config::route::v3 as rds;
@@ -12,7 +13,7 @@ use proptest::prelude::*;
 use prost::{Message, Name};
 
 use super::decode::{self, Decoded};
-use super::{DecodeError, Kind, MESH, ROOT_CA, encode};
+use super::{DecodeError, INBOUND, Kind, MESH, ROOT_CA, encode};
 use crate::model::*;
 
 fn name() -> impl Strategy<Value = Arc<str>> {
@@ -58,6 +59,17 @@ fn condition() -> impl Strategy<Value = Match> {
         .prop_filter("a condition that takes everything is written as none", |m| *m != Match::default())
 }
 
+/// One that says something for every second rule.
+fn rule_policy(at: usize) -> Arc<RulePolicy> {
+    let request = (at % 2 == 1).then_some(Duration::from_millis(1_500));
+    Arc::new(RulePolicy { timeouts: Timeouts { request, ..Timeouts::default() } })
+}
+
+fn backend_policy(at: usize) -> Arc<BackendPolicy> {
+    let detection = OutlierDetection { consecutive_5xx_errors: Some(3), ..OutlierDetection::default() };
+    Arc::new(BackendPolicy { outlier_detection: (at % 2 == 1).then_some(detection) })
+}
+
 /// Which of the clusters, and its weight.
 type Choice = (prop::sample::Index, u32);
 
@@ -77,9 +89,10 @@ fn destination() -> impl Strategy<Value = Destination> {
                 .into_iter()
                 .map(|(which, weight)| Backend { cluster: which.get(&names).clone(), weight })
                 .collect(),
+            policy: rule_policy(at),
         };
-        let cluster = |(name, (service, endpoints)): (ClusterName, _)| {
-            (name.clone(), Arc::new(Cluster { name, service, endpoints }))
+        let cluster = |(name, (service, endpoints)): (ClusterName, (ServicePort, Vec<Endpoint>))| {
+            (name.clone(), Arc::new(Cluster { name, service, policy: backend_policy(endpoints.len()), endpoints }))
         };
         Destination {
             name,
@@ -113,10 +126,10 @@ fn there_and_back(target: &Target, sent: &Destination) -> Result<Destination, De
     let mut clusters = BTreeMap::new();
     for (name, cluster) in &sent.clusters {
         let packed = encode::cluster(cluster, &sent.trust_domain, sent.protocol);
-        let Decoded::Cluster(service) = over(Kind::Cluster, name, packed)? else { panic!("a cluster") };
+        let Decoded::Cluster(service, policy) = over(Kind::Cluster, name, packed)? else { panic!("a cluster") };
         let packed = encode::load_assignment(cluster);
         let Decoded::Endpoints(endpoints) = over(Kind::Endpoints, name, packed)? else { panic!("endpoints") };
-        let cluster = Cluster { name: name.clone(), service, endpoints: endpoints.to_vec() };
+        let cluster = Cluster { name: name.clone(), service, endpoints: endpoints.to_vec(), policy };
         clusters.insert(name.clone(), Arc::new(cluster));
     }
     Ok(Destination {
@@ -161,6 +174,22 @@ fn what_the_mesh_is_survives_the_wire() {
         outbound_policy: OutboundPolicy::Deny,
     };
     assert_eq!(over(Kind::Listener, MESH, encode::mesh(&sent)), Ok(Decoded::Mesh(sent.into())));
+}
+
+#[test]
+fn what_holds_for_callers_survives_the_wire() {
+    let sent = InboundPolicy::default();
+    assert_eq!(over(Kind::Listener, INBOUND, encode::inbound(&sent)), Ok(Decoded::Inbound(sent.into())));
+}
+
+#[test]
+fn a_policy_that_cannot_be_obeyed_is_refused_where_it_arrives() {
+    let timeouts = Timeouts { request: Some(Duration::from_secs(1)), backend_request: Some(Duration::from_secs(2)) };
+    let policy = Arc::new(RulePolicy { timeouts });
+    let rule = Rule { name: "default/r#0".into(), matches: vec![], backends: to_web(), policy };
+    let sent = Destination { rules: vec![rule], ..web() };
+    let refused = over(Kind::Routes, "web.default:80", encode::route_configuration(&sent)).unwrap_err();
+    assert!(refused.to_string().contains("timeouts.backendRequest"), "{refused}");
 }
 
 #[test]
@@ -217,8 +246,10 @@ fn more_endpoints_than_a_proxy_takes_are_refused() {
 
 #[test]
 fn a_condition_that_is_not_known_is_refused_rather_than_left_out() {
-    let destination =
-        Destination { rules: vec![Rule { name: "default/r#0".into(), matches: vec![], backends: to_web() }], ..web() };
+    let destination = Destination {
+        rules: vec![Rule { name: "default/r#0".into(), matches: vec![], backends: to_web(), policy: Arc::default() }],
+        ..web()
+    };
     let mut routes = encode::route_configuration(&destination);
     let condition = routes.virtual_hosts[0].routes[0].r#match.as_mut().unwrap();
     condition.query_parameters.push(rds::QueryParameterMatcher { name: "q".into(), ..Default::default() });
@@ -229,7 +260,7 @@ fn a_condition_that_is_not_known_is_refused_rather_than_left_out() {
 #[test]
 fn weights_that_are_all_zero_are_refused() {
     let backends = vec![Backend { cluster: "web.default:80".into(), weight: 0 }];
-    let rule = Rule { name: "default/r#0".into(), matches: vec![], backends };
+    let rule = Rule { name: "default/r#0".into(), matches: vec![], backends, policy: Arc::default() };
     let error = decode::routes(&encode::route_configuration(&Destination { rules: vec![rule], ..web() })).unwrap_err();
     assert!(error.to_string().contains("no backend has any weight"), "{error}");
 }
@@ -258,7 +289,7 @@ fn to_web() -> Vec<Backend> {
 }
 
 fn empty_cluster() -> Cluster {
-    Cluster { name: "web.default:80".into(), service: web_port(), endpoints: vec![] }
+    Cluster { name: "web.default:80".into(), service: web_port(), endpoints: vec![], policy: Arc::default() }
 }
 
 fn web() -> Destination {

@@ -6,9 +6,11 @@ use envoy_types::pb::envoy::config::route::v3 as rds;
 use envoy_types::pb::envoy::r#type::matcher::v3::string_matcher::MatchPattern;
 
 use super::DecodeError;
-use super::decode::{MAX_TEXT, at_most, text};
+use super::WORDS;
+use super::decode::{MAX_TEXT, at_most, text, unusable};
+use super::metadata::from_struct;
 use super::words::DEFAULT_ROUTE;
-use crate::model::{Backend, ClusterName, Match, PathMatch, Rule};
+use crate::model::{Backend, ClusterName, Match, PathMatch, Rule, RulePolicy};
 
 /// Routes of one destination: conditions, counted over all its rules.
 pub const MAX_ROUTES: usize = 2_000;
@@ -64,12 +66,23 @@ pub fn routes(message: &rds::RouteConfiguration) -> Result<Routes, DecodeError> 
 /// Routes of one rule stand together: same name, same backends, one condition each.
 fn add_route(rules: &mut Vec<Rule>, route: &rds::Route) -> Result<(), DecodeError> {
     let name = text("routes.name", &route.name)?;
-    let (condition, backends) = (condition(route)?, backends(route)?);
+    let (condition, backends, policy) = (condition(route)?, backends(route)?, policy(route)?);
     match rules.last_mut() {
-        Some(rule) if rule.name == name && rule.backends == backends => rule.matches.push(condition),
-        _ => rules.push(Rule { name, matches: vec![condition], backends }),
+        Some(rule) if rule.name == name && rule.backends == backends && *rule.policy == policy => {
+            rule.matches.push(condition);
+        }
+        _ => rules.push(Rule { name, matches: vec![condition], backends, policy: policy.into() }),
     }
     Ok(())
+}
+
+/// What our own words beside a route say; nothing, where there are none.
+fn policy(route: &rds::Route) -> Result<RulePolicy, DecodeError> {
+    let found = route.metadata.as_ref().and_then(|metadata| metadata.filter_metadata.get(WORDS));
+    let policy = found.map(|words| from_struct::<RulePolicy>(words, "routes.metadata")).transpose()?;
+    let policy = policy.unwrap_or_default();
+    policy.check().map_err(unusable)?;
+    Ok(policy)
 }
 
 fn condition(route: &rds::Route) -> Result<Match, DecodeError> {

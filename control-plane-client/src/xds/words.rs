@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use sheetbend_certs::SpiffeId;
 
-use crate::model::{AppProtocol, ServiceName, ServicePort};
+use crate::model::{AppProtocol, BackendPolicy, ServiceName, ServicePort};
 
 /// What a Listener of ours says beyond xDS.
 #[derive(Serialize, Deserialize)]
@@ -35,6 +35,15 @@ impl From<ServiceWords> for ServicePort {
     fn from(words: ServiceWords) -> Self {
         Self { service: ServiceName { service: words.service, namespace: words.namespace }, port: words.port }
     }
+}
+
+/// What a Cluster of ours says beyond xDS.
+#[derive(Serialize, Deserialize)]
+pub(super) struct ClusterWords {
+    #[serde(flatten)]
+    pub(super) service: ServiceWords,
+    #[serde(default)]
+    pub(super) policy: Arc<BackendPolicy>,
 }
 
 /// What an endpoint of ours says beyond xDS.

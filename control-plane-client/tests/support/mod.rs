@@ -292,7 +292,12 @@ pub fn endpoint(address: &str) -> Endpoint {
 pub fn cluster(name: &str, endpoints: &[&str]) -> Arc<Cluster> {
     let service = ServiceName { service: name.split('.').next().unwrap().into(), namespace: "default".into() };
     let endpoints = endpoints.iter().map(|address| endpoint(address)).collect();
-    Arc::new(Cluster { name: name.into(), service: ServicePort { service, port: 80 }, endpoints })
+    Arc::new(Cluster {
+        name: name.into(),
+        service: ServicePort { service, port: 80 },
+        endpoints,
+        policy: Arc::default(),
+    })
 }
 
 /// `web.default:80`, HTTP, all to one cluster.

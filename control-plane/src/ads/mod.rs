@@ -40,6 +40,7 @@ use crate::listen::{Certificate, Peer, Who};
 use crate::registry::{Instance, StreamId};
 use crate::state::{Shared, StreamState, Worlds, stopped};
 use crate::trust::{Shown, Trust};
+use crate::world::service_of;
 
 /// Responses under way on one stream; the next change waits, and melts into those after it.
 const UNDER_WAY: usize = 8;
@@ -311,6 +312,7 @@ impl<W: Wire> StreamTask<W> {
         let view = View {
             dialect: &node.dialect,
             namespace: self.leaf.id.workload().map_or("default", |(namespace, _)| namespace),
+            service: service_of(&self.leaf.id),
             world: if node.near { &now.near } else { &now.far },
             trust: &now.trust,
             number: now.number,

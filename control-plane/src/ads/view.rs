@@ -7,9 +7,9 @@ use envoy_types::pb::envoy::config::core::v3::Node;
 use envoy_types::pb::google::protobuf::{Any, Value, value};
 use envoy_types::util::pack_any;
 use sheetbend_control_plane_client::model::{
-    AppProtocol, Cluster, Destination, Mesh, ServiceName, ServicePort, Target,
+    AppProtocol, Cluster, Destination, InboundPolicy, Mesh, ServiceName, ServicePort, Target,
 };
-use sheetbend_control_plane_client::xds::{Kind, MESH, ROOT_CA, encode};
+use sheetbend_control_plane_client::xds::{INBOUND, Kind, MESH, ROOT_CA, encode};
 
 use super::{envoy, grpc};
 use crate::trust::Trust;
@@ -62,6 +62,7 @@ pub(crate) enum Basis {
     Destination(Arc<Destination>),
     Cluster(ClusterEntry),
     Mesh(Arc<Mesh>),
+    Inbound(Arc<InboundPolicy>),
     Trust(Arc<Trust>),
     /// Every destination, for an Envoy that wants one table of routes.
     Everything(Arc<World>),
@@ -73,6 +74,7 @@ impl Basis {
             (Self::Destination(a), Self::Destination(b)) => Arc::ptr_eq(a, b),
             (Self::Cluster(a), Self::Cluster(b)) => Arc::ptr_eq(&a.cluster, &b.cluster) && a.protocol == b.protocol,
             (Self::Mesh(a), Self::Mesh(b)) => Arc::ptr_eq(a, b),
+            (Self::Inbound(a), Self::Inbound(b)) => Arc::ptr_eq(a, b),
             (Self::Trust(a), Self::Trust(b)) => Arc::ptr_eq(a, b),
             (Self::Everything(a), Self::Everything(b)) => Arc::ptr_eq(a, b),
             _ => false,
@@ -85,6 +87,8 @@ pub(crate) struct View<'a> {
     pub(crate) dialect: &'a Dialect,
     /// Of the peer: the bare names it uses are its own namespace's first.
     pub(crate) namespace: &'a str,
+    /// The service beside it, where its identity is one's.
+    pub(crate) service: Option<ServiceName>,
     pub(crate) world: &'a Arc<World>,
     pub(crate) trust: &'a Arc<Trust>,
     pub(crate) number: u64,
@@ -101,6 +105,9 @@ impl View<'_> {
         match kind {
             Kind::Secret => (name == ROOT_CA).then(|| Basis::Trust(self.trust.clone())),
             Kind::Listener if name == MESH => Some(Basis::Mesh(self.world.mesh.clone())),
+            Kind::Listener if name == INBOUND => {
+                self.service.as_ref().map(|service| Basis::Inbound(self.world.inbound(service)))
+            }
             Kind::Listener => self.target(name).map(Basis::Destination),
             Kind::Routes if self.dialect == &Dialect::Envoy && name == envoy::ALL_ROUTES => {
                 Some(Basis::Everything(self.world.clone()))
@@ -131,7 +138,7 @@ impl View<'_> {
         }
         let service = ServiceName { service: "".into(), namespace: "".into() };
         let service = ServicePort { service, port: 0 };
-        let cluster = Arc::new(Cluster { name: name.into(), service, endpoints: Vec::new() });
+        let cluster = Arc::new(Cluster { name: name.into(), service, endpoints: Vec::new(), policy: Arc::default() });
         Some(Basis::Cluster(ClusterEntry { cluster, protocol: AppProtocol::Detect }))
     }
 
@@ -152,6 +159,7 @@ impl View<'_> {
         match (kind, basis) {
             (_, Basis::Trust(trust)) => trust.version.clone(),
             (_, Basis::Mesh(mesh)) => encode::version(&**mesh),
+            (_, Basis::Inbound(policy)) => encode::version(&**policy),
             (Kind::Listener, Basis::Destination(d)) => {
                 encode::version(&(&d.name, &d.trust_domain, d.protocol, &d.default_cluster))
             }
@@ -162,9 +170,10 @@ impl View<'_> {
                     entry.cluster.endpoints.iter().map(|e| format!("{:?}", e.transport)).collect();
                 transports.sort_unstable();
                 transports.dedup();
-                encode::version(&(&entry.cluster.name, &entry.cluster.service, entry.protocol, transports))
+                let cluster = &entry.cluster;
+                encode::version(&(&cluster.name, &cluster.service, &cluster.policy, entry.protocol, transports))
             }
-            (_, Basis::Cluster(entry)) => encode::version(&*entry.cluster),
+            (_, Basis::Cluster(entry)) => encode::version(&(&entry.cluster.name, &entry.cluster.endpoints)),
             (_, Basis::Everything(world)) => {
                 let all: Vec<_> = world.destinations().map(|d| (&d.name, &d.rules, &d.default_cluster)).collect();
                 encode::version(&all)
@@ -177,6 +186,7 @@ impl View<'_> {
         match (kind, basis, self.dialect) {
             (_, Basis::Trust(trust), _) => pack_any(encode::root_ca(&trust.pem)),
             (_, Basis::Mesh(mesh), _) => pack_any(encode::mesh(mesh)),
+            (_, Basis::Inbound(policy), _) => pack_any(encode::inbound(policy)),
             (Kind::Listener, Basis::Destination(d), Dialect::Grpc { .. }) => pack_any(grpc::listener(name, d)),
             (Kind::Listener, Basis::Destination(d), _) => match name.parse::<Target>() {
                 Ok(target) => pack_any(envoy::listener(&target, d)),

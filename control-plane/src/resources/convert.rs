@@ -9,7 +9,13 @@ use sheetbend_control_plane_client::model::{AppProtocol, Match, OutboundPolicy, 
 
 use super::kinds::{self, Reference};
 use super::parse::{Checked, mistake};
-use super::{Parent, Route, RouteBackend, RouteRule, Service, ServicePort, Settings, Slice, SliceEndpoint, SlicePort};
+use super::{
+    Backend, Parent, Route, RouteBackend, RouteRule, Service, ServicePort, Settings, Slice, SliceEndpoint, SlicePort,
+};
+
+mod policy;
+
+pub(super) use policy::backend_policy;
 
 pub(super) fn service(raw: kinds::Service) -> Checked<Service> {
     let name = name_of(&raw.metadata)?;
@@ -90,7 +96,8 @@ pub(super) fn http_route(raw: kinds::Route<kinds::HttpRule>) -> Checked<Route> {
     let mut rules = Vec::new();
     for rule in &raw.spec.rules {
         let matches = rule.matches.iter().map(http_match).collect::<Checked<_>>()?;
-        rules.push(RouteRule { matches, backends: backends(&rule.backend_refs, &name)? });
+        let policy = policy::http_rule(rule, raw.metadata.name.referenced)?.into();
+        rules.push(RouteRule { matches, backends: backends(&rule.backend_refs, &name)?, policy });
     }
     Ok(Route { kind: "HTTPRoute", name, parents, rules })
 }
@@ -142,7 +149,7 @@ pub(super) fn grpc_route(raw: kinds::Route<kinds::GrpcRule>) -> Checked<Route> {
     let mut rules = Vec::new();
     for rule in &raw.spec.rules {
         let matches = rule.matches.iter().map(grpc_match).collect::<Checked<_>>()?;
-        rules.push(RouteRule { matches, backends: backends(&rule.backend_refs, &name)? });
+        rules.push(RouteRule { matches, backends: backends(&rule.backend_refs, &name)?, policy: Default::default() });
     }
     Ok(Route { kind: "GRPCRoute", name, parents, rules })
 }

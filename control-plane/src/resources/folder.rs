@@ -246,6 +246,22 @@ mod tests {
     }
 
     #[test]
+    fn a_policy_that_cannot_be_obeyed_is_refused_at_its_place() {
+        let policy = "apiVersion: sheetbend.io/v1alpha1\nkind: BackendPolicy\nmetadata: {name: web}\nspec:\n  targetRefs: [{kind: Service, name: web}]\n";
+        let text = refused(&format!("{policy}  outlierDetection: {{baseEjectionTime: 1.5s}}\n"));
+        assert!(text.starts_with(":6:40: `1.5s` is not a duration"), "{text}");
+        let text = refused(&format!("{policy}  outlierDetection: {{baseEjectionTime: 2s, maxEjectionTime: 1s}}\n"));
+        assert!(text.starts_with(":6:21: outlierDetection.maxEjectionTime: it is shorter"), "{text}");
+        let text = refused(&format!("{policy}  outlierDetection: {{consecutive5xxError: 2}}\n"));
+        assert!(text.contains("unknown field `consecutive5xxError`; did you mean `consecutive5xxErrors`?"), "{text}");
+        let route = "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: web}\nspec:\n  parentRefs: [{kind: Service, name: web}]\n  rules:\n";
+        let text = refused(&format!(
+            "{route}  - backendRefs: [{{name: web, port: 80}}]\n    timeouts: {{request: 1s, backendRequest: 2s}}\n"
+        ));
+        assert!(text.starts_with(":8:45: timeouts.backendRequest: it is longer"), "{text}");
+    }
+
+    #[test]
     fn the_same_resource_in_two_files_is_refused_until_one_is_gone() {
         let (dir, mut folder) = folder();
         fs::write(dir.path().join("a.yaml"), SERVICE).unwrap();

@@ -132,6 +132,14 @@ pub(super) struct HttpRule {
     pub(super) matches: Vec<HttpMatch>,
     #[serde(default)]
     pub(super) backend_refs: Vec<Reference>,
+    pub(super) timeouts: Option<Timeouts>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct Timeouts {
+    pub(super) request: Option<Spanned<String>>,
+    pub(super) backend_request: Option<Spanned<String>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -205,4 +213,30 @@ pub(super) struct MeshSettingsSpec {
     #[serde(default)]
     pub(super) allowed_addresses: Vec<Spanned<String>>,
     pub(super) outbound_policy: Option<Spanned<String>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct BackendPolicy {
+    #[serde(rename = "apiVersion")]
+    _api_version: String,
+    #[serde(rename = "kind")]
+    _kind: String,
+    pub(super) metadata: Meta,
+    pub(super) spec: BackendPolicySpec,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct BackendPolicySpec {
+    pub(super) target_refs: Spanned<Vec<Reference>>,
+    pub(super) outlier_detection: Option<Spanned<OutlierDetection>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct OutlierDetection {
+    pub(super) consecutive_5xx_errors: Option<u32>,
+    pub(super) base_ejection_time: Option<Spanned<String>>,
+    pub(super) max_ejection_time: Option<Spanned<String>>,
 }

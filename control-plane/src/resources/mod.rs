@@ -14,7 +14,9 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use sheetbend_control_plane_client::model::{AppProtocol, Match, OutboundPolicy, ServiceName, Transport};
+use sheetbend_control_plane_client::model::{
+    AppProtocol, BackendPolicy, Match, OutboundPolicy, RulePolicy, ServiceName, Transport,
+};
 
 pub(crate) use folder::Folder;
 
@@ -24,6 +26,7 @@ pub(crate) enum Resource {
     Service(Service),
     Slice(Slice),
     Route(Route),
+    Backend(Backend),
     Settings(Settings),
 }
 
@@ -98,6 +101,7 @@ pub(crate) struct RouteRule {
     /// None means every request.
     pub(crate) matches: Vec<Match>,
     pub(crate) backends: Vec<RouteBackend>,
+    pub(crate) policy: Arc<RulePolicy>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -105,6 +109,15 @@ pub(crate) struct RouteBackend {
     pub(crate) service: ServiceName,
     pub(crate) port: u16,
     pub(crate) weight: u32,
+}
+
+/// A BackendPolicy.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Backend {
+    pub(crate) object: ServiceName,
+    /// The Services that it is about.
+    pub(crate) targets: Vec<ServiceName>,
+    pub(crate) policy: Arc<BackendPolicy>,
 }
 
 /// A MeshSettings.
@@ -124,6 +137,7 @@ impl Resource {
             Self::Service(service) => ("Service", &service.name),
             Self::Slice(slice) => ("EndpointSlice", &slice.object),
             Self::Route(route) => (route.kind, &route.name),
+            Self::Backend(backend) => ("BackendPolicy", &backend.object),
             Self::Settings(settings) => ("MeshSettings", &settings.object),
         };
         format!("{kind} {}/{}", name.namespace, name.service)

@@ -92,7 +92,7 @@ const BYSTANDERS: [&str; 12] = [
     "CronJob",
     "NetworkPolicy",
 ];
-const KINDS: [&str; 5] = ["Service", "EndpointSlice", "HTTPRoute", "GRPCRoute", "MeshSettings"];
+const KINDS: [&str; 6] = ["Service", "EndpointSlice", "HTTPRoute", "GRPCRoute", "BackendPolicy", "MeshSettings"];
 
 fn parse_document(text: &str) -> Checked<Option<Resource>> {
     let header: kinds::Header = read(text)?;
@@ -121,6 +121,9 @@ fn parse_document(text: &str) -> Checked<Option<Resource>> {
             .map(Some),
         "GRPCRoute" => expect(&["gateway.networking.k8s.io/v1"])
             .and_then(|()| convert::grpc_route(read(text)?).map(Resource::Route))
+            .map(Some),
+        "BackendPolicy" => expect(&["sheetbend.io/v1alpha1"])
+            .and_then(|()| convert::backend_policy(read(text)?).map(Resource::Backend))
             .map(Some),
         "MeshSettings" => expect(&["sheetbend.io/v1alpha1"])
             .and_then(|()| convert::settings(read(text)?).map(Resource::Settings))
@@ -155,8 +158,8 @@ fn read<T: DeserializeOwned>(text: &str) -> Checked<T> {
 }
 
 /// Words of the Gateway API that change what traffic does, and which nothing here obeys yet.
-const NOT_YET: [&str; 7] =
-    ["filters", "timeouts", "retry", "sessionPersistence", "queryParams", "sectionName", "useDefaultGateways"];
+const NOT_YET: [&str; 6] =
+    ["filters", "retry", "sessionPersistence", "queryParams", "sectionName", "useDefaultGateways"];
 
 /// The parser's messages end with a place that stands in front of ours already.
 fn one_line(message: &str) -> String {

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use sheetbend_certs::SpiffeId;
 use sheetbend_control_plane_client::model::{
-    AppProtocol, Backend, Cluster, ClusterName, Endpoint, Match, Mesh, OutboundPolicy, PathMatch, Rule, ServiceName,
-    ServicePort, Transport,
+    AppProtocol, Backend, BackendPolicy, Cluster, ClusterName, Endpoint, Match, Mesh, OutboundPolicy, PathMatch, Rule,
+    ServiceName, ServicePort, Transport,
 };
 
 use super::{ClusterEntry, Inputs, World, reuse};
@@ -29,18 +29,28 @@ pub(super) struct Parts<'a> {
     pub(super) services: BTreeMap<&'a ServiceName, &'a Service>,
     pub(super) slices: Vec<&'a Slice>,
     pub(super) routes: Vec<&'a Route>,
+    /// By the Service that it is about.
+    pub(super) policies: BTreeMap<&'a ServiceName, &'a Arc<BackendPolicy>>,
     pub(super) settings: Vec<&'a Settings>,
 }
 
 impl<'a> Parts<'a> {
     pub(super) fn sort(resources: &'a [Resource]) -> Self {
-        let mut parts =
-            Self { services: BTreeMap::new(), slices: Vec::new(), routes: Vec::new(), settings: Vec::new() };
+        let mut parts = Self {
+            services: BTreeMap::new(),
+            slices: Vec::new(),
+            routes: Vec::new(),
+            policies: BTreeMap::new(),
+            settings: Vec::new(),
+        };
         for resource in resources {
             match resource {
                 Resource::Service(service) => drop(parts.services.insert(&service.name, service)),
                 Resource::Slice(slice) => parts.slices.push(slice),
                 Resource::Route(route) => parts.routes.push(route),
+                Resource::Backend(backend) => {
+                    parts.policies.extend(backend.targets.iter().map(|service| (service, &backend.policy)));
+                }
                 Resource::Settings(settings) => parts.settings.push(settings),
             }
         }
@@ -178,7 +188,7 @@ impl<'a> Parts<'a> {
 }
 
 /// Beside a local process the service account is the service.
-pub(super) fn service_of(identity: &SpiffeId) -> Option<ServiceName> {
+pub(crate) fn service_of(identity: &SpiffeId) -> Option<ServiceName> {
     let (namespace, account) = identity.workload()?;
     // With a dot in the namespace, `a.b.c` could be two services.
     if namespace.contains('.') {
@@ -205,7 +215,7 @@ fn expand(route: &Route, number: usize, rule: &crate::resources::RouteRule) -> V
         })
         .collect();
     let name: Arc<str> = format!("{}/{}#{number}", route.name.namespace, route.name.service).into();
-    let one = |matches| Rule { name: name.clone(), matches, backends: backends.clone() };
+    let one = |matches| Rule { name: name.clone(), matches, backends: backends.clone(), policy: rule.policy.clone() };
     match rule.matches.is_empty() {
         true => vec![one(Vec::new())],
         false => rule.matches.iter().map(|m| one(vec![m.clone()])).collect(),
@@ -239,7 +249,8 @@ pub(super) fn clusters(
     all.into_iter()
         .map(|(service, (endpoints, protocol))| {
             let name: ClusterName = service.to_string().into();
-            let cluster = Cluster { name: name.clone(), service, endpoints };
+            let policy = parts.policies.get(&service.service).map(|policy| Arc::clone(policy)).unwrap_or_default();
+            let cluster = Cluster { name: name.clone(), service, endpoints, policy };
             let cluster = reuse(cluster, former.clusters.get(&name).map(|entry| &entry.cluster));
             (name, ClusterEntry { cluster, protocol })
         })

@@ -124,9 +124,17 @@ fn the_most_specific_match_comes_first_and_missing_backends_are_empty_clusters()
         name: name("split"),
         parents: vec![Parent { service: name("web"), port: None }],
         rules: vec![
-            RouteRule { matches: vec![path(PathMatch::Prefix("/a".into()))], backends: to("a") },
-            RouteRule { matches: Vec::new(), backends: to("rest") },
-            RouteRule { matches: vec![path(PathMatch::Exact("/a".into()))], backends: to("exact") },
+            RouteRule {
+                matches: vec![path(PathMatch::Prefix("/a".into()))],
+                backends: to("a"),
+                policy: Arc::default(),
+            },
+            RouteRule { matches: Vec::new(), backends: to("rest"), policy: Arc::default() },
+            RouteRule {
+                matches: vec![path(PathMatch::Exact("/a".into()))],
+                backends: to("exact"),
+                policy: Arc::default(),
+            },
         ],
     };
     let world = world(&[registered("web", [127, 0, 0, 1], 8000, 41000)], &[Resource::Route(route)]);

@@ -1,0 +1,119 @@
+//! What an operator wants of traffic, beyond where it goes.
+//!
+//! [`RulePolicy`] belongs to an HTTP rule, [`BackendPolicy`] to a service that is called, [`InboundPolicy`] to the service
+//! beside a proxy. All of them are checked where they are written and, by `check`, again where they arrive: a proxy never
+//! acts on half of one.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::duration;
+
+/// What a rule wants of the requests that it takes.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct RulePolicy {
+    /// How long a request and its attempts may take.
+    #[serde(skip_serializing_if = "Timeouts::is_default")]
+    pub timeouts: Timeouts,
+}
+
+/// `timeouts` of a Gateway API rule. Zero means none.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct Timeouts {
+    /// From the request's arrival to the last byte of its answer.
+    #[serde(with = "duration::option", skip_serializing_if = "Option::is_none")]
+    pub request: Option<Duration>,
+    /// For each attempt, until the head of its answer.
+    #[serde(with = "duration::option", skip_serializing_if = "Option::is_none")]
+    pub backend_request: Option<Duration>,
+}
+
+impl Timeouts {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl RulePolicy {
+    /// Whether it can be obeyed; if not, the field and the reason.
+    pub fn check(&self) -> Result<(), Unusable> {
+        match (self.timeouts.request, self.timeouts.backend_request) {
+            (Some(all), Some(one)) if one > all && !all.is_zero() => {
+                Err(Unusable::new("timeouts.backendRequest", "it is longer than timeouts.request"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What callers of a service keep to: the `spec` of a BackendPolicy, in the words of Istio's DestinationRule.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct BackendPolicy {
+    /// When an endpoint is left alone for a while.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub outlier_detection: Option<OutlierDetection>,
+}
+
+/// `outlierDetection`. What is not said is as it is without a policy.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct OutlierDetection {
+    /// Failures in a row; 0 switches this off.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub consecutive_5xx_errors: Option<u32>,
+    /// How long the first ejection takes; each further one takes twice as long as that before.
+    #[serde(with = "duration::option", skip_serializing_if = "Option::is_none")]
+    pub base_ejection_time: Option<Duration>,
+    /// No ejection takes longer.
+    #[serde(with = "duration::option", skip_serializing_if = "Option::is_none")]
+    pub max_ejection_time: Option<Duration>,
+}
+
+impl BackendPolicy {
+    /// Whether it can be obeyed; if not, the field and the reason.
+    pub fn check(&self) -> Result<(), Unusable> {
+        let Some(detection) = &self.outlier_detection else { return Ok(()) };
+        match (detection.base_ejection_time, detection.max_ejection_time) {
+            (Some(base), _) if base.is_zero() => {
+                Err(Unusable::new("outlierDetection.baseEjectionTime", "an ejection takes some time: write 1s or more"))
+            }
+            (Some(base), Some(most)) if most < base => {
+                Err(Unusable::new("outlierDetection.maxEjectionTime", "it is shorter than baseEjectionTime"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What holds for those who call the service beside a proxy.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct InboundPolicy {}
+
+impl InboundPolicy {
+    /// Whether it can be obeyed; if not, the field and the reason.
+    pub fn check(&self) -> Result<(), Unusable> {
+        Ok(())
+    }
+}
+
+/// A policy that cannot be obeyed as it stands.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{field}: {reason}")]
+pub struct Unusable {
+    /// The field, as it is written: `outlierDetection.maxEjectionTime`.
+    pub field: String,
+    /// Why, and what would be better.
+    pub reason: String,
+}
+
+impl Unusable {
+    /// A field and a reason.
+    pub fn new(field: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self { field: field.into(), reason: reason.into() }
+    }
+}
