@@ -183,7 +183,7 @@ impl Outbound {
             None => target.to_string().parse().map_err(|_| Error::Refused(Refusal::Malformed("no authority")))?,
         };
         let route = self.route(&target).await?;
-        let endpoints = route.endpoints(Some(head));
+        let (_rule, endpoints) = route.choose(head);
         let protocol = protocol(head);
         let now = self.shared.epoch.elapsed();
         if route.budget.in_flight() >= MOST_REQUESTS {
@@ -279,7 +279,7 @@ impl Outbound {
         let mut tried = None;
         loop {
             let (now, telemetry) = (self.shared.epoch.elapsed(), &self.shared.telemetry);
-            let mut lease = route.pick(route.endpoints(None), tried.as_ref(), true, now)?;
+            let mut lease = route.pick(route.opaque(), tried.as_ref(), true, now)?;
             let endpoint = Arc::clone(&lease.endpoint);
             let dialed = dial(&endpoint, MeshAlpn::Tcp, &self.shared.identity, telemetry, &self.pool.own).await;
             match &dialed {
@@ -289,7 +289,7 @@ impl Outbound {
             match dialed {
                 Ok(dialed) => return Ok(Connected { endpoint, io: dialed.io, rest: dialed.rest }),
                 // Nothing was sent yet: another endpoint may be tried, once.
-                Err(_) if tried.is_none() && route.endpoints(None).len() > 1 => tried = Some(endpoint),
+                Err(_) if tried.is_none() && route.opaque().len() > 1 => tried = Some(endpoint),
                 Err(source) => {
                     endpoint.edge(&self.shared.telemetry, Protocol::Tcp).connection_failed();
                     return Err(Error::unreachable(endpoint.place.clone(), source));

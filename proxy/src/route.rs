@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use http::request;
 use sheetbend_control_plane_client::discovery::Discovery;
-use sheetbend_control_plane_client::model::{ClusterName, Destination, Resolution, Target, Transport};
+use sheetbend_control_plane_client::model::{ClusterName, Destination, Resolution, Rule, Target, Transport};
 
 use crate::http::error::Error;
 use crate::policy;
@@ -95,18 +95,24 @@ impl Route {
         self.destination.as_ref()
     }
 
-    /// The endpoints that may answer a request; without one, those of an opaque connection.
-    pub fn endpoints(&self, head: Option<&request::Parts>) -> &Candidates {
-        let Some(destination) = &self.destination else { return &self.elsewhere };
-        let name = match head {
-            Some(head) => policy::cluster(destination, head, rand::random()),
-            None => &destination.default_cluster,
-        };
-        // Of the mesh, and therefore never elsewhere: that is empty here.
-        self.clusters.get(name).unwrap_or(&self.elsewhere)
+    /// The rule that takes a request, if one does, and the endpoints that may answer it.
+    pub fn choose(&self, head: &request::Parts) -> (Option<&Rule>, &Candidates) {
+        let Some(destination) = &self.destination else { return (None, &self.elsewhere) };
+        let chosen = policy::choose(destination, head, rand::random());
+        (chosen.rule, self.of(chosen.cluster))
     }
 
-    /// Picks one of [`Route::endpoints`], another one than `tried` where there is another. A request that may be sent
+    /// The endpoints of an opaque connection.
+    pub fn opaque(&self) -> &Candidates {
+        self.destination.as_ref().map_or(&self.elsewhere, |destination| self.of(&destination.default_cluster))
+    }
+
+    /// Those of a cluster. Of the mesh, and therefore never elsewhere: that is empty here.
+    fn of(&self, cluster: &ClusterName) -> &Candidates {
+        self.clusters.get(cluster).unwrap_or(&self.elsewhere)
+    }
+
+    /// Picks one of those that may answer, another one than `tried` where there is another. A request that may be sent
     /// again may be the one that tries an ejected endpoint. `now` is the time on the endpoints' clock.
     pub fn pick(
         &self,

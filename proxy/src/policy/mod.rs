@@ -1,12 +1,23 @@
-//! PURE: which cluster a request goes to. What the control plane said comes in, a name comes out.
+//! PURE: which rule takes a request, and which cluster it goes to. What the control plane said comes in, a rule and a name
+//! come out.
 
 use http::request;
 use sheetbend_control_plane_client::model::{Backend, ClusterName, Destination, Match, PathMatch, Rule};
 
-/// The cluster for a request: that of the first rule that matches, or the default. `chance` is drawn evenly from all u64.
-pub fn cluster<'a>(destination: &'a Destination, head: &request::Parts, chance: u64) -> &'a ClusterName {
+/// What was decided for a request.
+#[derive(Clone, Copy, Debug)]
+pub struct Chosen<'a> {
+    /// The first rule that matches, if one does.
+    pub rule: Option<&'a Rule>,
+    /// Its choice among its backends, or the destination's default.
+    pub cluster: &'a ClusterName,
+}
+
+/// Decides for a request. `chance` is drawn evenly from all u64.
+pub fn choose<'a>(destination: &'a Destination, head: &request::Parts, chance: u64) -> Chosen<'a> {
     let rule = destination.rules.iter().find(|rule| matches(rule, head));
-    rule.and_then(|rule| weighted(&rule.backends, chance)).unwrap_or(&destination.default_cluster)
+    let cluster = rule.and_then(|rule| weighted(&rule.backends, chance)).unwrap_or(&destination.default_cluster);
+    Chosen { rule, cluster }
 }
 
 fn matches(rule: &Rule, head: &request::Parts) -> bool {
