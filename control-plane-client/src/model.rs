@@ -12,8 +12,10 @@ use serde::{Deserialize, Serialize};
 use sheetbend_certs::SpiffeId;
 
 pub mod duration;
+mod matching;
 mod policy;
 
+pub use matching::{BadPattern, MAX_PATTERN, Match, PathMatch, Pattern, TextMatch};
 pub use policy::{BackendPolicy, InboundPolicy, OutlierDetection, RulePolicy, Timeouts, Unusable};
 
 /// What traffic asked for: a host (or an address) and a port.
@@ -266,29 +268,6 @@ pub struct Backend {
     pub cluster: ClusterName,
     /// Its share among the rule's backends.
     pub weight: u32,
-}
-
-/// Conditions that must all hold.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Match {
-    /// The path without its query.
-    #[serde(default)]
-    pub path: Option<PathMatch>,
-    /// The method, upper case.
-    #[serde(default)]
-    pub method: Option<Arc<str>>,
-    /// Headers with exact values; names are lower case.
-    #[serde(default)]
-    pub headers: Vec<(Arc<str>, Arc<str>)>,
-}
-
-/// A condition on the path.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub enum PathMatch {
-    /// The whole path.
-    Exact(Arc<str>),
-    /// Whole path elements: `/a` matches `/a` and `/a/b`, not `/ab`.
-    Prefix(Arc<str>),
 }
 
 /// A set of endpoints among which a request is balanced.

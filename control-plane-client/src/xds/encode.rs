@@ -19,7 +19,7 @@ use envoy_types::pb::envoy::extensions::transport_sockets::raw_buffer::v3::RawBu
 use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3 as tls;
 use envoy_types::pb::envoy::extensions::upstreams::http::v3 as upstream;
 use envoy_types::pb::envoy::service::discovery::v3::Resource;
-use envoy_types::pb::envoy::r#type::matcher::v3::{StringMatcher, string_matcher};
+use envoy_types::pb::envoy::r#type::matcher::v3::{RegexMatcher, StringMatcher, string_matcher};
 use envoy_types::pb::google::protobuf::{Any, Duration, Struct, UInt32Value};
 use envoy_types::util::pack_any;
 use prost::{Message, Name};
@@ -30,8 +30,8 @@ use super::metadata::to_struct;
 use super::words::{ClusterWords, DEFAULT_ROUTE, EndpointWords, ListenerWords, Wire};
 use super::{OWN_CERTIFICATE, ROOT_CA, WORDS};
 use crate::model::{
-    AppProtocol, Cluster, Destination, Endpoint, InboundPolicy, Match, Mesh, PathMatch, Rule, RulePolicy, ServicePort,
-    Target, Transport,
+    AppProtocol, Cluster, Destination, Endpoint, InboundPolicy, Match, Mesh, PathMatch, Pattern, Rule, RulePolicy,
+    ServicePort, Target, TextMatch, Transport,
 };
 
 /// What Envoy looks at to choose a transport socket for an endpoint.
@@ -198,22 +198,44 @@ fn route_match(condition: &Match) -> rds::RouteMatch {
             "" => PathSpecifier::Prefix("/".to_string()),
             path => PathSpecifier::PathSeparatedPrefix(path.to_string()),
         },
+        Some(PathMatch::Regex(pattern)) => PathSpecifier::SafeRegex(safe_regex(pattern)),
     };
-    let method = condition.method.iter().map(|method| exact_header(":method", method));
-    let headers = condition.headers.iter().map(|(name, value)| exact_header(name, value));
+    let method = condition.method.iter().map(|method| header(":method", exactly(method)));
+    let headers = condition.headers.iter().map(|(name, value)| header(name, string_match(value)));
+    let query = condition.query.iter().map(|(name, value)| rds::QueryParameterMatcher {
+        name: name.to_string(),
+        query_parameter_match_specifier: Some(rds::query_parameter_matcher::QueryParameterMatchSpecifier::StringMatch(
+            string_match(value),
+        )),
+    });
     rds::RouteMatch {
         path_specifier: Some(path),
         headers: method.chain(headers).collect(),
+        query_parameters: query.collect(),
         ..rds::RouteMatch::default()
     }
 }
 
-fn exact_header(name: &str, value: &str) -> rds::HeaderMatcher {
+fn header(name: &str, value: StringMatcher) -> rds::HeaderMatcher {
     rds::HeaderMatcher {
         name: name.to_string(),
-        header_match_specifier: Some(rds::header_matcher::HeaderMatchSpecifier::StringMatch(exactly(value))),
+        header_match_specifier: Some(rds::header_matcher::HeaderMatchSpecifier::StringMatch(value)),
         ..rds::HeaderMatcher::default()
     }
+}
+
+fn string_match(value: &TextMatch) -> StringMatcher {
+    match value {
+        TextMatch::Exact(value) => exactly(value),
+        TextMatch::Regex(pattern) => StringMatcher {
+            match_pattern: Some(string_matcher::MatchPattern::SafeRegex(safe_regex(pattern))),
+            ignore_case: false,
+        },
+    }
+}
+
+fn safe_regex(pattern: &Pattern) -> RegexMatcher {
+    RegexMatcher { regex: pattern.as_str().to_string(), ..RegexMatcher::default() }
 }
 
 fn exactly(value: &str) -> StringMatcher {

@@ -46,16 +46,24 @@ fn endpoints() -> impl Strategy<Value = Vec<Endpoint>> {
     })
 }
 
+fn pattern() -> impl Strategy<Value = Pattern> {
+    "/[a-z]{0,4}(\\.\\*|\\[0-9\\]\\+|\\\\d)?".prop_map(|text| text.parse().unwrap())
+}
+
 fn condition() -> impl Strategy<Value = Match> {
     let path = prop_oneof![
         "/[a-z/.]{0,10}".prop_map(|p| PathMatch::Exact(p.into())),
         Just(PathMatch::Prefix("/".into())),
         "/[a-z/]{0,8}[a-z]".prop_map(|p| PathMatch::Prefix(p.into())),
+        pattern().prop_map(PathMatch::Regex),
     ];
     let method = prop::option::of(prop::sample::select(vec!["GET", "POST"]).prop_map(Arc::from));
-    let header = ("x-[a-z]{1,6}".prop_map(Arc::from), "[ -~]{0,8}".prop_map(Arc::from));
-    (prop::option::of(path), method, prop::collection::vec(header, 0..3))
-        .prop_map(|(path, method, headers)| Match { path, method, headers })
+    let value =
+        || prop_oneof!["[ -~]{0,8}".prop_map(|v| TextMatch::Exact(v.into())), pattern().prop_map(TextMatch::Regex)];
+    let header = ("x-[a-z]{1,6}".prop_map(Arc::from), value());
+    let query = ("[a-zA-Z]{1,6}".prop_map(Arc::from), value());
+    (prop::option::of(path), method, prop::collection::vec(header, 0..3), prop::collection::vec(query, 0..3))
+        .prop_map(|(path, method, headers, query)| Match { path, method, headers, query })
         .prop_filter("a condition that takes everything is written as none", |m| *m != Match::default())
 }
 
@@ -252,9 +260,14 @@ fn a_condition_that_is_not_known_is_refused_rather_than_left_out() {
     };
     let mut routes = encode::route_configuration(&destination);
     let condition = routes.virtual_hosts[0].routes[0].r#match.as_mut().unwrap();
+    condition.cookies.push(rds::CookieMatcher { name: "c".into(), ..Default::default() });
+    let error = decode::routes(&routes).unwrap_err();
+    assert!(error.to_string().contains("only path, method, header and query"), "{error}");
+    let condition = routes.virtual_hosts[0].routes[0].r#match.as_mut().unwrap();
+    condition.cookies.clear();
     condition.query_parameters.push(rds::QueryParameterMatcher { name: "q".into(), ..Default::default() });
     let error = decode::routes(&routes).unwrap_err();
-    assert!(error.to_string().contains("only path, method and header"), "{error}");
+    assert!(error.to_string().contains("only exact values and patterns"), "{error}");
 }
 
 #[test]

@@ -4,13 +4,14 @@ use std::sync::Arc;
 
 use envoy_types::pb::envoy::config::route::v3 as rds;
 use envoy_types::pb::envoy::r#type::matcher::v3::string_matcher::MatchPattern;
+use envoy_types::pb::envoy::r#type::matcher::v3::{RegexMatcher, StringMatcher};
 
 use super::DecodeError;
 use super::WORDS;
 use super::decode::{MAX_TEXT, at_most, text, unusable};
 use super::metadata::from_struct;
 use super::words::DEFAULT_ROUTE;
-use crate::model::{Backend, ClusterName, Match, PathMatch, Rule, RulePolicy};
+use crate::model::{Backend, ClusterName, Match, PathMatch, Pattern, Rule, RulePolicy, TextMatch};
 
 /// Routes of one destination: conditions, counted over all its rules.
 pub const MAX_ROUTES: usize = 2_000;
@@ -88,8 +89,7 @@ fn policy(route: &rds::Route) -> Result<RulePolicy, DecodeError> {
 fn condition(route: &rds::Route) -> Result<Match, DecodeError> {
     use rds::route_match::PathSpecifier;
     let found = route.r#match.as_ref().ok_or(DecodeError::Missing("routes.match"))?;
-    let unknown = !found.query_parameters.is_empty()
-        || !found.cookies.is_empty()
+    let unknown = !found.cookies.is_empty()
         || !found.dynamic_metadata.is_empty()
         || !found.filter_state.is_empty()
         || found.grpc.is_some()
@@ -97,9 +97,13 @@ fn condition(route: &rds::Route) -> Result<Match, DecodeError> {
         || found.runtime_fraction.is_some()
         || found.case_sensitive.is_some_and(|sensitive| !sensitive.value);
     if unknown {
-        return Err(DecodeError::invalid("routes.match", "only path, method and header conditions are known here"));
+        return Err(DecodeError::invalid(
+            "routes.match",
+            "only path, method, header and query conditions are known here",
+        ));
     }
     at_most("header conditions", found.headers.len(), MAX_HEADERS + 1)?; // and the method
+    at_most("query conditions", found.query_parameters.len(), MAX_HEADERS)?;
     let path = match &found.path_specifier {
         Some(PathSpecifier::Prefix(prefix)) if prefix.is_empty() => None,
         Some(PathSpecifier::Prefix(prefix)) if prefix == "/" => Some(PathMatch::Prefix(prefix.as_str().into())),
@@ -107,19 +111,23 @@ fn condition(route: &rds::Route) -> Result<Match, DecodeError> {
         Some(PathSpecifier::PathSeparatedPrefix(prefix)) => {
             Some(PathMatch::Prefix(text("routes.match.path_separated_prefix", prefix)?))
         }
+        Some(PathSpecifier::SafeRegex(regex)) => Some(PathMatch::Regex(pattern(regex)?)),
         _ => {
             return Err(DecodeError::invalid(
                 "routes.match",
-                "only whole paths and prefixes of whole elements are known here",
+                "only whole paths, patterns and prefixes of whole elements are known here",
             ));
         }
     };
-    let mut found_match = Match { path, ..Match::default() };
+    let query = found.query_parameters.iter().map(query_parameter).collect::<Result<_, _>>()?;
+    let mut found_match = Match { path, query, ..Match::default() };
     for header in &found.headers {
-        let (name, value) = exact_header(header)?;
-        match &*name {
-            ":method" if found_match.method.is_none() => found_match.method = Some(value),
-            name if name.starts_with(':') => {
+        let (name, value) = header_condition(header)?;
+        match (&*name, &value) {
+            (":method", TextMatch::Exact(method)) if found_match.method.is_none() => {
+                found_match.method = Some(method.clone());
+            }
+            (name, _) if name.starts_with(':') => {
                 return Err(DecodeError::invalid("routes.match.headers", format!("`{name}` can not be matched")));
             }
             _ => found_match.headers.push((name, value)),
@@ -128,19 +136,40 @@ fn condition(route: &rds::Route) -> Result<Match, DecodeError> {
     Ok(found_match)
 }
 
-fn exact_header(header: &rds::HeaderMatcher) -> Result<(Arc<str>, Arc<str>), DecodeError> {
+fn header_condition(header: &rds::HeaderMatcher) -> Result<(Arc<str>, TextMatch), DecodeError> {
     use rds::header_matcher::HeaderMatchSpecifier::StringMatch;
     let name = text("routes.match.headers.name", &header.name)?;
-    if let Some(StringMatch(matcher)) = &header.header_match_specifier
-        && let Some(MatchPattern::Exact(value)) = &matcher.match_pattern
-        && !matcher.ignore_case
-        && !header.invert_match
-        && !name.bytes().any(|b| b.is_ascii_uppercase())
-        && value.len() <= MAX_TEXT
-    {
-        return Ok((name, value.as_str().into()));
+    match &header.header_match_specifier {
+        Some(StringMatch(matcher)) if !header.invert_match && !name.bytes().any(|b| b.is_ascii_uppercase()) => {
+            Ok((name, value(matcher, "routes.match.headers")?))
+        }
+        _ => Err(DecodeError::invalid("routes.match.headers", format!("`{name}`: {KNOWN_VALUES}"))),
     }
-    Err(DecodeError::invalid("routes.match.headers", format!("`{name}`: only exact values are known here")))
+}
+
+fn query_parameter(found: &rds::QueryParameterMatcher) -> Result<(Arc<str>, TextMatch), DecodeError> {
+    use rds::query_parameter_matcher::QueryParameterMatchSpecifier::StringMatch;
+    let name = text("routes.match.query_parameters.name", &found.name)?;
+    match &found.query_parameter_match_specifier {
+        Some(StringMatch(matcher)) => Ok((name, value(matcher, "routes.match.query_parameters")?)),
+        _ => Err(DecodeError::invalid("routes.match.query_parameters", format!("`{name}`: {KNOWN_VALUES}"))),
+    }
+}
+
+const KNOWN_VALUES: &str = "only exact values and patterns are known here";
+
+fn value(found: &StringMatcher, field: &'static str) -> Result<TextMatch, DecodeError> {
+    match &found.match_pattern {
+        Some(MatchPattern::Exact(value)) if !found.ignore_case && value.len() <= MAX_TEXT => {
+            Ok(TextMatch::Exact(value.as_str().into()))
+        }
+        Some(MatchPattern::SafeRegex(regex)) if !found.ignore_case => Ok(TextMatch::Regex(pattern(regex)?)),
+        _ => Err(DecodeError::invalid(field, KNOWN_VALUES)),
+    }
+}
+
+fn pattern(found: &RegexMatcher) -> Result<Pattern, DecodeError> {
+    found.regex.parse().map_err(|error| DecodeError::invalid("routes.match.safe_regex", error))
 }
 
 fn backends(route: &rds::Route) -> Result<Vec<Backend>, DecodeError> {

@@ -5,17 +5,17 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use serde_saphyr::{Location, Spanned};
-use sheetbend_control_plane_client::model::{AppProtocol, Match, OutboundPolicy, PathMatch, ServiceName, Transport};
+use sheetbend_control_plane_client::model::{AppProtocol, OutboundPolicy, ServiceName, Transport};
 
 use super::kinds::{self, Reference};
 use super::parse::{Checked, mistake};
-use super::{
-    Backend, Parent, Route, RouteBackend, RouteRule, Service, ServicePort, Settings, Slice, SliceEndpoint, SlicePort,
-};
+use super::{Backend, Parent, RouteBackend, Service, ServicePort, Settings, Slice, SliceEndpoint, SlicePort};
 
 mod policy;
+mod routes;
 
 pub(super) use policy::backend_policy;
+pub(super) use routes::{grpc_route, http_route};
 
 pub(super) fn service(raw: kinds::Service) -> Checked<Service> {
     let name = name_of(&raw.metadata)?;
@@ -89,95 +89,6 @@ fn transport(meta: &kinds::Meta) -> Checked<Transport> {
         Some(("mtls", _)) => Ok(Transport::MutualTls(id)),
         Some((other, at)) => mistake(at, format!("`{other}` is not a kind of peer"), "write sheetbend or mtls"),
     }
-}
-
-pub(super) fn http_route(raw: kinds::Route<kinds::HttpRule>) -> Checked<Route> {
-    let (name, parents) = parents_of(&raw.metadata, &raw.spec.parent_refs)?;
-    let mut rules = Vec::new();
-    for rule in &raw.spec.rules {
-        let matches = rule.matches.iter().map(http_match).collect::<Checked<_>>()?;
-        let policy = policy::http_rule(rule, raw.metadata.name.referenced)?.into();
-        rules.push(RouteRule { matches, backends: backends(&rule.backend_refs, &name)?, policy });
-    }
-    Ok(Route { kind: "HTTPRoute", name, parents, rules })
-}
-
-fn http_match(raw: &kinds::HttpMatch) -> Checked<Match> {
-    let path = raw.path.as_ref().map(path_match).transpose()?.flatten();
-    let method = match &raw.method {
-        Some(method) if !method.value.bytes().all(|b| b.is_ascii_uppercase()) => {
-            return mistake(method.referenced, format!("`{}` is not a method", method.value), "write it in upper case");
-        }
-        method => method.as_ref().map(|m| m.value.as_str().into()),
-    };
-    Ok(Match { path, method, headers: raw.headers.iter().map(header).collect::<Checked<_>>()? })
-}
-
-fn path_match(raw: &kinds::Path) -> Checked<Option<PathMatch>> {
-    let value = raw.value.as_ref().map_or("/", |value| value.value.as_str());
-    if let Some(value) = raw.value.as_ref().filter(|value| !value.value.starts_with('/')) {
-        return mistake(value.referenced, format!("the path `{}` does not begin with /", value.value), None);
-    }
-    match raw.r#type.as_ref().map_or("PathPrefix", |t| t.value.as_str()) {
-        "Exact" => Ok(Some(PathMatch::Exact(value.into()))),
-        "PathPrefix" if value == "/" => Ok(None),
-        "PathPrefix" => Ok(Some(PathMatch::Prefix(value.trim_end_matches('/').into()))),
-        other => {
-            let at = raw.r#type.as_ref().map_or(Location::UNKNOWN, |t| t.referenced);
-            mistake(at, format!("path type `{other}` is not obeyed here"), "write Exact or PathPrefix")
-        }
-    }
-}
-
-fn header(raw: &kinds::HeaderMatch) -> Checked<(Arc<str>, Arc<str>)> {
-    if let Some(kind) = raw.r#type.as_ref().filter(|kind| kind.value != "Exact") {
-        return mistake(
-            kind.referenced,
-            format!("header match type `{}` is not obeyed here", kind.value),
-            "write Exact",
-        );
-    }
-    let token = |b: u8| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b);
-    match !raw.name.value.is_empty() && raw.name.value.bytes().all(token) {
-        true => Ok((raw.name.value.to_ascii_lowercase().into(), raw.value.value.as_str().into())),
-        false => mistake(raw.name.referenced, format!("`{}` is not a header's name", raw.name.value), None),
-    }
-}
-
-pub(super) fn grpc_route(raw: kinds::Route<kinds::GrpcRule>) -> Checked<Route> {
-    let (name, parents) = parents_of(&raw.metadata, &raw.spec.parent_refs)?;
-    let mut rules = Vec::new();
-    for rule in &raw.spec.rules {
-        let matches = rule.matches.iter().map(grpc_match).collect::<Checked<_>>()?;
-        rules.push(RouteRule { matches, backends: backends(&rule.backend_refs, &name)?, policy: Default::default() });
-    }
-    Ok(Route { kind: "GRPCRoute", name, parents, rules })
-}
-
-/// gRPC's method is the path `/SERVICE/METHOD`.
-fn grpc_match(raw: &kinds::GrpcMatch) -> Checked<Match> {
-    let headers = raw.headers.iter().map(header).collect::<Checked<_>>()?;
-    let Some(method) = &raw.method else { return Ok(Match { headers, ..Match::default() }) };
-    if let Some(kind) = method.r#type.as_ref().filter(|kind| kind.value != "Exact") {
-        return mistake(
-            kind.referenced,
-            format!("method match type `{}` is not obeyed here", kind.value),
-            "write Exact",
-        );
-    }
-    let path = match (&method.service, &method.method) {
-        (Some(service), Some(method)) => Some(PathMatch::Exact(format!("/{}/{}", service.value, method.value).into())),
-        (Some(service), None) => Some(PathMatch::Prefix(format!("/{}", service.value).into())),
-        (None, Some(method)) => {
-            return mistake(
-                method.referenced,
-                "a method without its service is not obeyed here",
-                "name the service too",
-            );
-        }
-        (None, None) => None,
-    };
-    Ok(Match { path, method: None, headers })
 }
 
 fn parents_of(meta: &kinds::Meta, refs: &Spanned<Vec<Reference>>) -> Checked<(ServiceName, Vec<Parent>)> {

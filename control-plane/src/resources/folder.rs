@@ -241,8 +241,41 @@ mod tests {
         let route = "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: web}\nspec:\n  parentRefs: [{kind: Service, name: web}]\n  rules:\n";
         let text = refused(&format!("{route}  - filters: []\n"));
         assert!(text.starts_with(":7:5: unknown field `filters`; the Gateway API has this field"), "{text}");
-        let text = refused(&format!("{route}  - matches:\n    - path: {{type: RegularExpression, value: /a}}\n"));
-        assert!(text.starts_with(":8:20: path type `RegularExpression`"), "{text}");
+    }
+
+    #[test]
+    fn a_condition_that_cannot_be_asked_is_refused_at_its_place_with_a_hint() {
+        let http = "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: web}\nspec:\n  parentRefs: [{kind: Service, name: web}]\n  rules:\n  - backendRefs: [{name: web, port: 80}]\n    matches:\n    - ";
+        let grpc = http.replace("HTTPRoute", "GRPCRoute");
+        let cases = [
+            (
+                http,
+                "path: {type: RegularExpression, value: '/(a'}",
+                ":9:46: bad regular expression `/(a`: unclosed group; patterns are RE2's",
+            ),
+            (http, "path: {type: RegularExpression, value: '((a{100}){100}){100}'}", "too large when compiled"),
+            (
+                http,
+                "path: {type: Regex, value: /a}",
+                ":9:20: `Regex` is no type of path; write Exact, PathPrefix or RegularExpression",
+            ),
+            (http, "path: {value: a}", "the path `a` does not begin with /"),
+            (http, "path: {value: /a?b=c}", "`/a?b=c` is more than a path; match the query with queryParams"),
+            (http, "path: {value: /a/../b}", "not in its normal form"),
+            (http, "method: get", "`get` is not a method; write it in upper case"),
+            (http, "headers: [{name: x a, value: b}]", "`x a` is not a header's name"),
+            (http, "headers: [{name: A, value: b}, {name: a, value: c}]", ":9:46: two conditions on `a`"),
+            (http, "headers: [{name: a, type: Prefix, value: b}]", "`Prefix` is no type of match"),
+            (http, "queryParams: [{name: a, type: RegularExpression, value: '*'}]", "bad regular expression `*`"),
+            (http, "queryParams: [{name: a=b, value: c}]", "`a=b` is not a query parameter's name"),
+            (&grpc, "method: {type: Exact}", "neither a service nor a method"),
+            (&grpc, "method: {service: a/b}", "`a/b` is not a gRPC service or method"),
+            (&grpc, "method: {type: RegularExpression, service: 'a)|(b'}", "bad regular expression `a)|(b`"),
+        ];
+        for (route, condition, wanted) in cases {
+            let text = refused(&format!("{route}{condition}\n"));
+            assert!(text.contains(wanted), "{condition}: {text}");
+        }
     }
 
     #[test]

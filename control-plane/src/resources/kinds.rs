@@ -8,6 +8,10 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Deserializer};
 use serde_saphyr::Spanned;
 
+mod routes;
+
+pub(super) use routes::*;
+
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Header {
@@ -16,9 +20,11 @@ pub(super) struct Header {
 }
 
 #[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub(super) struct Meta {
     pub(super) name: Spanned<String>,
     pub(super) namespace: Option<Spanned<String>>,
+    pub(super) creation_timestamp: Option<Spanned<String>>,
     #[serde(default)]
     pub(super) labels: BTreeMap<String, String>,
     #[serde(default)]
@@ -143,30 +149,6 @@ pub(super) struct Timeouts {
 }
 
 #[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct HttpMatch {
-    pub(super) path: Option<Path>,
-    pub(super) method: Option<Spanned<String>>,
-    #[serde(default)]
-    pub(super) headers: Vec<HeaderMatch>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct Path {
-    pub(super) r#type: Option<Spanned<String>>,
-    pub(super) value: Option<Spanned<String>>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct HeaderMatch {
-    pub(super) r#type: Option<Spanned<String>>,
-    pub(super) name: Spanned<String>,
-    pub(super) value: Spanned<String>,
-}
-
-#[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct GrpcRule {
     #[serde(rename = "name")]
@@ -175,22 +157,6 @@ pub(super) struct GrpcRule {
     pub(super) matches: Vec<GrpcMatch>,
     #[serde(default)]
     pub(super) backend_refs: Vec<Reference>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct GrpcMatch {
-    pub(super) method: Option<GrpcMethod>,
-    #[serde(default)]
-    pub(super) headers: Vec<HeaderMatch>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct GrpcMethod {
-    pub(super) r#type: Option<Spanned<String>>,
-    pub(super) service: Option<Spanned<String>>,
-    pub(super) method: Option<Spanned<String>>,
 }
 
 #[derive(Debug, Deserialize)]

@@ -9,16 +9,18 @@ mod convert;
 mod folder;
 mod kinds;
 mod parse;
+mod precedence;
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
 use sheetbend_control_plane_client::model::{
-    AppProtocol, BackendPolicy, Match, OutboundPolicy, RulePolicy, ServiceName, Transport,
+    AppProtocol, BackendPolicy, OutboundPolicy, RulePolicy, ServiceName, Transport,
 };
 
 pub(crate) use folder::Folder;
+pub(crate) use precedence::{Rank, Ranked, in_order_of_age};
 
 /// One resource, checked.
 #[derive(Clone, Debug, PartialEq)]
@@ -85,6 +87,7 @@ pub(crate) struct Route {
     /// `HTTPRoute` or `GRPCRoute`.
     pub(crate) kind: &'static str,
     pub(crate) name: ServiceName,
+    pub(crate) created: Option<jiff::Timestamp>,
     pub(crate) parents: Vec<Parent>,
     pub(crate) rules: Vec<RouteRule>,
 }
@@ -99,7 +102,7 @@ pub(crate) struct Parent {
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct RouteRule {
     /// None means every request.
-    pub(crate) matches: Vec<Match>,
+    pub(crate) matches: Vec<Ranked>,
     pub(crate) backends: Vec<RouteBackend>,
     pub(crate) policy: Arc<RulePolicy>,
 }

@@ -1,18 +1,19 @@
 //! Resources and registrations on their way to a world: sorted, matched, and put together port by port.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 
 use sheetbend_certs::SpiffeId;
 use sheetbend_control_plane_client::model::{
-    AppProtocol, Backend, BackendPolicy, Cluster, ClusterName, Endpoint, Match, Mesh, OutboundPolicy, PathMatch, Rule,
-    ServiceName, ServicePort, Transport,
+    AppProtocol, Backend, BackendPolicy, Cluster, ClusterName, Endpoint, Mesh, OutboundPolicy, Rule, ServiceName,
+    ServicePort, Transport,
 };
 
 use super::{ClusterEntry, Inputs, World, reuse};
 use crate::registry::Registered;
-use crate::resources::{Resource, Route, Service, Settings, Slice};
+use crate::resources::{Rank, Ranked, Resource, Route, Service, Settings, Slice, in_order_of_age};
 
 /// A service port while it is being put together.
 #[derive(Default)]
@@ -152,21 +153,22 @@ impl<'a> Parts<'a> {
         owners
     }
 
+    /// What is asked of requests to a port, in order.
     pub(super) fn rules(&self, name: &ServicePort) -> Vec<Rule> {
-        let mut rules: Vec<Rule> = Vec::new();
-        for route in &self.routes {
-            let attached =
-                |p: &crate::resources::Parent| p.service == name.service && p.port.is_none_or(|port| port == name.port);
-            if !route.parents.iter().any(attached) {
-                continue;
-            }
+        let attached =
+            |p: &crate::resources::Parent| p.service == name.service && p.port.is_none_or(|port| port == name.port);
+        let here: Vec<&Route> = self.routes.iter().copied().filter(|r| r.parents.iter().any(attached)).collect();
+        // GEP-1426: of routes of different kinds, the most specific kind alone counts.
+        let kind = if here.iter().any(|route| route.kind == "GRPCRoute") { "GRPCRoute" } else { "HTTPRoute" };
+        let mut rules = Vec::new();
+        for route in in_order_of_age(here.into_iter().filter(|route| route.kind == kind)) {
             for (number, rule) in route.rules.iter().enumerate() {
                 rules.extend(expand(route, number, rule));
             }
         }
-        // Gateway API: of the matches of all routes the most specific one decides. A stable sort keeps their order.
-        rules.sort_by_key(|rule| std::cmp::Reverse(rule.matches.first().map(specificity)));
-        rules
+        // A stable sort: what is alike stays in the order of routes and of their rules.
+        rules.sort_by_key(|(order, _)| *order);
+        rules.into_iter().map(|(_, rule)| rule).collect()
     }
 
     pub(super) fn mesh(&self, inputs: &Inputs<'_>, ports: &BTreeMap<ServicePort, PortParts>) -> Mesh {
@@ -204,7 +206,7 @@ fn set_protocol(parts: &mut PortParts, said: AppProtocol) {
 }
 
 /// One rule a match, so that the matches of several routes can be put in order.
-fn expand(route: &Route, number: usize, rule: &crate::resources::RouteRule) -> Vec<Rule> {
+fn expand(route: &Route, number: usize, rule: &crate::resources::RouteRule) -> Vec<(Reverse<Rank>, Rule)> {
     let backends: Vec<Backend> = rule
         .backends
         .iter()
@@ -217,19 +219,9 @@ fn expand(route: &Route, number: usize, rule: &crate::resources::RouteRule) -> V
     let name: Arc<str> = format!("{}/{}#{number}", route.name.namespace, route.name.service).into();
     let one = |matches| Rule { name: name.clone(), matches, backends: backends.clone(), policy: rule.policy.clone() };
     match rule.matches.is_empty() {
-        true => vec![one(Vec::new())],
-        false => rule.matches.iter().map(|m| one(vec![m.clone()])).collect(),
+        true => vec![(Reverse(Ranked::EVERYTHING), one(Vec::new()))],
+        false => rule.matches.iter().map(|m| (m.order(), one(vec![m.condition.clone()]))).collect(),
     }
-}
-
-/// HTTPRouteMatch, "Proxy or Load Balancer routing configuration generated from HTTPRoutes MUST prioritize".
-fn specificity(one: &Match) -> (bool, usize, bool, usize) {
-    let (exact, length) = match &one.path {
-        Some(PathMatch::Exact(path)) => (true, path.len()),
-        Some(PathMatch::Prefix(path)) => (false, path.len()),
-        None => (false, 0),
-    };
-    (exact, length, one.method.is_some(), one.headers.len())
 }
 
 /// The cluster of every service port, and an empty one for whatever a route names that is not there: it answers 503,

@@ -2,7 +2,7 @@ use sheetbend_control_plane_client::model::{Match, PathMatch};
 
 use super::*;
 use crate::registry::Instance;
-use crate::resources::{Parent, Route, RouteBackend, RouteRule, Service};
+use crate::resources::{Parent, Ranked, Route, RouteBackend, RouteRule, Service};
 use sheetbend_control_plane_client::registration::RegisteredPort;
 
 fn registered(service: &str, ip: [u8; 4], port: u16, inbound: u16) -> Registered {
@@ -117,11 +117,12 @@ fn a_service_resource_names_the_port_of_what_registers_behind_it() {
 
 #[test]
 fn the_most_specific_match_comes_first_and_missing_backends_are_empty_clusters() {
-    let path = |path| Match { path: Some(path), ..Match::default() };
+    let path = |path| Ranked::http(Match { path: Some(path), ..Match::default() });
     let to = |service: &str| vec![RouteBackend { service: name(service), port: 8000, weight: 1 }];
     let route = Route {
         kind: "HTTPRoute",
         name: name("split"),
+        created: None,
         parents: vec![Parent { service: name("web"), port: None }],
         rules: vec![
             RouteRule {
@@ -143,4 +144,25 @@ fn the_most_specific_match_comes_first_and_missing_backends_are_empty_clusters()
     assert_eq!(order, ["exact.default:8000", "a.default:8000", "rest.default:8000"]);
     assert!(web.clusters["a.default:8000"].endpoints.is_empty());
     assert_eq!(web.clusters.len(), 4);
+}
+
+#[test]
+fn a_grpc_route_keeps_http_routes_away_from_its_port_and_from_no_other() {
+    let route = |kind, to: &str, port| {
+        let backends = vec![RouteBackend { service: name(to), port: 8000, weight: 1 }];
+        Resource::Route(Route {
+            kind,
+            name: name(to),
+            created: None,
+            parents: vec![Parent { service: name("web"), port }],
+            rules: vec![RouteRule { matches: Vec::new(), backends, policy: Arc::default() }],
+        })
+    };
+    let two = [registered("web", [127, 0, 0, 1], 8000, 41000), registered("web", [127, 0, 0, 1], 9000, 41001)];
+    let world = world(&two, &[route("HTTPRoute", "http", None), route("GRPCRoute", "grpc", Some(8000))]);
+    let names = |port: &str| -> Vec<String> {
+        world.routes(port).unwrap().rules.iter().map(|rule| rule.name.to_string()).collect()
+    };
+    assert_eq!(names("web.default:8000"), ["default/grpc#0"]);
+    assert_eq!(names("web.default:9000"), ["default/http#0"]);
 }

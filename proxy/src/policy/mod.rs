@@ -29,6 +29,7 @@ fn holds(condition: &Match, head: &request::Parts) -> bool {
     let path_holds = match &condition.path {
         None => true,
         Some(PathMatch::Exact(exact)) => path == &**exact,
+        Some(PathMatch::Regex(pattern)) => pattern.is_match(path.as_bytes()),
         Some(PathMatch::Prefix(prefix)) => {
             let prefix = prefix.trim_end_matches('/');
             path.strip_prefix(prefix).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
