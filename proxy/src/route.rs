@@ -10,7 +10,7 @@ use sheetbend_control_plane_client::discovery::Discovery;
 use sheetbend_control_plane_client::model::{ClusterName, Destination, Resolution, Rule, Target, Transport};
 
 use crate::http::error::Error;
-use crate::policy;
+use crate::policy::{self, Index};
 use crate::telemetry::{Counter, Telemetry};
 use crate::traffic::balance;
 use crate::traffic::outlier::{Floor, Picked, Vitals};
@@ -21,6 +21,7 @@ use crate::upstream::{EndpointState, Endpoints, Lease, Place};
 pub struct Route {
     target: Target,
     destination: Option<Arc<Destination>>,
+    index: Index,
     clusters: BTreeMap<ClusterName, Candidates>,
     /// Where it goes when it is no part of the mesh, and where it goes when there is nowhere to go.
     elsewhere: Candidates,
@@ -80,14 +81,22 @@ impl Route {
             )
         });
         let clusters = clusters.collect();
-        Self { target, clusters, destination: Some(destination), elsewhere: Candidates::default(), budget }
+        let index = Index::new(&destination.rules);
+        Self { target, index, clusters, destination: Some(destination), elsewhere: Candidates::default(), budget }
     }
 
     fn elsewhere(target: Target, endpoints: &Endpoints) -> Self {
         let place = target.address().map_or_else(|| Place::Name(target.clone()), Place::Address);
         let elsewhere =
             Candidates::new(vec![endpoints.at(place, Transport::Plain, None, None)], &[1], None, Duration::ZERO);
-        Self { target, destination: None, clusters: BTreeMap::new(), elsewhere, budget: Arc::default() }
+        Self {
+            target,
+            destination: None,
+            index: Index::default(),
+            clusters: BTreeMap::new(),
+            elsewhere,
+            budget: Arc::default(),
+        }
     }
 
     /// What the control plane says of it; `None` outside the mesh.
@@ -98,7 +107,7 @@ impl Route {
     /// The rule that takes a request, if one does, and the endpoints that may answer it.
     pub fn choose(&self, head: &request::Parts) -> (Option<&Rule>, &Candidates) {
         let Some(destination) = &self.destination else { return (None, &self.elsewhere) };
-        let chosen = policy::choose(destination, head, rand::random());
+        let chosen = policy::choose(destination, &self.index, head, rand::random());
         (chosen.rule, self.of(chosen.cluster))
     }
 

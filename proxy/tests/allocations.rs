@@ -6,9 +6,10 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use http::{Request, Version, request};
-use sheetbend_control_plane_client::model::ServiceName;
+use sheetbend_control_plane_client::model::{Match, PathMatch, Rule, ServiceName, TextMatch};
 use sheetbend_proxy::detect::detect;
 use sheetbend_proxy::http::headers;
+use sheetbend_proxy::policy::Index;
 use sheetbend_proxy::telemetry::{
     AccessLogSettings, EdgeKey, Flags, Outcome, Peer, Protocol, Reporter, Settings, Telemetry,
 };
@@ -52,6 +53,21 @@ fn measured() -> BTreeMap<&'static str, u64> {
         response_bytes: 128,
         flags: Flags::NONE,
     };
+    let one = |path: PathMatch| Match {
+        path: Some(path),
+        headers: vec![("accept".into(), TextMatch::Regex(".*/.*".parse().unwrap()))],
+        query: vec![("page".into(), TextMatch::Exact("2".into()))],
+        ..Match::default()
+    };
+    let paths = [PathMatch::Exact("/cart".into()), PathMatch::Prefix("/cart".into())];
+    let rules = paths.map(|path| Rule {
+        name: "default/web#0".into(),
+        matches: vec![one(path)],
+        backends: vec![],
+        policy: Default::default(),
+    });
+    let (index, asking) = (Index::new(&rules), request_head());
+    assert_eq!(index.find(&asking), Some(1));
     let mut heads = vec![request_head(), request_head()];
     BTreeMap::from([
         (
@@ -65,6 +81,12 @@ fn measured() -> BTreeMap<&'static str, u64> {
             allocations(|| {
                 let cost = |at: usize| loads[at].cost(Duration::from_secs(1));
                 black_box(balance::pick(loads.len(), None, black_box(7 << 32), cost));
+            }),
+        ),
+        (
+            "match",
+            allocations(|| {
+                black_box(index.find(&asking));
             }),
         ),
         ("telemetry", allocations(|| edge.request(black_box(&outcome)))),
