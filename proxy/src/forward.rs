@@ -1,6 +1,6 @@
 //! One request, one answer: attempts, retries, and what is counted. Outbound and inbound share it.
 
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,7 +12,7 @@ use hyper::body::{Body, Incoming};
 use hyper::upgrade::OnUpgrade;
 use sheetbend_certs::IdentityStore;
 use tokio::sync::watch;
-use tokio::time::timeout_at;
+use tokio::time::{timeout, timeout_at};
 
 use crate::http::body::{Keeper, Passed, Passing, RequestBody, ResponseBody};
 use crate::http::deadline::Deadline;
@@ -24,7 +24,7 @@ use crate::http::upgrade;
 use crate::rest::Rest;
 use crate::telemetry::{Counter, Protocol, Telemetry};
 use crate::traffic::retry::{self, Failure, Verdict};
-use crate::upstream::{Lease, Pool, SendError, Wire};
+use crate::upstream::{Checkout, Lease, Pool, SendError, Wire};
 
 /// What an attempt needs beside the request.
 pub(crate) struct Way<'a> {
@@ -118,16 +118,56 @@ pub(crate) fn protocol(head: &request::Parts) -> Protocol {
 }
 
 impl Way<'_> {
-    /// One attempt at one endpoint.
+    /// One attempt at one endpoint, which has so much time for the head of its answer.
     pub(crate) async fn attempt(
         &self,
         mut lease: Lease,
         wire: Wire,
         fresh: bool,
+        time: Option<Duration>,
         outgoing: &mut Outgoing<'_>,
     ) -> Result<Response<ResponseBody>, Error> {
-        let endpoint = &Arc::clone(&lease.endpoint);
         lease.until(outgoing.deadline);
+        let deadline = outgoing.deadline;
+        let mut sent = false;
+        let answered = {
+            let exchange = pin!(self.exchange(&mut lease, wire, fresh, &mut sent, outgoing));
+            match time {
+                None => Ok(exchange.await),
+                Some(time) => Box::pin(timeout(time, exchange)).await.map_err(|_| time),
+            }
+        };
+        let (answer, checkout) = match answered {
+            Ok(answered) => answered?,
+            Err(within) => {
+                lease.too_slow();
+                let processed = if sent { Processed::Maybe } else { Processed::No(Counter::RetriedTimeout) };
+                return Err(Error::TooSlow { endpoint: lease.endpoint.place.clone(), within, processed });
+            }
+        };
+        match headers::grpc_status(answer.headers()) {
+            Some(headers::GRPC_DEADLINE_EXCEEDED) => lease.expired(),
+            _ => lease.answered(speaks_well(&answer)),
+        }
+        let (mut head, body) = answer.into_parts();
+        if head.status == StatusCode::SWITCHING_PROTOCOLS
+            && let Some(rest) = checkout.rest()
+        {
+            head.extensions.insert(rest.clone());
+        }
+        Ok(Response::from_parts(head, ResponseBody::of_endpoint(body, checkout, lease, deadline)))
+    }
+
+    /// A request, and the head of its answer. `sent` turns true as soon as the request may have an effect.
+    async fn exchange(
+        &self,
+        lease: &mut Lease,
+        wire: Wire,
+        fresh: bool,
+        sent: &mut bool,
+        outgoing: &mut Outgoing<'_>,
+    ) -> Result<(Response<Incoming>, Checkout), Error> {
+        let endpoint = &Arc::clone(&lease.endpoint);
         let (mut sender, checkout) = match self.pool.ready(endpoint, wire, fresh) {
             Some(ready) => ready,
             // Allocates: a connection's beginning is large, and every request would carry room for it.
@@ -143,28 +183,17 @@ impl Way<'_> {
             }
         };
         let request = self.request(outgoing, sender.wire(), endpoint.is_ours())?;
-        let answer = match sender.send(request).await {
-            Ok(answer) => answer,
+        *sent = true;
+        match sender.send(request).await {
+            Ok(answer) => Ok((answer, checkout.holding(sender))),
             Err(SendError { source, processed }) => {
                 match outgoing.passed.as_ref().is_some_and(|passed| passed.broke()) {
                     true => lease.hung_up(),
                     false => lease.broken(processed),
                 }
-                return Err(Error::Broken { endpoint: endpoint.place.clone(), source, processed });
+                Err(Error::Broken { endpoint: endpoint.place.clone(), source, processed })
             }
-        };
-        match headers::grpc_status(answer.headers()) {
-            Some(headers::GRPC_DEADLINE_EXCEEDED) => lease.expired(),
-            _ => lease.answered(speaks_well(&answer)),
         }
-        let (mut head, body) = answer.into_parts();
-        if head.status == StatusCode::SWITCHING_PROTOCOLS
-            && let Some(rest) = checkout.rest()
-        {
-            head.extensions.insert(rest.clone());
-        }
-        let body = ResponseBody::of_endpoint(body, checkout.holding(sender), lease, outgoing.deadline);
-        Ok(Response::from_parts(head, body))
     }
 
     /// What is sent.
@@ -203,6 +232,7 @@ impl Way<'_> {
             Err(error) => match (error.processed(), error) {
                 (Processed::No(counter), _) => Failure::Unprocessed(counter),
                 (Processed::Maybe, Error::Broken { .. }) => Failure::Reset,
+                (Processed::Maybe, Error::TooSlow { .. }) => Failure::TooSlow,
                 _ => return None,
             },
         };
@@ -290,7 +320,9 @@ pub(crate) async fn within<T>(
 ) -> Result<T, Error> {
     match deadline {
         None => call.await,
-        Some(deadline) => Box::pin(timeout_at(deadline.at(), call)).await.unwrap_or(Err(Error::Deadline)),
+        Some(deadline) => {
+            Box::pin(timeout_at(deadline.at(), call)).await.unwrap_or(Err(Error::Deadline(deadline.set_by())))
+        }
     }
 }
 

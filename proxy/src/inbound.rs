@@ -240,7 +240,7 @@ impl Inbound {
         async move {
             let (inbound, caller) = &*this;
             let result = {
-                let call = pin!(inbound.forward(&mut head, body, caller, &mut exchange));
+                let call = pin!(inbound.forward(&mut head, body, caller, deadline, &mut exchange));
                 within(deadline, call).await
             };
             let shared = &inbound.shared;
@@ -259,6 +259,7 @@ impl Inbound {
         head: &mut request::Parts,
         body: Incoming,
         caller: &Caller,
+        deadline: Option<Deadline>,
         exchange: &mut Exchange,
     ) -> Result<(Response<ResponseBody>, Option<OnUpgrade>), Error> {
         headers::check_framing(head).map_err(Error::Refused)?;
@@ -280,7 +281,6 @@ impl Inbound {
         let sending = if headers::expects_continue(head) { Sending::WhenAsked } else { Sending::Once };
         let body = Body1::new(head, body, sending, exchange);
         let passed = exchange.request_passed.clone();
-        let deadline = Deadline::of(&head.headers);
         let mut outgoing = Outgoing { head, authority, sent, body, passed, upgrade, deadline, once: true };
         let app = self.port.app.load_full();
         exchange.attempt(&app);
@@ -289,7 +289,7 @@ impl Inbound {
         let shared = &self.shared;
         let identity: &IdentityStore = &shared.identity;
         let way = Way { pool: &self.pool, identity, telemetry: &shared.telemetry, epoch: shared.epoch };
-        let mut answer = way.attempt(Lease::alone(app), wire, fresh, &mut outgoing).await?;
+        let mut answer = way.attempt(Lease::alone(app), wire, fresh, None, &mut outgoing).await?;
         if let Some(rest) = caller.rest.clone().filter(|_| client.is_some()) {
             answer.extensions_mut().insert(rest);
         }

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::BytesMut;
 use futures_util::FutureExt;
@@ -26,7 +27,7 @@ use crate::http::upgrade;
 use crate::refuse::refuse;
 use crate::rest::{Rest, splice_for};
 use crate::rewind::Rewind;
-use crate::route::{Route, Routes};
+use crate::route::{Candidates, Route, Routes};
 use crate::tcp::Abort;
 use crate::telemetry::{Counter, Protocol, Reporter};
 use crate::traffic::retry::Retrying;
@@ -144,7 +145,7 @@ impl Outbound {
         async move {
             let (outbound, target) = &*this;
             let result = {
-                let call = pin!(outbound.forward(&mut head, body, target.as_ref(), peer, &mut exchange));
+                let call = pin!(outbound.forward(&mut head, body, (target.as_ref(), peer), deadline, &mut exchange));
                 within(deadline, call).await
             };
             let shared = &outbound.shared;
@@ -162,8 +163,8 @@ impl Outbound {
         &self,
         head: &mut request::Parts,
         body: Incoming,
-        target: Option<&Target>,
-        peer: SocketAddr,
+        (target, peer): (Option<&Target>, SocketAddr),
+        deadline: Option<Deadline>,
         exchange: &mut Exchange,
     ) -> Result<(Response<ResponseBody>, Option<OnUpgrade>), Error> {
         headers::check_framing(head).map_err(Error::Refused)?;
@@ -183,7 +184,7 @@ impl Outbound {
             None => target.to_string().parse().map_err(|_| Error::Refused(Refusal::Malformed("no authority")))?,
         };
         let route = self.route(&target).await?;
-        let (_rule, endpoints) = route.choose(head);
+        let (rule, endpoints) = route.choose(head);
         let protocol = protocol(head);
         let now = self.shared.epoch.elapsed();
         if route.budget.in_flight() >= MOST_REQUESTS {
@@ -201,9 +202,28 @@ impl Outbound {
         };
         let body = Body1::new(head, body, sending, exchange);
         let passed = exchange.request_passed.clone();
-        let deadline = Deadline::of(&head.headers);
+        let timeouts = rule.map(|rule| &rule.policy.timeouts);
+        let of_route = timeouts.and_then(|timeouts| timeouts.request).filter(|time| !time.is_zero());
+        let of_route =
+            of_route.and_then(|time| Deadline::of_route(exchange.started(), time, headers::is_grpc(&head.headers)));
+        // The caller's own is kept further up.
+        let of_route = of_route.filter(|route| deadline.is_none_or(|callers| route.at() < callers.at()));
+        let deadline = of_route.or(deadline);
         let sent = head.version;
-        let mut outgoing = Outgoing { head, authority, sent, body, passed, upgrade, deadline, once: false };
+        let outgoing = Outgoing { head, authority, sent, body, passed, upgrade, deadline, once: false };
+        let time = timeouts.and_then(|timeouts| timeouts.backend_request).filter(|time| !time.is_zero());
+        let attempts = Attempts { route: &route, endpoints, protocol, expects, time };
+        let answer = within(of_route, pin!(self.attempts(attempts, outgoing, exchange))).await?;
+        Ok((answer, client))
+    }
+
+    /// As many attempts as it takes, and as there may be.
+    async fn attempts(
+        &self,
+        Attempts { route, endpoints, protocol, expects, time }: Attempts<'_>,
+        mut outgoing: Outgoing<'_>,
+        exchange: &mut Exchange,
+    ) -> Result<Response<ResponseBody>, Error> {
         let way = self.way();
         let mut tried: Option<Arc<EndpointState>> = None;
         let mut before = 0;
@@ -217,10 +237,10 @@ impl Outbound {
             exchange.attempt(&endpoint);
             let wire = wire(&endpoint, &outgoing, expects);
             // What must not be sent twice takes no connection that may have closed in the meantime.
-            let fresh = upgrade || expects || before > 0 || !idempotent;
-            let result = way.attempt(lease, wire, fresh, &mut outgoing).await;
+            let fresh = outgoing.upgrade || expects || before > 0 || !idempotent;
+            let result = way.attempt(lease, wire, fresh, time, &mut outgoing).await;
             let again = way.again(&result, &outgoing, before, endpoint.is_ours(), &route.budget);
-            let Some(after) = again else { return result.map(|answer| (answer, client)) };
+            let Some(after) = again else { return result };
             drop(retrying.replace(Retrying(&route.budget)));
             drop(result);
             tokio::time::sleep(after).await;
@@ -318,6 +338,17 @@ impl Outbound {
     async fn refuse(&self, io: BoxIo, bytes: BytesMut, error: Error, peer: SocketAddr) {
         refuse(&self.shared, Reporter::Source, io, bytes, error, peer).await;
     }
+}
+
+/// Where a request may go, and how.
+struct Attempts<'a> {
+    route: &'a Route,
+    endpoints: &'a Candidates,
+    protocol: Protocol,
+    /// The client waits until it is asked for the body.
+    expects: bool,
+    /// What one attempt has for the head of its answer.
+    time: Option<Duration>,
 }
 
 /// A connection for bytes that nobody looks into.

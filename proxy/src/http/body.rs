@@ -28,8 +28,8 @@ pub enum BodyError {
     /// The other side's connection or stream broke. hyper finds the HTTP/2 error code in the source chain, so a reset is
     /// passed on with its meaning.
     Hyper(hyper::Error),
-    /// The deadline that the caller set has passed.
-    Deadline,
+    /// The request's deadline has passed.
+    Deadline(Deadline),
     /// The attempt that reads this body is no longer the current one.
     Superseded,
 }
@@ -38,7 +38,7 @@ impl fmt::Display for BodyError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Hyper(error) => error.fmt(f),
-            Self::Deadline => f.write_str("the deadline set by grpc-timeout has passed"),
+            Self::Deadline(deadline) => write!(f, "{} has passed", deadline.set_by()),
             Self::Superseded => f.write_str("another attempt is under way"),
         }
     }
@@ -48,7 +48,7 @@ impl std::error::Error for BodyError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             Self::Hyper(error) => Some(error),
-            Self::Deadline | Self::Superseded => None,
+            Self::Deadline(_) | Self::Superseded => None,
         }
     }
 }
@@ -322,7 +322,7 @@ pub struct ResponseBody {
     checkout: Option<Checkout>,
     /// The endpoint hears what became of it.
     lease: Option<Lease>,
-    deadline: Option<Pin<Box<Sleep>>>,
+    deadline: Option<(Deadline, Pin<Box<Sleep>>)>,
     /// The request's turn on its connection ends with its response.
     turn: Option<Turn>,
 }
@@ -348,7 +348,7 @@ impl ResponseBody {
 
     /// An endpoint's body.
     pub fn of_endpoint(body: Incoming, checkout: Checkout, lease: Lease, deadline: Option<Deadline>) -> Self {
-        let deadline = deadline.map(|deadline| Box::pin(tokio::time::sleep_until(deadline.at())));
+        let deadline = deadline.map(|deadline| (deadline, Box::pin(tokio::time::sleep_until(deadline.at()))));
         let (checkout, lease) = (Some(checkout), Some(lease));
         Self { kind: Kind::Incoming(body), exchange: None, checkout, lease, deadline, turn: None }
     }
@@ -372,6 +372,12 @@ impl ResponseBody {
     pub(crate) fn taking(mut self, turn: Turn) -> Self {
         self.turn = Some(turn);
         self
+    }
+
+    /// At an error hyper and h2 drop what they have not sent yet, the head too: they send it first.
+    fn after_what_came_before<T>(&self, cx: &Context<'_>) -> Poll<T> {
+        cx.waker().wake_by_ref();
+        Poll::Pending
     }
 
     fn finish(&mut self) {
@@ -401,12 +407,19 @@ impl Body for ResponseBody {
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let this = &mut *self;
-        if this.deadline.as_mut().is_some_and(|deadline| deadline.as_mut().poll(cx).is_ready()) {
-            this.fail(&BodyError::Deadline);
-            this.kind = Kind::Empty;
+        if let Some((deadline, passed)) = &mut this.deadline
+            && passed.as_mut().poll(cx).is_ready()
+        {
+            let (deadline, error) = (*deadline, BodyError::Deadline(*deadline));
             this.deadline = None;
-            // Only a gRPC call has a deadline: it ends as gRPC ends calls, with a status.
-            return Poll::Ready(Some(Ok(Frame::trailers(Error::Deadline.grpc_status()))));
+            this.fail(&error);
+            if deadline.is_grpc() {
+                // As gRPC ends calls: with a status.
+                this.kind = Kind::Empty;
+                return Poll::Ready(Some(Ok(Frame::trailers(Error::Deadline(deadline.set_by()).grpc_status()))));
+            }
+            this.kind = Kind::Broken(error);
+            return self.after_what_came_before(cx);
         }
         if matches!(this.kind, Kind::Broken(_))
             && let Kind::Broken(error) = std::mem::replace(&mut this.kind, Kind::Empty)
@@ -440,9 +453,7 @@ impl Body for ResponseBody {
                 let error = BodyError::Hyper(error);
                 this.fail(&error);
                 this.kind = Kind::Broken(error);
-                // At an error hyper and h2 drop what they have not sent yet, the head too: they send it first.
-                cx.waker().wake_by_ref();
-                Poll::Pending
+                self.after_what_came_before(cx)
             }
         }
     }

@@ -1,6 +1,7 @@
-//! The deadline that a gRPC caller sets (`grpc-timeout`, gRPC over HTTP/2, "Requests"): honoured here, and told to the next
-//! hop as what is left of it.
+//! When a request is over, whatever came of it: by its caller's word (`grpc-timeout`, or [`EXPECTED`] of any other
+//! request), or by its route's. Honoured here to the last byte, and told to the next hop as what is left of it.
 
+use std::fmt;
 use std::time::Duration;
 
 use http::{HeaderMap, HeaderName, HeaderValue};
@@ -8,35 +9,98 @@ use tokio::time::Instant;
 
 use super::headers::is_grpc;
 
+/// gRPC over HTTP/2, "Requests".
 const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
+/// What Envoy tells the next hop, in milliseconds; 0 is none.
+pub const EXPECTED: HeaderName = HeaderName::from_static("x-envoy-expected-rq-timeout-ms");
 /// `TimeoutValue` has at most 8 digits.
 const MOST: u128 = 99_999_999;
 
-/// A moment at which a call is over, whatever came of it.
+/// A moment at which a request is over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Deadline(Instant);
+pub struct Deadline {
+    at: Instant,
+    set_by: SetBy,
+    /// It ends as gRPC calls end.
+    grpc: bool,
+}
+
+/// Who set a deadline.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SetBy {
+    /// The caller, with `grpc-timeout`.
+    GrpcTimeout,
+    /// The caller, with [`EXPECTED`].
+    Expected,
+    /// The route, with `timeouts.request`.
+    Route,
+}
+
+impl fmt::Display for SetBy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::GrpcTimeout => "the deadline set by grpc-timeout",
+            Self::Expected => "the deadline set by x-envoy-expected-rq-timeout-ms",
+            Self::Route => "the time that the route gives a request (timeouts.request)",
+        })
+    }
+}
 
 impl Deadline {
-    /// That of a gRPC call which came just now, if it has one. One that cannot be read is the next hop's to refuse.
+    /// That of a request which came just now, if its caller set one. One that cannot be read is the next hop's to refuse.
     pub fn of(headers: &HeaderMap) -> Option<Self> {
-        let timeout = headers.get(GRPC_TIMEOUT).filter(|_| is_grpc(headers))?;
-        Some(Self(Instant::now() + parse(timeout.to_str().ok()?)?))
+        let grpc = is_grpc(headers);
+        let timeout = headers.get(GRPC_TIMEOUT).filter(|_| grpc).and_then(|value| parse(value.to_str().ok()?));
+        let expected = headers.get(EXPECTED).and_then(|value| value.to_str().ok()?.parse().ok());
+        let expected = expected.filter(|millis| *millis > 0).map(Duration::from_millis);
+        let (left, set_by) = match (timeout, expected) {
+            (None, None) => return None,
+            (Some(timeout), expected) if expected.is_none_or(|expected| timeout <= expected) => {
+                (timeout, SetBy::GrpcTimeout)
+            }
+            (_, Some(expected)) => (expected, SetBy::Expected),
+            (Some(timeout), None) => (timeout, SetBy::GrpcTimeout),
+        };
+        // So far away that no clock reaches it: as good as none.
+        Some(Self { at: Instant::now().checked_add(left)?, set_by, grpc })
+    }
+
+    /// That of a route which gives a request so much time from its arrival.
+    pub fn of_route(arrived: std::time::Instant, time: Duration, grpc: bool) -> Option<Self> {
+        let at = Instant::from_std(arrived).checked_add(time)?;
+        Some(Self { at, set_by: SetBy::Route, grpc })
     }
 
     /// When.
     pub fn at(self) -> Instant {
-        self.0
+        self.at
+    }
+
+    /// Who set it.
+    pub fn set_by(self) -> SetBy {
+        self.set_by
+    }
+
+    /// Whether it is that of a gRPC call, which can end with a status in the middle of its answer.
+    pub fn is_grpc(self) -> bool {
+        self.grpc
     }
 
     /// How long until then.
     pub fn left(self) -> Duration {
-        self.0.saturating_duration_since(Instant::now())
+        self.at.saturating_duration_since(Instant::now())
     }
 
     /// Tells the next hop what is left.
     pub fn tell(self, headers: &mut HeaderMap) {
-        if let Ok(value) = HeaderValue::try_from(format(self.left())) {
+        let left = self.left();
+        if let Some(value) = self.grpc.then(|| HeaderValue::try_from(format(left)).ok()).flatten() {
             headers.insert(GRPC_TIMEOUT, value);
+        }
+        if !self.grpc || headers.contains_key(EXPECTED) {
+            // Rounded up, since 0 is none, and so that the first to see its end is whoever set it.
+            let millis = left.as_nanos().div_ceil(1_000_000).clamp(1, MOST);
+            headers.insert(EXPECTED, HeaderValue::from(millis as u64));
         }
     }
 }
@@ -85,27 +149,51 @@ mod tests {
         }
     }
 
+    fn headers(named: &[(&'static str, &'static str)]) -> HeaderMap {
+        named.iter().map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value))).collect()
+    }
+
+    const GRPC: (&str, &str) = ("content-type", "application/grpc+proto");
+
     #[test]
-    fn only_a_grpc_call_has_a_deadline() {
-        let mut headers = HeaderMap::new();
-        headers.insert(GRPC_TIMEOUT, HeaderValue::from_static("1S"));
-        assert_eq!(Deadline::of(&headers), None);
-        headers.insert("content-type", HeaderValue::from_static("application/grpc+proto"));
-        assert!(Deadline::of(&headers).is_some());
+    fn grpc_timeout_is_heeded_of_grpc_calls_alone() {
+        assert_eq!(Deadline::of(&headers(&[("grpc-timeout", "1S")])), None);
+        assert!(Deadline::of(&headers(&[("grpc-timeout", "1S"), GRPC])).is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn of_two_deadlines_the_sooner_holds() {
+        let of = |timeout, expected| {
+            let all = headers(&[("grpc-timeout", timeout), ("x-envoy-expected-rq-timeout-ms", expected), GRPC]);
+            Deadline::of(&all).map(|deadline| (deadline.set_by(), deadline.left().as_millis()))
+        };
+        assert_eq!(of("1S", "2000"), Some((SetBy::GrpcTimeout, 1000)));
+        assert_eq!(of("3S", "2000"), Some((SetBy::Expected, 2000)));
+        assert_eq!(of("3S", "0"), Some((SetBy::GrpcTimeout, 3000)));
+        assert_eq!(of("x", "soon"), None);
     }
 
     #[tokio::test(start_paused = true)]
     async fn the_next_hop_is_told_what_is_left() {
-        let mut headers = HeaderMap::new();
-        headers.insert(GRPC_TIMEOUT, HeaderValue::from_static("3S"));
-        headers.insert("content-type", HeaderValue::from_static("application/grpc"));
-        let deadline = Deadline::of(&headers).unwrap();
+        let mut told = headers(&[("grpc-timeout", "3S"), GRPC]);
+        let deadline = Deadline::of(&told).unwrap();
         tokio::time::advance(Duration::from_millis(1_200)).await;
-        deadline.tell(&mut headers);
-        assert_eq!(headers[GRPC_TIMEOUT], "1800000u");
+        deadline.tell(&mut told);
+        assert_eq!(told[GRPC_TIMEOUT], "1800000u");
+        assert!(!told.contains_key(EXPECTED));
         tokio::time::advance(Duration::from_secs(5)).await;
-        deadline.tell(&mut headers);
-        assert_eq!(headers[GRPC_TIMEOUT], "0n");
+        deadline.tell(&mut told);
+        assert_eq!(told[GRPC_TIMEOUT], "0n");
+
+        let mut told = headers(&[("x-envoy-expected-rq-timeout-ms", "3000")]);
+        let deadline = Deadline::of(&told).unwrap();
+        tokio::time::advance(Duration::from_micros(1_200_500)).await;
+        deadline.tell(&mut told);
+        assert_eq!(told[EXPECTED], "1800");
+        tokio::time::advance(Duration::from_secs(5)).await;
+        deadline.tell(&mut told);
+        // Not 0, which would be no deadline at all.
+        assert_eq!(told[EXPECTED], "1");
     }
 
     proptest! {

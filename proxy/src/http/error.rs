@@ -4,11 +4,13 @@
 
 use std::fmt;
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use http::{HeaderValue, Response, StatusCode};
 use sheetbend_control_plane_client::model::Target;
 
 use super::body::ResponseBody;
+use super::deadline::SetBy;
 use super::headers::{PROXY_STATUS, UNSENT};
 use crate::telemetry::{Counter, Flags};
 use crate::upstream::{DialError, Place};
@@ -62,8 +64,17 @@ pub enum Error {
         /// What is known of the request's fate.
         processed: Processed,
     },
-    /// The deadline that the caller set has passed.
-    Deadline,
+    /// The request's deadline has passed; who set it.
+    Deadline(SetBy),
+    /// One attempt had no answer within the time that the route gives an attempt.
+    TooSlow {
+        /// Who was asked.
+        endpoint: Place,
+        /// The time.
+        within: Duration,
+        /// What is known of the request's fate.
+        processed: Processed,
+    },
     /// The caller is not on the list of those who may call.
     Denied,
     /// The request would come back to this proxy.
@@ -99,14 +110,14 @@ impl Error {
     pub fn processed(&self) -> Processed {
         match self {
             Self::Connect { .. } => Processed::No(Counter::RetriedConnect),
-            Self::Broken { processed, .. } => *processed,
+            Self::Broken { processed, .. } | Self::TooSlow { processed, .. } => *processed,
             Self::Refused(_)
             | Self::NoAnswer(_)
             | Self::NotAllowed(_)
             | Self::NoEndpoint(_)
             | Self::Overflow(_)
             | Self::TooMany(_)
-            | Self::Deadline
+            | Self::Deadline(_)
             | Self::Denied
             | Self::Loop(_)
             | Self::NotRedirected(_)
@@ -137,7 +148,9 @@ impl Error {
             Self::Broken { .. } => {
                 (StatusCode::BAD_GATEWAY, "connection_terminated", Flags::UPSTREAM_CONNECTION_CLOSED)
             }
-            Self::Deadline => (StatusCode::GATEWAY_TIMEOUT, "http_response_timeout", Flags::UPSTREAM_TIMEOUT),
+            Self::Deadline(_) | Self::TooSlow { .. } => {
+                (StatusCode::GATEWAY_TIMEOUT, "http_response_timeout", Flags::UPSTREAM_TIMEOUT)
+            }
             Self::Denied => (StatusCode::FORBIDDEN, "http_request_denied", Flags::DENIED),
             Self::Loop(_) | Self::NotRedirected(_) | Self::OwnConnection { .. } => {
                 (StatusCode::LOOP_DETECTED, "proxy_loop_detected", Flags::LOOP)
@@ -161,7 +174,7 @@ impl Error {
             Self::NotRedirected(_) => Some(Counter::RefusedNotRedirected),
             Self::NoIdentity => Some(Counter::RefusedNoIdentity),
             Self::Connect { source, .. } => source.counter(),
-            Self::Broken { .. } | Self::Deadline => None,
+            Self::Broken { .. } | Self::Deadline(_) | Self::TooSlow { .. } => None,
         }
     }
 
@@ -208,7 +221,7 @@ impl Error {
         let code = match self {
             Self::Refused(_) => "13",
             Self::Denied => "7",
-            Self::Deadline => "4",
+            Self::Deadline(_) | Self::TooSlow { .. } => "4",
             _ => "14",
         };
         let mut headers = http::HeaderMap::new();
@@ -260,7 +273,10 @@ impl fmt::Display for Error {
             Self::Broken { endpoint, source, .. } => {
                 write!(f, "the connection to {endpoint} broke before an answer: {}", Causes(source))
             }
-            Self::Deadline => f.write_str("the deadline set by grpc-timeout has passed"),
+            Self::Deadline(set_by) => write!(f, "{set_by} has passed"),
+            Self::TooSlow { endpoint, within, .. } => {
+                write!(f, "no answer of {endpoint} within {within:?} (timeouts.backendRequest)")
+            }
             Self::Denied => f.write_str("the caller is not allowed"),
             Self::Loop(own) => write!(f, "{own} is this proxy itself"),
             Self::NotRedirected(own) => write!(

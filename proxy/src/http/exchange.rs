@@ -87,6 +87,11 @@ impl Exchange {
         })
     }
 
+    /// When the request came.
+    pub fn started(&self) -> Instant {
+        self.started
+    }
+
     /// The edge that this exchange counts on.
     pub fn on(&mut self, edge: Arc<Edge>) {
         self.edge = Some(edge);
@@ -131,12 +136,12 @@ impl Exchange {
     pub fn body_failed(&mut self, error: &BodyError) {
         self.ended = true;
         self.flags |= match error {
-            BodyError::Deadline => Flags::UPSTREAM_TIMEOUT,
+            BodyError::Deadline(_) => Flags::UPSTREAM_TIMEOUT,
             BodyError::Superseded => Flags::NONE,
             BodyError::Hyper(error) if h2_reason(error).is_some() => Flags::UPSTREAM_RESET,
             BodyError::Hyper(_) => Flags::UPSTREAM_CONNECTION_CLOSED,
         };
-        if matches!(error, BodyError::Deadline) {
+        if matches!(error, BodyError::Deadline(deadline) if deadline.is_grpc()) {
             self.grpc_status = Some(4);
         }
         self.detail = format!("the response broke off: {}", Causes(error));

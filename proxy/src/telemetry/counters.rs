@@ -35,6 +35,7 @@ metrics_of_the_process! {
     RetriedGoAway "sheetbend_retries_total" { reason: "goaway" } "Second attempts, by why the first one failed.";
     RetriedPeerConnect "sheetbend_retries_total" { reason: "peer_connect" } "Second attempts, by why the first one failed.";
     RetriedReset "sheetbend_retries_total" { reason: "reset" } "Second attempts, by why the first one failed.";
+    RetriedTimeout "sheetbend_retries_total" { reason: "per_try_timeout" } "Second attempts, by why the first one failed.";
     RetriedStatus "sheetbend_retries_total" { reason: "status" } "Second attempts, by why the first one failed.";
 
     EjectedConsecutive "sheetbend_ejections_total" { reason: "consecutive_failures" } "Endpoints left alone for a while, by why.";

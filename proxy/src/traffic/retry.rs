@@ -23,6 +23,8 @@ pub enum Failure {
     Unprocessed(Counter),
     /// The stream or the connection broke while the request may have been in the app's hands.
     Reset,
+    /// There was no answer within the time of one attempt.
+    TooSlow,
     /// The answer was 502, 503 or 504; how long it asks us to wait, in whole seconds.
     Status {
         /// `Retry-After`.
@@ -65,6 +67,7 @@ pub fn decide(attempt: &Attempt, chance: f64, budget: impl FnOnce() -> bool) -> 
         Failure::Unprocessed(reason) => reason,
         _ if !attempt.idempotent => return Verdict::GiveUp(Counter::NotRetriedUnsafe),
         Failure::Reset => Counter::RetriedReset,
+        Failure::TooSlow => Counter::RetriedTimeout,
         Failure::Status { .. } => Counter::RetriedStatus,
     };
     if attempt.before >= RETRIES {
@@ -193,7 +196,7 @@ mod tests {
 
     #[test]
     fn a_post_that_may_have_been_processed_is_never_sent_again() {
-        for failure in [Failure::Reset, Failure::Status { retry_after: None }] {
+        for failure in [Failure::Reset, Failure::TooSlow, Failure::Status { retry_after: None }] {
             let verdict = decide(&attempt(failure, false), 0.5, || true);
             assert_eq!(verdict, Verdict::GiveUp(Counter::NotRetriedUnsafe));
         }

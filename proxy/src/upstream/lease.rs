@@ -110,6 +110,13 @@ impl Lease {
         }
     }
 
+    /// It took longer for the head of its answer than an attempt may take, by the route's word and not by its caller's.
+    pub(crate) fn too_slow(&mut self) {
+        let now = self.endpoint.now();
+        self.endpoint.vitals.load.longer_than(now.saturating_sub(self.began), now);
+        self.failed();
+    }
+
     fn report(&mut self, outcome: Outcome) {
         let sent = Sent { probe: self.sent.probe && !self.reported, ..self.sent };
         self.reported = true;
