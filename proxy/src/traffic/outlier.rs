@@ -4,6 +4,10 @@
 //! [`Floor`] holds all endpoints of one backend: what is serving or probing never falls below half of them, and where most
 //! fail at once, the cause is a common one and nobody more is ejected for it.
 //!
+//! The balancer keeps away from whoever has just failed, and so would seldom learn more of it. Such an endpoint is asked
+//! on purpose, by one request at a time that may be sent again, until it has answered well or is ejected. Most requests go
+//! to the others meanwhile: they tell whether it is alone with its failures.
+//!
 //! Reading is free of locks, and so is whatever goes well. Turning from one state into another takes the floor's lock, so
 //! that two workers never both take the last place below it.
 
@@ -141,6 +145,9 @@ pub struct Vitals {
     turns: AtomicU32,
     /// Failures since anything went well.
     consecutive: AtomicU32,
+    /// When the newest of the requests was sent of which anything was heard, in nanoseconds; the lowest bit says that it
+    /// failed.
+    newest: AtomicU64,
     window: Window,
     /// Whether somebody is trying it.
     probed: AtomicBool,
@@ -195,8 +202,9 @@ impl Vitals {
         if admitted { self.load.cost(now) } else { f64::INFINITY }
     }
 
-    /// Under the lock of its floor.
+    /// Under the lock of its floor. Whoever tried it before has nothing more to say.
     fn turn(&self, state: State, reason: Option<Reason>, at: Duration) {
+        self.probed.store(false, Relaxed);
         self.state.store(state.pack(), Relaxed);
         self.turns.fetch_add(1, Relaxed);
         let mut history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
@@ -210,10 +218,30 @@ impl Vitals {
         self.period() / 2
     }
 
+    /// A request that was sent then ended like this. An answer to what was sent earlier is no news.
+    fn heard(&self, sent: Duration, bad: bool) {
+        let newest = (sent.as_nanos() as u64 & !1) | u64::from(bad);
+        // Two at once may lose one of them, which the next mends.
+        if newest > self.newest.load(Relaxed) {
+            self.newest.store(newest, Relaxed);
+        }
+    }
+
+    /// Whether the newest request of which anything was heard failed.
+    fn has_failed_last(&self) -> bool {
+        self.newest.load(Relaxed) & 1 == 1
+    }
+
+    /// Whether it is in use though the last that was heard of it was a failure.
+    fn is_doubted(&self) -> bool {
+        let in_use = matches!(self.state(), State::Serving | State::Ramping { .. });
+        in_use && self.has_failed_last() && self.present.load(Relaxed)
+    }
+
     /// Whether it looks as if it failed, which says less than that it is ejected: the last that was heard of it was a
     /// failure, or it is halfway to the least share.
     fn is_suspect(&self, detection: &Detection, now: Duration) -> bool {
-        if self.state() != State::Serving || self.consecutive.load(Relaxed) > 0 {
+        if self.state() != State::Serving || self.has_failed_last() {
             return true;
         }
         let (all, bad) = self.window.sum(now);
@@ -249,6 +277,8 @@ pub struct Sent {
     pub probe: bool,
     /// [`Vitals::turns`] at that time.
     pub turn: u32,
+    /// When.
+    pub at: Duration,
 }
 
 /// Who is ejected among the endpoints of one backend, shared by all workers.
@@ -257,8 +287,6 @@ pub struct Floor {
     turning: Mutex<Turning>,
     /// From then on somebody wants a probe, in nanoseconds; 0 before the first look.
     wanted: AtomicU64,
-    /// Requests that could have been a probe but may not be sent again, since one is wanted.
-    passed: AtomicU32,
 }
 
 #[derive(Debug, Default)]
@@ -268,6 +296,10 @@ struct Turning {
     ejected: Vec<Arc<Vitals>>,
     /// Those that are being tried.
     probing: Vec<Arc<Vitals>>,
+    /// Requests since somebody was tried, while somebody is to be.
+    passed: usize,
+    /// Those in use of which the last that was heard was a failure, and some of which it no longer is.
+    doubted: Vec<Arc<Vitals>>,
     /// Until then nobody is ejected: most failed at once.
     common_cause: Duration,
     /// What was decided so far.
@@ -322,6 +354,42 @@ impl Turning {
         ejected.chain(unheard.map(|vitals| (Duration::ZERO, vitals))).min_by_key(|(at, _)| *at)
     }
 
+    /// Who is to be asked on purpose, and from when on.
+    fn questioned(&self) -> Option<(Duration, &Arc<Vitals>)> {
+        // To no end where nobody may be ejected, or where so many fail that nobody would be.
+        if self.ejected.len() >= self.allowed() || self.doubted.len() * 2 > self.members.len() {
+            return None;
+        }
+        let alone = |vitals: &&Arc<Vitals>| vitals.is_doubted() && !vitals.probed.load(Relaxed);
+        self.doubted.iter().find(alone).map(|vitals| (self.common_cause, vitals))
+    }
+
+    /// Who is to be tried by this request.
+    fn due(&mut self, retryable: bool, now: Duration) -> Option<Arc<Vitals>> {
+        /// A request that may not be sent again tries somebody only when none came for long that may.
+        const UNSURE: usize = 10;
+        /// As many have gone elsewhere between two that question the same endpoint, and more where there are many.
+        const OTHERS: usize = 3;
+        let waited = if retryable { 0 } else { UNSURE };
+        let elsewhere = OTHERS.max(self.members.len() / 2);
+        let tried = self.wanted().map(|found| (waited, found));
+        let questioned = self.questioned().map(|found| (waited.max(elsewhere), found));
+        let is_due = |(passed, (at, _)): &(usize, (Duration, _))| self.passed >= *passed && now >= *at;
+        let due = tried.filter(is_due).or(questioned.filter(is_due)).map(|(_, (_, vitals))| Arc::clone(vitals));
+        self.passed = if due.is_some() { 0 } else { self.passed + 1 };
+        due
+    }
+
+    /// The last that was heard of it was a failure.
+    fn doubt(&mut self, vitals: &Arc<Vitals>) {
+        /// Where more than so many are in doubt, the others wait for their turn.
+        const MOST: usize = 16;
+        self.doubted.retain(|other| other.is_doubted() && !Arc::ptr_eq(other, vitals));
+        if self.doubted.len() < MOST && vitals.is_doubted() {
+            self.doubted.push(Arc::clone(vitals));
+        }
+    }
+
     fn eject(&mut self, vitals: &Arc<Vitals>, until: Duration, reason: Option<Reason>, now: Duration) {
         self.leave(vitals);
         vitals.turn(State::Ejected { until }, reason, now);
@@ -336,7 +404,8 @@ impl Floor {
     }
 
     fn want(&self, turning: &Turning) {
-        let wanted = turning.wanted().map_or(Duration::MAX, |(at, _)| at);
+        let wanted = turning.wanted().into_iter().chain(turning.questioned()).map(|(at, _)| at).min();
+        let wanted = wanted.unwrap_or(Duration::MAX);
         self.wanted.store(u64::try_from(wanted.as_nanos()).unwrap_or(u64::MAX), Relaxed);
     }
 
@@ -376,8 +445,7 @@ impl Floor {
         /// Half are in use at least, so that all of these draw two that are not once in 2^32 times.
         const DRAWS: usize = 16;
         if now.as_nanos() as u64 >= self.wanted.load(Relaxed)
-            && self.may_probe(retryable)
-            && let Some(at) = self.probe(members, now)
+            && let Some(at) = self.probe(members, retryable, now)
         {
             return Some(Picked { at, probe: true });
         }
@@ -397,28 +465,18 @@ impl Floor {
         Some(Picked { at, probe: false })
     }
 
-    /// A request that may not be sent again is a probe only when none came for long that may.
-    fn may_probe(&self, retryable: bool) -> bool {
-        const PASSED: u32 = 10;
-        let may = retryable || self.passed.fetch_add(1, Relaxed) >= PASSED;
-        if may {
-            self.passed.store(0, Relaxed);
-        }
-        may
-    }
-
-    /// Whose ejection is over, or who is being tried and has nobody.
-    fn probe(&self, members: &[Arc<Vitals>], now: Duration) -> Option<usize> {
+    /// Whose ejection is over, or who is being tried or in doubt and has nobody.
+    fn probe(&self, members: &[Arc<Vitals>], retryable: bool, now: Duration) -> Option<usize> {
         let mut turning = self.lock();
-        let due = turning.wanted().filter(|(at, _)| now >= *at).map(|(_, vitals)| Arc::clone(vitals));
+        let due = turning.due(retryable, now);
         let at = due.as_ref().and_then(|vitals| members.iter().position(|member| Arc::ptr_eq(member, vitals)));
         if let Some(vitals) = due.filter(|_| at.is_some()) {
-            vitals.probed.store(true, Relaxed);
-            if vitals.state() != State::Probing {
+            if matches!(vitals.state(), State::Ejected { .. }) {
                 turning.leave(&vitals);
                 vitals.turn(State::Probing, None, now);
-                turning.probing.push(vitals);
+                turning.probing.push(Arc::clone(&vitals));
             }
+            vitals.probed.store(true, Relaxed);
         }
         self.want(&turning);
         at
@@ -438,6 +496,7 @@ impl Floor {
             Outcome::Unknown => 0,
             Outcome::Good => {
                 vitals.window.count(false, now);
+                vitals.heard(sent.at, false);
                 if vitals.consecutive.load(Relaxed) != 0 {
                     vitals.consecutive.store(0, Relaxed);
                 }
@@ -445,12 +504,39 @@ impl Floor {
             }
             Outcome::Bad => {
                 vitals.window.count(true, now);
+                vitals.heard(sent.at, true);
                 vitals.consecutive.fetch_add(1, Relaxed).saturating_add(1)
             }
         };
-        if sent.probe {
+        // What was sent before the last turn is a request like any other.
+        let probe = sent.probe && sent.turn == vitals.turns();
+        if probe && vitals.state() == State::Probing {
             return self.probed(vitals, outcome, detection, now, chance());
         }
+        let ejected = self.judge(vitals, sent, outcome, consecutive, detection, now, chance);
+        if probe || consecutive == 1 {
+            let mut turning = self.lock();
+            if probe {
+                vitals.probed.store(false, Relaxed);
+            }
+            turning.doubt(vitals);
+            self.want(&turning);
+        }
+        ejected
+    }
+
+    /// What comes of a request that was no probe.
+    #[expect(clippy::too_many_arguments, reason = "all that is known of a request")]
+    fn judge(
+        &self,
+        vitals: &Arc<Vitals>,
+        sent: Sent,
+        outcome: Outcome,
+        consecutive: u32,
+        detection: &Detection,
+        now: Duration,
+        chance: impl FnOnce() -> f64,
+    ) -> Option<Reason> {
         match (outcome, vitals.state()) {
             (Outcome::Good, State::Ramping { since }) if now >= since + vitals.ramp() => {
                 self.restore(vitals, now);

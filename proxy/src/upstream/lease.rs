@@ -23,7 +23,7 @@ pub struct Lease {
 impl Lease {
     /// Of a pick.
     pub(crate) fn of(endpoint: Arc<EndpointState>, picked: Picked, now: Duration) -> Self {
-        let sent = Sent { probe: picked.probe, turn: endpoint.vitals.turns() };
+        let sent = Sent { probe: picked.probe, turn: endpoint.vitals.turns(), at: now };
         Self { endpoint, sent, began: now, deadline: None, reported: false }
     }
 

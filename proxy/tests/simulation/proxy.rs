@@ -79,7 +79,7 @@ impl Proxy {
         let picked = picked.expect("a script has servers");
         endpoints[picked.at].load.begin();
         let turn = endpoints[picked.at].turns();
-        Attempted { server: self.servers[picked.at], sent: Sent { probe: picked.probe, turn } }
+        Attempted { server: self.servers[picked.at], sent: Sent { probe: picked.probe, turn, at: now } }
     }
 
     /// The head of an answer came.

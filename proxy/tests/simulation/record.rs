@@ -30,6 +30,8 @@ struct Ended {
 #[derive(Debug, PartialEq)]
 pub(crate) struct Record {
     calls: Vec<Ended>,
+    /// When something was sent to each server.
+    asked: Vec<Vec<Duration>>,
     /// When each server was reached.
     reached: Vec<Vec<Duration>>,
     /// When each server was ejected by somebody.
@@ -43,11 +45,16 @@ pub(crate) struct Record {
 impl Record {
     pub(crate) fn new(servers: usize) -> Self {
         let each = vec![Vec::new(); servers];
-        Self { calls: Vec::new(), reached: each.clone(), ejected: each, verdicts: (0, 0), wrong: Vec::new() }
+        let (asked, reached) = (each.clone(), each.clone());
+        Self { calls: Vec::new(), asked, reached, ejected: each, verdicts: (0, 0), wrong: Vec::new() }
     }
 
     pub(crate) fn ended(&mut self, begun: Duration, at: Duration, attempts: u32, end: End) {
         self.calls.push(Ended { begun, at, attempts, end });
+    }
+
+    pub(crate) fn asked(&mut self, server: usize, at: Duration) {
+        self.asked[server].push(at);
     }
 
     pub(crate) fn reached(&mut self, server: usize, at: Duration) {
@@ -124,7 +131,17 @@ impl Record {
 
     /// How often somebody ejected a server.
     pub(crate) fn ejections(&self, when: Range<Duration>) -> usize {
-        self.ejected.iter().flatten().filter(|at| when.contains(*at)).count()
+        (0..self.ejected.len()).map(|server| self.ejections_of(server, when.clone())).sum()
+    }
+
+    /// How often somebody ejected this server.
+    pub(crate) fn ejections_of(&self, server: usize, when: Range<Duration>) -> usize {
+        self.ejected[server].iter().filter(|at| when.contains(*at)).count()
+    }
+
+    /// When somebody sent something to a server for the first time from then on.
+    pub(crate) fn first_asked(&self, server: usize, from: Duration) -> Option<Duration> {
+        self.asked[server].iter().copied().find(|at| *at >= from)
     }
 
     /// Verdicts about endpoints, and wrong ones.

@@ -197,7 +197,7 @@ impl World {
         if let Some(patience) = caller.patience {
             self.plan(begun + patience, Event::Leaves(id));
         }
-        let to = Attempted { server: usize::MAX, sent: Sent { probe: false, turn: 0 } };
+        let to = Attempted { server: usize::MAX, sent: Sent { probe: false, turn: 0, at: begun } };
         let (sent, retrying, attempting, over) = (begun, false, false, false);
         let call = Call { proxy, begun, idempotent, before: 0, to, sent, effects: 0, retrying, attempting, over };
         self.calls.push(call);
@@ -211,6 +211,7 @@ impl World {
         let to = self.proxies[call.proxy].pick(tried, call.idempotent, &mut self.chance, self.now);
         (call.to, call.sent, call.attempting) = (to, self.now, true);
         let (server, attempt) = (to.server, call.before);
+        self.record.asked(server, self.now - UPTIME);
         if let Some(per_try) = self.per_try {
             self.plan(self.now + per_try, Event::TooLong(id, attempt));
         }

@@ -20,12 +20,12 @@ impl Backend {
     }
 
     fn report(&self, at: usize, outcome: Outcome, now: Duration) -> Option<Reason> {
-        let sent = Sent { probe: false, turn: self.members[at].turns() };
+        let sent = Sent { probe: false, turn: self.members[at].turns(), at: now };
         self.floor.report(&self.members[at], sent, outcome, &Detection::DEFAULT, now, || 1.0)
     }
 
     fn probed(&self, at: usize, outcome: Outcome, now: Duration) -> Option<Reason> {
-        let sent = Sent { probe: true, turn: self.members[at].turns() };
+        let sent = Sent { probe: true, turn: self.members[at].turns(), at: now };
         self.floor.report(&self.members[at], sent, outcome, &Detection::DEFAULT, now, || 1.0)
     }
 
@@ -139,6 +139,41 @@ fn a_probe_that_fails_where_no_more_may_be_ejected_is_no_target_for_every_reques
     backend.probed(0, Outcome::Bad, secs(2));
     assert_eq!(backend.members[0].state(), State::Serving);
     assert_eq!(backend.floor.tally().floor, 1);
+}
+
+#[test]
+fn one_that_has_just_failed_is_asked_by_every_fourth_request_until_it_answers_well() {
+    let backend = Backend::of(3);
+    let asked = |retryable| backend.pick(retryable, secs(1)) == Picked { at: 0, probe: true };
+    assert!((0..100).all(|_| !asked(true)), "nobody has failed");
+    backend.report(0, Outcome::Bad, secs(1));
+    assert_eq!([asked(true), asked(true), asked(true), asked(true)], [false, false, false, true]);
+    assert!((0..100).all(|_| !asked(true)), "one at a time");
+    backend.probed(0, Outcome::Bad, secs(1));
+    assert_eq!((0..11).filter(|_| asked(false)).count(), 1, "seldom by what may not be sent again");
+    backend.probed(0, Outcome::Good, secs(2));
+    assert!((0..100).all(|_| !asked(true)), "it is well");
+}
+
+#[test]
+fn nobody_is_asked_on_purpose_where_nobody_may_be_ejected() {
+    for (endpoints, failing) in [(1, 1), (4, 3)] {
+        let backend = Backend::of(endpoints);
+        for at in 0..failing {
+            backend.report(at, Outcome::Bad, secs(1));
+        }
+        assert!((0..100).all(|_| !backend.pick(true, secs(1)).probe), "{failing} of {endpoints} fail");
+    }
+}
+
+#[test]
+fn an_answer_to_what_was_sent_before_it_failed_clears_nobody_of_a_common_cause() {
+    let backend = Backend::of(2);
+    backend.report(1, Outcome::Bad, secs(2));
+    let before = Sent { probe: false, turn: 0, at: secs(1) };
+    backend.floor.report(&backend.members[1], before, Outcome::Good, &Detection::DEFAULT, secs(2), || 1.0);
+    assert_eq!(backend.fails(0, 7, secs(2)), None);
+    assert_eq!(backend.floor.tally().common_cause, 1);
 }
 
 #[test]
