@@ -71,6 +71,7 @@ fn config(bench: &Bench<'_>) -> io::Result<Config> {
         patience: PATIENCE,
         advertise: loopback.ip(),
         also: Vec::new(),
+        standing: Default::default(),
         explicit: None,
         transparent: Vec::new(),
         redirected_inbound: None,

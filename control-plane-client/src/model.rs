@@ -11,10 +11,14 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use sheetbend_certs::SpiffeId;
 
+mod balancing;
 pub mod duration;
+mod health_check;
 mod matching;
 mod policy;
 
+pub use balancing::{ConsistentHash, HttpCookie, LoadBalancer, LocalityLbSetting, MAX_RING, Simple, Standing, Warmup};
+pub use health_check::{GrpcCheck, HealthCheck, HttpCheck, Statuses, TcpCheck};
 pub use matching::{BadPattern, MAX_PATTERN, Match, PathMatch, Pattern, TextMatch};
 pub use policy::{BackendPolicy, InboundPolicy, OutlierDetection, RulePolicy, Timeouts, Unusable};
 
@@ -291,16 +295,12 @@ pub struct Endpoint {
     pub address: SocketAddr,
     /// How to speak to it.
     pub transport: Transport,
-    /// Its share; 1 unless someone said more.
-    #[serde(default = "one")]
-    pub weight: u32,
+    /// Its place among the others.
+    #[serde(default)]
+    pub standing: Standing,
     /// Name of the workload instance (a pod's name, a process's run id), for logs.
     #[serde(default)]
     pub workload: Arc<str>,
-}
-
-fn one() -> u32 {
-    1
 }
 
 /// How an endpoint is reached. A meshed endpoint is never dialed in plain, whatever fails.

@@ -9,7 +9,7 @@ use envoy_types::pb::envoy::config::core::v3::Node;
 use envoy_types::pb::google::protobuf::Struct;
 use serde::{Deserialize, Serialize};
 
-use crate::model::AppProtocol;
+use crate::model::{AppProtocol, Standing};
 use crate::xds::DecodeError;
 use crate::xds::metadata::{from_value, to_value};
 
@@ -30,6 +30,9 @@ pub struct Registration {
     /// nobody is led to them.
     #[serde(default)]
     pub also: Vec<IpAddr>,
+    /// Its place among the instances of its service.
+    #[serde(default)]
+    pub standing: Standing,
 }
 
 /// More addresses than one proxy can sensibly have.
@@ -50,7 +53,7 @@ pub struct RegisteredPort {
 impl Registration {
     /// The same address without a port: what a draining proxy says.
     pub fn withdrawn(&self) -> Self {
-        Self { address: self.address, ports: Vec::new(), also: Vec::new() }
+        Self { address: self.address, ports: Vec::new(), also: Vec::new(), standing: Standing::default() }
     }
 
     /// Reads the registration in a node's metadata. `None`: this node does not register anything.
@@ -68,6 +71,7 @@ impl Registration {
     }
 
     fn check(&self) -> Result<(), DecodeError> {
+        self.standing.check().map_err(|error| DecodeError::invalid("registration.standing", error))?;
         if self.ports.len() > MAX_PORTS {
             return Err(DecodeError::TooMany { what: "registered ports", count: self.ports.len(), most: MAX_PORTS });
         }
@@ -101,10 +105,12 @@ mod tests {
         fn a_registration_survives_the_wire(
             address in any::<IpAddr>(),
             also in prop::collection::vec(any::<IpAddr>(), 0..3),
+            weight in 1..=Standing::MAX_WEIGHT,
             ports in prop::collection::btree_map(1..=u16::MAX, (1..=u16::MAX, protocols()), 0..5),
         ) {
             let ports = ports.into_iter().map(|(port, (inbound, protocol))| RegisteredPort { port, inbound, protocol });
-            let registration = Registration { address, ports: ports.collect(), also };
+            let standing = Standing { weight, priority: weight % 3, zone: "a".into() };
+            let registration = Registration { address, ports: ports.collect(), also, standing };
             let mut node = Node::default();
             registration.put_into(&mut node);
             prop_assert_eq!(Registration::of_node(&node).unwrap(), Some(registration));
@@ -119,7 +125,9 @@ mod tests {
     #[test]
     fn a_port_named_twice_is_refused() {
         let port = RegisteredPort { port: 80, inbound: 15106, protocol: AppProtocol::Http };
-        let registration = Registration { address: [127, 0, 0, 1].into(), ports: vec![port, port], also: Vec::new() };
+        let standing = Standing::default();
+        let registration =
+            Registration { address: [127, 0, 0, 1].into(), ports: vec![port, port], also: Vec::new(), standing };
         let mut node = Node::default();
         registration.put_into(&mut node);
         let error = Registration::of_node(&node).unwrap_err();

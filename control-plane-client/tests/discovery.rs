@@ -257,7 +257,12 @@ async fn a_registration_and_its_changes_travel_on_the_same_stream() {
     conn.tell_mesh().await;
 
     let port = RegisteredPort { port: 8000, inbound: 15106, protocol: AppProtocol::Http };
-    let registered = Registration { address: [127, 0, 0, 1].into(), ports: vec![port], also: Vec::new() };
+    let registered = Registration {
+        address: [127, 0, 0, 1].into(),
+        ports: vec![port],
+        also: Vec::new(),
+        standing: Default::default(),
+    };
     register.send_replace(Some(registered.clone()));
     assert_eq!(next_registration(&mut conn).await, Some(registered.clone()));
 

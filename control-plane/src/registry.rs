@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use sheetbend_certs::SpiffeId;
+use sheetbend_control_plane_client::model::Standing;
 use sheetbend_control_plane_client::registration::{RegisteredPort, Registration};
 
 /// Registered ports of all proxies together.
@@ -55,6 +56,8 @@ pub(crate) struct Registered {
     pub(crate) ports: Vec<RegisteredPort>,
     #[serde(default)]
     pub(crate) also: Vec<IpAddr>,
+    #[serde(default)]
+    pub(crate) standing: Standing,
 }
 
 #[derive(Debug)]
@@ -121,8 +124,8 @@ impl Registry {
         if registration.ports.is_empty() {
             return Ok(self.remove(&instance));
         }
-        let Registration { address, ports, also } = registration;
-        let registered = Registered { instance, address, ports, also };
+        let Registration { address, ports, also, standing } = registration;
+        let registered = Registered { instance, address, ports, also, standing };
         let heard = Heard::Over { stream, last };
         // A process that came back on its old port under a new name is the same endpoint, not a second one.
         let replaced = self.same_place(&registered);
@@ -287,7 +290,12 @@ mod tests {
 
     fn at(port: u16) -> Registration {
         let port = RegisteredPort { port: 8000, inbound: port, protocol: AppProtocol::Detect };
-        Registration { address: [127, 0, 0, 1].into(), ports: vec![port], also: Vec::new() }
+        Registration {
+            address: [127, 0, 0, 1].into(),
+            ports: vec![port],
+            also: Vec::new(),
+            standing: Standing::default(),
+        }
     }
 
     fn heard(now: Moment) -> Arc<LastHeard> {
@@ -298,7 +306,13 @@ mod tests {
 
     fn saved(service: &str, node: &str, inbound: u16) -> Registered {
         let at = at(inbound);
-        Registered { instance: instance(service, node), address: at.address, ports: at.ports, also: at.also }
+        Registered {
+            instance: instance(service, node),
+            address: at.address,
+            ports: at.ports,
+            also: at.also,
+            standing: at.standing,
+        }
     }
 
     #[test]

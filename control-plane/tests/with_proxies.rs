@@ -49,6 +49,7 @@ impl Proxy {
             address: [127, 0, 0, 1].into(),
             ports: vec![port],
             also: Vec::new(),
+            standing: Default::default(),
         }));
     }
 

@@ -14,7 +14,7 @@ use sheetbend_certs::{IdentityStore, SpiffeId};
 use sheetbend_control_plane_client::channel::{ConnectError, Connector};
 use sheetbend_control_plane_client::discovery::{Discovery, DiscoveryConfig, NodeInfo};
 use sheetbend_control_plane_client::identity::{self, IdentityClient, IdentityConfig, NoIdentity, Proof};
-use sheetbend_control_plane_client::model::{AppProtocol, ServiceName, Target};
+use sheetbend_control_plane_client::model::{AppProtocol, ServiceName, Standing, Target};
 use sheetbend_control_plane_client::registration::{RegisteredPort, Registration};
 use sheetbend_control_plane_client::report::{self, ReportConfig, Reporter};
 use tokio::sync::watch;
@@ -44,6 +44,8 @@ pub struct Config {
     pub advertise: IpAddr,
     /// Other addresses of this host, under which its app is called and served as well.
     pub also: Vec<IpAddr>,
+    /// Its place among the instances of its service; its zone is also the one that it prefers when it calls.
+    pub standing: Standing,
     /// The explicit listener: absolute-form and CONNECT.
     pub explicit: Option<SocketAddr>,
     /// The listeners of redirected outbound connections. IPv6 is left out where there is none.
@@ -339,7 +341,8 @@ impl Proxy {
         for listener in redirected {
             tasks.push(workers.feed(listener, Job::Redirected));
         }
-        let portless = Registration { address: config.advertise, ports: Vec::new(), also: config.also };
+        let portless =
+            Registration { address: config.advertise, ports: Vec::new(), also: config.also, standing: config.standing };
         Ok(Self { shared, explicit: explicit_address, admin: admin_address, inbound, registration, portless, tasks })
     }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 use clap::Parser;
 use sheetbend_certs::SpiffeId;
 use sheetbend_control_plane_client::identity::{JoinToken, Proof};
-use sheetbend_control_plane_client::model::{AppProtocol, Target};
+use sheetbend_control_plane_client::model::{AppProtocol, Standing, Target};
 use sheetbend_proxy::app::{AppPort, Config, Proxy};
 use sheetbend_proxy::telemetry::{AccessLogOutput, AccessLogSettings};
 use tokio::signal::unix::{SignalKind, signal};
@@ -68,6 +68,18 @@ struct Args {
     /// Where others may ask for /ready, /live and /metrics, and for nothing else
     #[arg(long, value_name = "ADDRESS", default_value = "[::]:15120")]
     health: SocketAddr,
+
+    /// Where this proxy is. Callers may prefer their own zone
+    #[arg(long, value_name = "ZONE", env = "SHEETBEND_ZONE", default_value = "")]
+    zone: String,
+
+    /// The share of this instance among those of its service
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    weight: u32,
+
+    /// This instance is called as too few of those with a lower number serve
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    priority: u32,
 
     /// Take nothing but mutual TLS from others
     #[arg(long)]
@@ -131,12 +143,15 @@ fn run(args: Args) -> Result<(), Failure> {
     }
     let app = args.app;
     let Some(&advertise) = args.advertise.first() else { return Err((2, "--advertise: name an address".into())) };
+    let standing = Standing { weight: args.weight, priority: args.priority, zone: args.zone.into() };
+    standing.check().map_err(|why| (2, format!("--{why}")))?;
     let config = Config {
         control_plane: args.control_plane,
         proof: Proof::Join(token),
         identity_dir: args.identity_dir,
         patience: Duration::from_secs(60),
         advertise,
+        standing,
         also: args.advertise.into_iter().skip(1).collect(),
         explicit: args.explicit,
         transparent: args.outbound,

@@ -74,7 +74,7 @@ impl Route {
                 let place = Place::Address(endpoint.address);
                 endpoints.at(place, endpoint.transport.clone(), service.clone(), Some(name))
             });
-            let weights: Vec<u32> = cluster.endpoints.iter().map(|endpoint| endpoint.weight).collect();
+            let weights: Vec<u32> = cluster.endpoints.iter().map(|endpoint| endpoint.standing.weight).collect();
             (
                 name.clone(),
                 Candidates::new(all.collect(), &weights, Some(endpoints.floor(name)), endpoints.epoch.elapsed()),

@@ -81,6 +81,18 @@ pub(crate) struct Args {
     #[arg(long, value_name = "IP")]
     advertise: Option<String>,
 
+    /// Where this machine is. Callers may prefer their own zone
+    #[arg(long, value_name = "ZONE", env = "SHEETBEND_ZONE", default_value = "")]
+    zone: String,
+
+    /// The share of this instance among those of its service
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    weight: u32,
+
+    /// This instance is called as too few of those with a lower number serve
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    priority: u32,
+
     /// Only this identity may call the program: spiffe://cluster.local/ns/default/sa/web. May be repeated; by default
     /// every identity of the mesh
     #[arg(long, value_name = "SPIFFE-ID")]

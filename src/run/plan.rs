@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use sheetbend_certs::SpiffeId;
-use sheetbend_control_plane_client::model::{AppProtocol, Target};
+use sheetbend_control_plane_client::model::{AppProtocol, Standing, Target};
 
 use super::Args;
 use super::command::{self, Program};
@@ -20,6 +20,8 @@ pub(super) struct Plan {
     pub(super) ports: Vec<AppPort>,
     pub(super) upstreams: Vec<Upstream>,
     pub(super) mesh: Mesh,
+    /// The program's place among the instances of its service.
+    pub(super) standing: Standing,
     pub(super) strict: bool,
     /// Who may call; empty is every identity of the mesh.
     pub(super) allow: Vec<SpiffeId>,
@@ -103,6 +105,10 @@ impl Plan {
         let upstreams = parse_all("--upstream", &args.upstream, upstream, &mut note);
         twice(&ports, &upstreams, &mut note);
         let allow = parse_all("--allow", &args.allow, |text| text.parse().map_err(|why| format!("{why}")), &mut note);
+        let standing = Standing { weight: args.weight, priority: args.priority, zone: args.zone.as_str().into() };
+        if let Err(why) = standing.check() {
+            note(format!("--{why}"));
+        }
         let mesh = mesh(&args, &mut note);
         let state = match args.state_dir.clone().or_else(default_state_dir) {
             Some(dir) => dir,
@@ -127,6 +133,7 @@ impl Plan {
             ports,
             upstreams,
             mesh,
+            standing,
             strict: args.strict,
             allow,
             deny_unknown: args.outbound_policy == super::OutboundPolicy::Deny,

@@ -117,6 +117,7 @@ fn config(plan: &Plan, token: JoinToken, control_plane: String, advertise: IpAdd
         patience: PATIENCE,
         advertise,
         also: Vec::new(),
+        standing: plan.standing.clone(),
         explicit: Some(loopback(0)),
         transparent: Vec::new(),
         redirected_inbound: None,

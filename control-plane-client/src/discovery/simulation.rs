@@ -56,7 +56,7 @@ impl World {
         let endpoint = |n: u8| Endpoint {
             address: ([127, 0, 0, n + 1], 80).into(),
             transport: Transport::Plain,
-            weight: 1,
+            standing: Standing::default(),
             workload: service.into(),
         };
         let count = self.endpoints.get(service).copied().unwrap_or_default();

@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::balancing::LoadBalancer;
 use super::duration;
+use super::health_check::HealthCheck;
 
 /// What a rule wants of the requests that it takes.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -56,6 +58,12 @@ pub struct BackendPolicy {
     /// When an endpoint is left alone for a while.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub outlier_detection: Option<OutlierDetection>,
+    /// Which endpoint a request goes to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub load_balancer: Option<LoadBalancer>,
+    /// How endpoints are asked whether they are well.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub health_check: Option<HealthCheck>,
 }
 
 /// `outlierDetection`. What is not said is as it is without a policy.
@@ -76,6 +84,8 @@ pub struct OutlierDetection {
 impl BackendPolicy {
     /// Whether it can be obeyed; if not, the field and the reason.
     pub fn check(&self) -> Result<(), Unusable> {
+        self.load_balancer.as_ref().map_or(Ok(()), LoadBalancer::check)?;
+        self.health_check.as_ref().map_or(Ok(()), HealthCheck::check)?;
         let Some(detection) = &self.outlier_detection else { return Ok(()) };
         match (detection.base_ejection_time, detection.max_ejection_time) {
             (Some(base), _) if base.is_zero() => {

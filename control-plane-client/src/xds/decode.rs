@@ -24,7 +24,7 @@ pub use super::routes::{MAX_BACKENDS, MAX_HEADERS, MAX_ROUTES, Routes, routes};
 use super::words::{ClusterWords, EndpointWords, ListenerWords, ServiceWords, Wire};
 use super::{DecodeError, Kind, ROOT_CA, WORDS, shown};
 use crate::model::{
-    AppProtocol, BackendPolicy, ClusterName, Endpoint, InboundPolicy, Mesh, ServicePort, Transport, Unusable,
+    AppProtocol, BackendPolicy, ClusterName, Endpoint, InboundPolicy, Mesh, ServicePort, Standing, Transport, Unusable,
 };
 
 /// Endpoints of one cluster. At 150 bytes each this is 1.5 MiB on the wire.
@@ -162,9 +162,12 @@ pub fn cluster(message: &cds::Cluster) -> Result<(ServicePort, Arc<BackendPolicy
 pub fn endpoints(message: &eds::ClusterLoadAssignment) -> Result<Vec<Endpoint>, DecodeError> {
     let all = message.endpoints.iter().map(|locality| locality.lb_endpoints.len()).sum();
     at_most("endpoints", all, MAX_ENDPOINTS)?;
-    let found = message.endpoints.iter().flat_map(|locality| &locality.lb_endpoints);
-    let found: Result<Vec<_>, _> = found.filter(|found| takes_traffic(found)).map(endpoint).collect();
-    let found = found?;
+    let found = message.endpoints.iter().flat_map(|group| group.lb_endpoints.iter().map(move |found| (group, found)));
+    let found = found.filter(|(_, found)| takes_traffic(found));
+    let found: Result<Vec<_>, _> = found.map(|(group, found)| endpoint(group, found)).collect();
+    let mut found = found?;
+    // Places apart on the wire, since they are of different zones, are told in one order.
+    found.sort_by_key(|endpoint| endpoint.address);
     let mut seen = BTreeSet::new();
     match found.iter().find(|endpoint| !seen.insert(endpoint.address)) {
         Some(twice) => Err(DecodeError::invalid("endpoints", format!("{} is there twice", twice.address))),
@@ -238,7 +241,7 @@ fn takes_traffic(endpoint: &eds::LbEndpoint) -> bool {
     }
 }
 
-fn endpoint(found: &eds::LbEndpoint) -> Result<Endpoint, DecodeError> {
+fn endpoint(group: &eds::LocalityLbEndpoints, found: &eds::LbEndpoint) -> Result<Endpoint, DecodeError> {
     let Some(eds::lb_endpoint::HostIdentifier::Endpoint(place)) = &found.host_identifier else {
         return Err(DecodeError::Missing("endpoint"));
     };
@@ -258,7 +261,13 @@ fn endpoint(found: &eds::LbEndpoint) -> Result<Endpoint, DecodeError> {
         return Err(DecodeError::invalid("endpoint.load_balancing_weight", "it must not be 0"));
     }
     at_most("bytes in a workload's name", words.workload.len(), MAX_TEXT)?;
-    Ok(Endpoint { address, transport, weight, workload: words.workload })
+    let zone = group.locality.as_ref().map_or("", |locality| locality.zone.as_str());
+    if group.priority > Standing::MAX_PRIORITY {
+        return Err(DecodeError::invalid("endpoints.priority", "127 is the last"));
+    }
+    at_most("bytes in a zone's name", zone.len(), MAX_TEXT)?;
+    let standing = Standing { weight, priority: group.priority, zone: zone.into() };
+    Ok(Endpoint { address, transport, standing, workload: words.workload })
 }
 
 fn address(found: Option<&core::Address>) -> Result<SocketAddr, DecodeError> {

@@ -3,7 +3,7 @@
 //! Everything here is also meaningful to a peer that ignores our own words: an Envoy finds clusters with TLS contexts
 //! that name the SPIFFE ids to expect, and routes that forward to them.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
 
 use aws_lc_rs::digest::{SHA256, digest};
@@ -33,6 +33,9 @@ use crate::model::{
     AppProtocol, Cluster, Destination, Endpoint, InboundPolicy, Match, Mesh, PathMatch, Pattern, Rule, RulePolicy,
     ServicePort, Target, TextMatch, Transport,
 };
+
+/// The weights of all zones of a priority fit in 32 bits, for so many of them.
+const MAX_GROUP_WEIGHT: u64 = u32::MAX as u64 / 64;
 
 /// What Envoy looks at to choose a transport socket for an endpoint.
 const SOCKET_MATCH: &str = "envoy.transport_socket_match";
@@ -137,13 +140,12 @@ pub fn route_configuration(destination: &Destination) -> rds::RouteConfiguration
 ///
 /// `protocol` is what its service port speaks: a foreign Envoy must be told when that is HTTP/2.
 pub fn cluster(cluster: &Cluster, trust_domain: &str, protocol: AppProtocol) -> cds::Cluster {
-    use cds::cluster::{ClusterDiscoveryType, DiscoveryType, EdsClusterConfig, LbPolicy};
-    cds::Cluster {
+    use cds::cluster::{ClusterDiscoveryType, DiscoveryType, EdsClusterConfig};
+    let said = cds::Cluster {
         name: cluster.name.to_string(),
         cluster_discovery_type: Some(ClusterDiscoveryType::Type(DiscoveryType::Eds as i32)),
         eds_cluster_config: Some(EdsClusterConfig { eds_config: Some(over_ads()), service_name: String::new() }),
         connect_timeout: Some(Duration { seconds: 1, nanos: 0 }),
-        lb_policy: LbPolicy::LeastRequest as i32,
         transport_socket_matches: transport_sockets(cluster, trust_domain, protocol),
         typed_extension_protocol_options: http_options(protocol),
         metadata: Some(words(to_struct(&ClusterWords {
@@ -151,21 +153,30 @@ pub fn cluster(cluster: &Cluster, trust_domain: &str, protocol: AppProtocol) -> 
             policy: cluster.policy.clone(),
         }))),
         ..cds::Cluster::default()
-    }
+    };
+    super::balancing::say(&cluster.policy, said)
 }
 
 /// The endpoints of a cluster.
 pub fn load_assignment(cluster: &Cluster) -> eds::ClusterLoadAssignment {
-    let endpoints = eds::LocalityLbEndpoints {
-        lb_endpoints: cluster.endpoints.iter().map(lb_endpoint).collect(),
-        // gRPC's own client skips endpoints without a locality and a weight.
-        locality: Some(core::Locality::default()),
-        load_balancing_weight: Some(UInt32Value { value: 1 }),
-        ..eds::LocalityLbEndpoints::default()
-    };
+    let mut groups: BTreeMap<(u32, &str), Vec<&Endpoint>> = BTreeMap::new();
+    for endpoint in &cluster.endpoints {
+        groups.entry((endpoint.standing.priority, &endpoint.standing.zone)).or_default().push(endpoint);
+    }
+    let endpoints = groups.into_iter().map(|((priority, zone), endpoints)| {
+        let weight: u64 = endpoints.iter().map(|endpoint| u64::from(endpoint.standing.weight)).sum();
+        eds::LocalityLbEndpoints {
+            lb_endpoints: endpoints.into_iter().map(lb_endpoint).collect(),
+            // gRPC's own client skips endpoints without a locality and a weight, and shares by the latter.
+            locality: Some(core::Locality { zone: zone.to_string(), ..core::Locality::default() }),
+            load_balancing_weight: Some(UInt32Value { value: weight.clamp(1, MAX_GROUP_WEIGHT) as u32 }),
+            priority,
+            ..eds::LocalityLbEndpoints::default()
+        }
+    });
     eds::ClusterLoadAssignment {
         cluster_name: cluster.name.to_string(),
-        endpoints: if cluster.endpoints.is_empty() { Vec::new() } else { vec![endpoints] },
+        endpoints: endpoints.collect(),
         ..eds::ClusterLoadAssignment::default()
     }
 }
@@ -380,7 +391,7 @@ fn lb_endpoint(endpoint: &Endpoint) -> eds::LbEndpoint {
     eds::LbEndpoint {
         health_status: core::HealthStatus::Healthy as i32,
         metadata: Some(metadata),
-        load_balancing_weight: Some(UInt32Value { value: endpoint.weight.max(1) }),
+        load_balancing_weight: Some(UInt32Value { value: endpoint.standing.weight.max(1) }),
         host_identifier: Some(eds::lb_endpoint::HostIdentifier::Endpoint(address)),
     }
 }

@@ -16,6 +16,7 @@
 //! [`encode`] is what the control plane says, [`decode`] what a proxy makes of it. Decoding trusts nothing: what does
 //! not fit is a [`DecodeError`], which the stream sends back as a refusal while the last good resource stays.
 
+mod balancing;
 pub mod decode;
 pub mod encode;
 mod error;

@@ -39,9 +39,11 @@ fn endpoints() -> impl Strategy<Value = Vec<Endpoint>> {
         true => SocketAddr::new(std::net::Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 1, u16::from(a)).into(), port),
         false => SocketAddr::new(std::net::Ipv4Addr::new(127, a, b, c).into(), port),
     });
-    let one = (transport(), 1..=u32::MAX, prop_oneof![Just(Arc::from("")), name()]);
+    let standing = (1..=u32::MAX, 0..3u32, prop_oneof![Just(Arc::from("")), name()])
+        .prop_map(|(weight, priority, zone)| Standing { weight, priority, zone });
+    let one = (transport(), standing, prop_oneof![Just(Arc::from("")), name()]);
     prop::collection::btree_map(address, one, 0..6).prop_map(|found| {
-        let endpoint = |(address, (transport, weight, workload))| Endpoint { address, transport, weight, workload };
+        let endpoint = |(address, (transport, standing, workload))| Endpoint { address, transport, standing, workload };
         found.into_iter().map(endpoint).collect()
     })
 }
@@ -75,7 +77,18 @@ fn rule_policy(at: usize) -> Arc<RulePolicy> {
 
 fn backend_policy(at: usize) -> Arc<BackendPolicy> {
     let detection = OutlierDetection { consecutive_5xx_errors: Some(3), ..OutlierDetection::default() };
-    Arc::new(BackendPolicy { outlier_detection: (at % 2 == 1).then_some(detection) })
+    let hash = ConsistentHash { http_header_name: Some("x-user".into()), ..ConsistentHash::default() };
+    let warmup = Warmup { duration: Duration::from_secs(30), minimum_percent: Some(12.5), aggression: None };
+    let balancer = match at % 3 {
+        0 => LoadBalancer { consistent_hash: Some(hash), ..LoadBalancer::default() },
+        _ => LoadBalancer { simple: Some(Simple::RoundRobin), warmup: Some(warmup), ..LoadBalancer::default() },
+    };
+    let check = HealthCheck { grpc: Some(GrpcCheck::default()), ..HealthCheck::default() };
+    Arc::new(BackendPolicy {
+        outlier_detection: (at % 2 == 1).then_some(detection),
+        load_balancer: Some(balancer),
+        health_check: at.is_multiple_of(2).then_some(check),
+    })
 }
 
 /// Which of the clusters, and its weight.
@@ -290,7 +303,12 @@ fn a_listener_without_any_way_on_is_refused() {
 
 fn sheetbend_endpoint(address: &str) -> Endpoint {
     let id = "spiffe://cluster.local/ns/default/sa/web".parse().unwrap();
-    Endpoint { address: address.parse().unwrap(), transport: Transport::Sheetbend(id), weight: 1, workload: "".into() }
+    Endpoint {
+        address: address.parse().unwrap(),
+        transport: Transport::Sheetbend(id),
+        standing: Standing::default(),
+        workload: "".into(),
+    }
 }
 
 fn web_port() -> ServicePort {

@@ -284,7 +284,7 @@ pub fn endpoint(address: &str) -> Endpoint {
     Endpoint {
         address: address.parse().unwrap(),
         transport: Transport::Sheetbend("spiffe://cluster.local/ns/default/sa/web".parse().unwrap()),
-        weight: 1,
+        standing: Default::default(),
         workload: "web-1".into(),
     }
 }

@@ -11,6 +11,7 @@ use super::kinds::{self, Reference};
 use super::parse::{Checked, mistake};
 use super::{Backend, Parent, RouteBackend, Service, ServicePort, Settings, Slice, SliceEndpoint, SlicePort};
 
+mod balancing;
 mod policy;
 mod routes;
 
@@ -58,11 +59,14 @@ pub(super) fn slice(raw: kinds::EndpointSlice) -> Checked<Slice> {
         };
         ports.push(SlicePort { name: name_or_empty(port), port: port_number(number)?, protocol: protocol(port) });
     }
+    let standing = balancing::standing(&raw.metadata)?;
     let mut endpoints = Vec::new();
     for endpoint in raw.endpoints.iter().filter(|endpoint| endpoint.conditions.ready != Some(false)) {
         let workload = endpoint.target_ref.as_ref().and_then(|to| to.name.as_deref()).unwrap_or_default();
+        let standing = balancing::zone(endpoint, &standing)?;
         for text in &endpoint.addresses {
-            endpoints.push(SliceEndpoint { address: address(text)?, workload: workload.into() });
+            let (address, workload) = (address(text)?, workload.into());
+            endpoints.push(SliceEndpoint { address, workload, standing: standing.clone() });
         }
     }
     Ok(Slice { object, service, transport: transport(&raw.metadata)?, ports, endpoints })

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Deserializer};
 use serde_saphyr::Spanned;
 
+pub(super) mod balancing;
 mod routes;
 
 pub(super) use routes::*;
@@ -88,6 +89,20 @@ pub(super) struct SliceEndpoint {
     #[serde(default)]
     pub(super) conditions: Conditions,
     pub(super) target_ref: Option<TargetRef>,
+    pub(super) zone: Option<Spanned<String>>,
+    pub(super) hints: Option<Hints>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Hints {
+    #[serde(default)]
+    pub(super) for_zones: Vec<ForZone>,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct ForZone {
+    pub(super) name: Spanned<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -197,6 +212,8 @@ pub(super) struct BackendPolicy {
 pub(super) struct BackendPolicySpec {
     pub(super) target_refs: Spanned<Vec<Reference>>,
     pub(super) outlier_detection: Option<Spanned<OutlierDetection>>,
+    pub(super) load_balancer: Option<Spanned<balancing::LoadBalancer>>,
+    pub(super) health_check: Option<Spanned<balancing::HealthCheck>>,
 }
 
 #[derive(Debug, Deserialize)]

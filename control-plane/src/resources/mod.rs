@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use sheetbend_control_plane_client::model::{
-    AppProtocol, BackendPolicy, OutboundPolicy, RulePolicy, ServiceName, Transport,
+    AppProtocol, BackendPolicy, OutboundPolicy, RulePolicy, ServiceName, Standing, Transport,
 };
 
 pub(crate) use folder::Folder;
@@ -69,6 +69,7 @@ pub(crate) struct SlicePort {
 pub(crate) struct SliceEndpoint {
     pub(crate) address: IpAddr,
     pub(crate) workload: Arc<str>,
+    pub(crate) standing: Standing,
 }
 
 impl Slice {

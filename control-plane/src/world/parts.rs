@@ -1,7 +1,7 @@
 //! Resources and registrations on their way to a world: sorted, matched, and put together port by port.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -76,7 +76,7 @@ impl<'a> Parts<'a> {
                     let endpoint = Endpoint {
                         address,
                         transport: slice.transport.clone(),
-                        weight: 1,
+                        standing: endpoint.standing.clone(),
                         workload: endpoint.workload.clone(),
                     };
                     parts.endpoints.insert(address, endpoint);
@@ -121,7 +121,7 @@ impl<'a> Parts<'a> {
                 let endpoint = Endpoint {
                     address,
                     transport: Transport::Sheetbend(one.instance.identity.clone()),
-                    weight: 1,
+                    standing: one.standing.clone(),
                     workload: one.instance.node.clone(),
                 };
                 for ip in &one.also {
@@ -224,6 +224,18 @@ fn expand(route: &Route, number: usize, rule: &crate::resources::RouteRule) -> V
     }
 }
 
+/// Priorities without a gap, as Envoy and gRPC want them: those of which nobody is there are left out.
+fn close_ranks(endpoints: &mut [Endpoint]) {
+    let ranks: BTreeSet<u32> = endpoints.iter().map(|endpoint| endpoint.standing.priority).collect();
+    if ranks.last().is_none_or(|last| *last == 0) {
+        return;
+    }
+    let ranks: BTreeMap<u32, u32> = ranks.into_iter().zip(0..).collect();
+    for standing in endpoints.iter_mut().map(|endpoint| &mut endpoint.standing) {
+        standing.priority = ranks.get(&standing.priority).copied().unwrap_or_default();
+    }
+}
+
 /// The cluster of every service port, and an empty one for whatever a route names that is not there: it answers 503,
 /// and the rest of the route works.
 pub(super) fn clusters(
@@ -239,7 +251,8 @@ pub(super) fn clusters(
         all.entry(ServicePort { service: backend.service.clone(), port: backend.port }).or_default();
     }
     all.into_iter()
-        .map(|(service, (endpoints, protocol))| {
+        .map(|(service, (mut endpoints, protocol))| {
+            close_ranks(&mut endpoints);
             let name: ClusterName = service.to_string().into();
             let policy = parts.policies.get(&service.service).map(|policy| Arc::clone(policy)).unwrap_or_default();
             let cluster = Cluster { name: name.clone(), service, endpoints, policy };

@@ -12,6 +12,7 @@ fn registered(service: &str, ip: [u8; 4], port: u16, inbound: u16) -> Registered
         address: ip.into(),
         ports: vec![RegisteredPort { port, inbound, protocol: AppProtocol::Detect }],
         also: Vec::new(),
+        standing: Default::default(),
     }
 }
 

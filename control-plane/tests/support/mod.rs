@@ -115,7 +115,7 @@ pub fn node(name: &str, agent: &str, registration: Option<Registration>) -> Node
 
 pub fn serves(port: u16, inbound: u16) -> Registration {
     let ports = vec![RegisteredPort { port, inbound, protocol: AppProtocol::Http }];
-    Registration { address: [127, 0, 0, 1].into(), ports, also: Vec::new() }
+    Registration { address: [127, 0, 0, 1].into(), ports, also: Vec::new(), standing: Default::default() }
 }
 
 /// One incremental stream.

@@ -59,6 +59,7 @@ impl Mesh {
             patience: PATIENCE,
             advertise: LOOPBACK.ip(),
             also: Vec::new(),
+            standing: Default::default(),
             explicit: Some(LOOPBACK),
             transparent: Vec::new(),
             redirected_inbound: None,

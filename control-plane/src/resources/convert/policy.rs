@@ -5,8 +5,8 @@ use std::time::Duration;
 use serde_saphyr::{Location, Spanned};
 use sheetbend_control_plane_client::model::{self, RulePolicy, Unusable, duration};
 
-use super::kinds;
 use super::{Backend, name_of, to_service};
+use super::{balancing, kinds};
 use crate::resources::parse::{Checked, mistake};
 
 /// What an HTTPRoute's rule says beyond where its requests go. `at` is where the route begins.
@@ -47,6 +47,8 @@ pub(in crate::resources) fn backend_policy(raw: kinds::BackendPolicy) -> Checked
             max_ejection_time: span(found.value.max_ejection_time.as_ref())?,
         });
     }
+    policy.load_balancer = spec.load_balancer.as_ref().map(balancing::load_balancer).transpose()?;
+    policy.health_check = spec.health_check.as_ref().map(balancing::health_check).transpose()?;
     policy.check().or_else(|error| refused(&error, at))?;
     Ok(Backend { object, targets, policy: policy.into() })
 }
@@ -55,7 +57,7 @@ fn refused<T>(error: &Unusable, at: Location) -> Checked<T> {
     mistake(at, error.to_string(), None)
 }
 
-fn span(text: Option<&Spanned<String>>) -> Checked<Option<Duration>> {
+pub(super) fn span(text: Option<&Spanned<String>>) -> Checked<Option<Duration>> {
     let Some(text) = text else { return Ok(None) };
     duration::parse(&text.value).map(Some).or_else(|error| mistake(text.referenced, error.to_string(), None))
 }
