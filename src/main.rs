@@ -9,6 +9,7 @@ use clap::{Parser, Subcommand};
 
 mod breakers;
 mod certs;
+mod check;
 mod control_plane;
 mod failure;
 mod graph;
@@ -51,6 +52,8 @@ enum Verb {
     Graph(graph::Args),
     /// Show which endpoints are ejected, and why
     Breakers(breakers::Args),
+    /// Find what is wrong in a folder of resources
+    Check(check::Args),
 }
 
 fn main() -> ExitCode {
@@ -65,6 +68,7 @@ fn main() -> ExitCode {
         Verb::Intercept(verb) => intercept::run(verb),
         Verb::Graph(args) => graph::run(args),
         Verb::Breakers(args) => breakers::run(args),
+        Verb::Check(args) => check::run(args),
     };
     outcome.unwrap_or_else(|failure| failure.report())
 }

@@ -84,16 +84,18 @@ impl Admin {
     }
 
     fn resources(&self) -> Value {
+        let between = self.shared.problems();
         let folder = lock(&self.shared.folder);
         let Some(folder) = folder.as_ref() else { return json!({ "folder": null, "files": [] }) };
         let files = folder.files().iter().map(|(path, state)| {
             json!({
                 "file": path,
                 "resources": state.resources().map(|r| r.key()).collect::<Vec<_>>(),
-                "refused": state.refusal().map(ToString::to_string),
+                "refused": state.problems().first().map(ToString::to_string),
+                "problems": state.problems(),
             })
         });
-        json!({ "folder": folder.path(), "files": files.collect::<Vec<_>>() })
+        json!({ "folder": folder.path(), "files": files.collect::<Vec<_>>(), "problems": between })
     }
 
     fn certs(&self) -> Value {

@@ -12,6 +12,7 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 use crate::listen::Door;
 use crate::own::Own;
 use crate::report::Reports;
+use crate::resources::Problem;
 use crate::state::{Shared, Written, lock, stopped};
 use crate::trust::Trust;
 
@@ -137,7 +138,7 @@ pub(crate) async fn resources(shared: Arc<Shared>) {
         tracing::warn!(%error, folder = %path.display(), "changes are seen within 2 s only: the folder cannot be watched");
     }
     let task = async {
-        let mut failing = false;
+        let (mut failing, mut told) = (false, Told::default());
         loop {
             // With or without a hint: some file systems give none, and a hint may be the first of several.
             if let Ok(Some(())) = timeout(READ_ANYWAY, hinted.recv()).await {
@@ -149,7 +150,10 @@ pub(crate) async fn resources(shared: Arc<Shared>) {
             }
             let reader = shared.clone();
             match tokio::task::spawn_blocking(move || reload(&reader)).await {
-                Ok(Ok(())) => failing = false,
+                Ok(Ok(())) => {
+                    failing = false;
+                    told.look(&shared);
+                }
                 Ok(Err(error)) if !failing => {
                     failing = true;
                     tracing::error!(%error, folder = %path.display(), "cannot read the resources; what they last said stays");
@@ -159,6 +163,35 @@ pub(crate) async fn resources(shared: Arc<Shared>) {
         }
     };
     until_stopped(&shared, task).await;
+}
+
+/// What is wrong between resources, told once. What starts together is not there at one moment: told is what was wrong
+/// for two looks.
+#[derive(Default)]
+struct Told {
+    /// The world that was looked at last, and whether it was so twice.
+    world: Option<(u64, bool)>,
+    seen: Vec<Problem>,
+    told: Vec<Problem>,
+}
+
+impl Told {
+    fn look(&mut self, shared: &Shared) {
+        let world = shared.worlds().borrow().number;
+        match self.world {
+            Some((same, twice)) if same == world && twice => return,
+            before => self.world = Some((world, before.is_some_and(|(same, _)| same == world))),
+        }
+        let problems = shared.problems();
+        self.told.retain(|told| problems.contains(told));
+        let stays = |problem: &&Problem| self.seen.contains(problem) && !self.told.contains(problem);
+        let news: Vec<Problem> = problems.iter().filter(stays).cloned().collect();
+        for problem in news {
+            tracing::warn!("{problem}; the rest works");
+            self.told.push(problem);
+        }
+        self.seen = problems;
+    }
 }
 
 fn reload(shared: &Shared) -> std::io::Result<()> {

@@ -5,6 +5,7 @@
 //!
 //! - [`Config`], [`ControlPlane`]: start one, ask where it listens, shut it down.
 //! - [`LocalMesh`]: the mesh of one user on one machine, in which any process may turn out to be the control plane.
+//! - [`check`]: what is wrong with a folder of resources.
 //! - [`token`]: join tokens.
 
 #![deny(missing_docs)]
@@ -12,6 +13,7 @@
 mod admin;
 mod ads;
 mod ca_service;
+mod check;
 mod config;
 mod keep;
 mod ledger;
@@ -30,8 +32,10 @@ pub mod token;
 mod trust;
 mod world;
 
+pub use check::{Checked, check};
 pub use config::{Config, DEFAULT_ADMIN_PORT, DEFAULT_PORT, StartError};
 pub use local::{Holding, LocalMesh, LocalMeshError};
 pub use persist::StateError;
+pub use resources::Problem;
 pub use server::{ControlPlane, create_token};
 pub use sheetbend_control_plane_client::local::{JoinError, Joined};

@@ -71,7 +71,7 @@ fn files(shared: &Shared) -> BTreeMap<String, f64> {
     let folder = lock(&shared.folder);
     let Some(folder) = folder.as_ref() else { return BTreeMap::new() };
     let states: Vec<&str> =
-        folder.files().values().map(|file| if file.refusal().is_some() { "refused" } else { "read" }).collect();
+        folder.files().values().map(|file| if !file.problems().is_empty() { "refused" } else { "read" }).collect();
     count("state", &["read", "refused"], states.into_iter())
 }
 

@@ -16,9 +16,10 @@ use tokio::sync::{Notify, watch};
 use tonic::Status;
 
 use crate::ads::Told;
+use crate::check::{Known, between};
 use crate::persist::{self, StateError};
 use crate::registry::{Instance, LastHeard, Registered, Registry, RegistryError, StreamId};
-use crate::resources::{Folder, Resource};
+use crate::resources::{Folder, Problem, Resource};
 use crate::trust::{Holdings, ProxyRoots, Shown, Trust};
 use crate::world::{Inputs, World};
 
@@ -189,6 +190,15 @@ impl Shared {
     pub(crate) fn set_written(&self, written: Written) {
         self.written.store(Arc::new(written));
         self.changed.notify_one();
+    }
+
+    /// What is wrong between resources, with whoever is registered now.
+    pub(crate) fn problems(&self) -> Vec<Problem> {
+        let mut known = Known::default();
+        let worlds = self.worlds.borrow().clone();
+        worlds.near.destinations().for_each(|one| known.add(one.name.service.clone(), Some(one.name.port)));
+        let folder = lock(&self.folder);
+        folder.as_ref().map(|folder| between(folder, known)).unwrap_or_default()
     }
 
     // Registrations.

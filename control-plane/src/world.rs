@@ -11,8 +11,9 @@ use sheetbend_control_plane_client::model::{
     AppProtocol, Cluster, ClusterName, Destination, Endpoint, InboundPolicy, Mesh, ServiceName, ServicePort, Target,
 };
 
+pub(crate) use self::parts::Parts;
+use self::parts::clusters;
 pub(crate) use self::parts::service_of;
-use self::parts::{Parts, clusters};
 use crate::registry::Registered;
 use crate::resources::Resource;
 

@@ -4,6 +4,7 @@
 //! beside a proxy. All of them are checked where they are written and, by `check`, again where they arrive: a proxy never
 //! acts on half of one.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -16,6 +17,9 @@ use super::health_check::HealthCheck;
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct RulePolicy {
+    /// Where the rule is written: `resources/web.yaml:12`. Empty where nobody said.
+    #[serde(skip_serializing_if = "str::is_empty")]
+    pub place: Arc<str>,
     /// How long a request and its attempts may take.
     #[serde(skip_serializing_if = "Timeouts::is_default")]
     pub timeouts: Timeouts,
@@ -55,6 +59,9 @@ impl RulePolicy {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct BackendPolicy {
+    /// Where it is written: `resources/web.yaml:12`. Empty where nobody said.
+    #[serde(skip_serializing_if = "str::is_empty")]
+    pub place: Arc<str>,
     /// When an endpoint is left alone for a while.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub outlier_detection: Option<OutlierDetection>,

@@ -72,7 +72,7 @@ fn condition() -> impl Strategy<Value = Match> {
 /// One that says something for every second rule.
 fn rule_policy(at: usize) -> Arc<RulePolicy> {
     let request = (at % 2 == 1).then_some(Duration::from_millis(1_500));
-    Arc::new(RulePolicy { timeouts: Timeouts { request, ..Timeouts::default() } })
+    Arc::new(RulePolicy { place: "web.yaml:1".into(), timeouts: Timeouts { request, ..Timeouts::default() } })
 }
 
 fn backend_policy(at: usize) -> Arc<BackendPolicy> {
@@ -85,6 +85,7 @@ fn backend_policy(at: usize) -> Arc<BackendPolicy> {
     };
     let check = HealthCheck { grpc: Some(GrpcCheck::default()), ..HealthCheck::default() };
     Arc::new(BackendPolicy {
+        place: "web.yaml:9".into(),
         outlier_detection: (at % 2 == 1).then_some(detection),
         load_balancer: Some(balancer),
         health_check: at.is_multiple_of(2).then_some(check),
@@ -206,7 +207,7 @@ fn what_holds_for_callers_survives_the_wire() {
 #[test]
 fn a_policy_that_cannot_be_obeyed_is_refused_where_it_arrives() {
     let timeouts = Timeouts { request: Some(Duration::from_secs(1)), backend_request: Some(Duration::from_secs(2)) };
-    let policy = Arc::new(RulePolicy { timeouts });
+    let policy = Arc::new(RulePolicy { timeouts, ..RulePolicy::default() });
     let rule = Rule { name: "default/r#0".into(), matches: vec![], backends: to_web(), policy };
     let sent = Destination { rules: vec![rule], ..web() };
     let refused = over(Kind::Routes, "web.default:80", encode::route_configuration(&sent)).unwrap_err();

@@ -108,12 +108,12 @@ fn parents_of(meta: &kinds::Meta, refs: &Spanned<Vec<Reference>>) -> Checked<(Se
             let hint = "put the route into the namespace of its Service";
             return mistake(at, "routes of another namespace than their Service's are not obeyed here", hint);
         }
-        parents.push(Parent { service, port });
+        parents.push(Parent { at: parent.name.referenced.into(), service, port });
     }
     Ok((name, parents))
 }
 
-fn backends(refs: &[Reference], route: &ServiceName) -> Checked<Vec<RouteBackend>> {
+fn backends(refs: &[Reference], route: &ServiceName, rule: Location) -> Checked<Vec<RouteBackend>> {
     let mut backends = Vec::new();
     for reference in refs {
         let (service, port) = to_service(reference, route, "backendRef")?;
@@ -124,11 +124,17 @@ fn backends(refs: &[Reference], route: &ServiceName) -> Checked<Vec<RouteBackend
         if let Some(wrong) = reference.weight.as_ref().filter(|w| w.value > 1_000_000) {
             return mistake(wrong.referenced, format!("weight {} is above 1000000", wrong.value), None);
         }
-        backends.push(RouteBackend { service, port, weight });
+        backends.push(RouteBackend { at: reference.name.referenced.into(), service, port, weight });
     }
     if backends.iter().all(|backend| backend.weight == 0) {
-        let at = refs.first().map_or(Location::UNKNOWN, |first| first.name.referenced);
-        return mistake(at, "a rule without a backend of some weight answers nothing", "name a Service and its port");
+        let Some(first) = refs.first() else {
+            return mistake(rule, "a rule without a backend answers nothing", "name a Service and its port");
+        };
+        return mistake(
+            first.name.referenced,
+            "the weights of this rule's backends sum to zero: it answers nothing",
+            "give one of them a weight of 1 or more",
+        );
     }
     Ok(backends)
 }

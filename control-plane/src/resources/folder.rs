@@ -1,11 +1,14 @@
 //! The folder of resources as it stands. A bad file is refused, and what it last said well stays.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 use std::{fs, io};
 
-use super::parse::{MAX_FILE, Refusal, parse};
+use sheetbend_control_plane_client::model::ServiceName;
+
+use super::parse::{MAX_FILE, Parsed, Problem, parse};
 use super::{Resource, Settings};
 
 /// More files than this are not read.
@@ -19,7 +22,9 @@ pub(crate) struct FileState {
     seen: Option<Stamp>,
     /// The last good content, with the line of each resource.
     good: Vec<(u64, Resource)>,
-    refusal: Option<Refusal>,
+    problems: Vec<Problem>,
+    /// Services that stand where something is wrong.
+    unread: Vec<ServiceName>,
 }
 
 impl FileState {
@@ -28,9 +33,9 @@ impl FileState {
         self.good.iter().map(|(_, resource)| resource)
     }
 
-    /// Why the file as it is now does not count.
-    pub(crate) fn refusal(&self) -> Option<&Refusal> {
-        self.refusal.as_ref()
+    /// Why the file as it is now does not count; nothing where it does.
+    pub(crate) fn problems(&self) -> &[Problem] {
+        &self.problems
     }
 }
 
@@ -42,17 +47,31 @@ struct Stamp {
     inode: u64,
 }
 
+impl Stamp {
+    fn of(meta: &fs::Metadata) -> Self {
+        Self { modified: meta.modified().ok(), size: meta.len(), inode: meta.ino() }
+    }
+}
+
 /// A folder of resources.
 #[derive(Debug)]
 pub(crate) struct Folder {
     path: PathBuf,
-    trust_domain: String,
+    /// The CA's, where that is known.
+    trust_domain: Option<String>,
     files: BTreeMap<PathBuf, FileState>,
+    /// What is good in a file counts, whatever else is in it.
+    piecemeal: bool,
 }
 
 impl Folder {
     pub(crate) fn new(path: PathBuf, trust_domain: &str) -> Self {
-        Self { path, trust_domain: trust_domain.to_string(), files: BTreeMap::new() }
+        Self { path, trust_domain: Some(trust_domain.to_string()), files: BTreeMap::new(), piecemeal: false }
+    }
+
+    /// A folder that is only looked at: what is good in a file with mistakes is held against the rest too.
+    pub(crate) fn looked_at(path: PathBuf, trust_domain: Option<&str>) -> Self {
+        Self { path, trust_domain: trust_domain.map(str::to_string), files: BTreeMap::new(), piecemeal: true }
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -67,45 +86,57 @@ impl Folder {
         self.files.values().flat_map(FileState::resources)
     }
 
-    /// Reads whatever changed. Gives whether the resources that count are others now, and the new refusals.
-    pub(crate) fn reload(&mut self) -> io::Result<(bool, Vec<Refusal>)> {
+    /// The resources that count, with file and line.
+    pub(crate) fn placed(&self) -> impl Iterator<Item = (&Path, u64, &Resource)> {
+        self.files.iter().flat_map(|(path, state)| state.good.iter().map(move |(at, r)| (path.as_path(), *at, r)))
+    }
+
+    /// Services that stand in documents with mistakes.
+    pub(crate) fn unread(&self) -> impl Iterator<Item = &ServiceName> {
+        self.files.values().flat_map(|state| &state.unread)
+    }
+
+    /// Reads whatever changed. Gives whether the resources that count are others now, and the new problems.
+    pub(crate) fn reload(&mut self) -> io::Result<(bool, Vec<Problem>)> {
         let mut found = BTreeMap::new();
-        collect(&self.path, MAX_DEPTH, &mut found)?;
+        match self.path.is_file() {
+            true => drop(found.insert(self.path.clone(), Stamp::of(&fs::metadata(&self.path)?))),
+            false => collect(&self.path, MAX_DEPTH, &mut found)?,
+        }
         let before = self.files.len();
         self.files.retain(|path, _| found.contains_key(path));
         let mut changed = self.files.len() != before;
-        let mut refusals = Vec::new();
+        let mut news = Vec::new();
         // A duplicate is one only as long as its twin is there: look at refused files again whenever something moved.
         let moved = changed
             || found.iter().any(|(path, stamp)| self.files.get(path).is_none_or(|f| f.seen.as_ref() != Some(stamp)));
         for (path, stamp) in found {
             let state = self.files.entry(path.clone()).or_default();
             let known = state.seen.as_ref() == Some(&stamp);
-            if known && !(moved && state.refusal.is_some()) {
+            if known && (!moved || state.problems.is_empty()) {
                 continue;
             }
             state.seen = Some(stamp);
-            let outcome = read(&path).and_then(|text| parse(&path, &text)).and_then(|new| self.check(&path, new));
+            let mut parsed = match read(&path) {
+                Ok(text) => parse(&path, &text),
+                Err(problem) => Parsed { problems: vec![problem], ..Parsed::default() },
+            };
+            parsed.problems.extend(self.check(&path, &parsed.resources));
             let Some(state) = self.files.get_mut(&path) else { continue };
-            match outcome {
-                Ok(good) => {
-                    changed |= state.good != good;
-                    (state.good, state.refusal) = (good, None);
-                }
-                Err(refusal) => {
-                    if state.refusal.as_ref() != Some(&refusal) {
-                        refusals.push(refusal.clone());
-                    }
-                    state.refusal = Some(refusal);
-                }
+            if parsed.problems.is_empty() || self.piecemeal {
+                changed |= state.good != parsed.resources;
+                state.good = parsed.resources;
             }
+            news.extend(parsed.problems.iter().filter(|problem| !state.problems.contains(problem)).cloned());
+            (state.problems, state.unread) = (parsed.problems, parsed.unread);
         }
-        Ok((changed, refusals))
+        Ok((changed, news))
     }
 
     /// What one file alone cannot know.
-    fn check(&self, path: &Path, new: Vec<(u64, Resource)>) -> Result<Vec<(u64, Resource)>, Refusal> {
-        let refuse = |line, reason, hint: &str| Refusal {
+    fn check(&self, path: &Path, new: &[(u64, Resource)]) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        let problem = |line, reason, hint: &str| Problem {
             file: path.into(),
             line,
             column: 1,
@@ -116,44 +147,40 @@ impl Folder {
         let mut taken: BTreeMap<String, (PathBuf, u64)> = others
             .flat_map(|(path, state)| state.good.iter().map(move |(line, r)| (r.key(), (path.clone(), *line))))
             .collect();
-        for (line, resource) in &new {
+        for (line, resource) in new {
             if let Resource::Settings(Settings { trust_domain: Some(domain), .. }) = resource
-                && **domain != *self.trust_domain
+                && let Some(own) = self.trust_domain.as_deref().filter(|own| *own != &**domain)
             {
-                let reason = format!("trustDomain {domain} is not the CA's, which is {}", self.trust_domain);
-                return Err(refuse(
-                    *line,
-                    reason,
-                    "the CA's cannot be changed: make a new CA for another trust domain",
-                ));
+                let reason = format!("trustDomain {domain} is not the CA's, which is {own}");
+                let hint = "the CA's cannot be changed: make a new CA for another trust domain";
+                problems.push(problem(*line, reason, hint));
             }
             let (key, place) = (resource.key(), (path.to_path_buf(), *line));
             if let Some((file, first)) = taken.insert(key.clone(), place) {
                 let reason = format!("{key} is already in {}:{first}", file.display());
-                return Err(refuse(*line, reason, "take one of the two out"));
+                problems.push(problem(*line, reason, "take one of the two out"));
             }
         }
-        Ok(new)
+        problems
     }
 }
 
-fn read(path: &Path) -> Result<String, Refusal> {
-    let refuse = |reason: String| Refusal { file: path.into(), line: 1, column: 1, reason, hint: None };
+fn read(path: &Path) -> Result<String, Problem> {
+    let problem = |reason: String| Problem { file: path.into(), line: 1, column: 1, reason, hint: None };
     match fs::metadata(path) {
-        Ok(meta) if meta.len() > MAX_FILE => return Err(refuse(format!("larger than {MAX_FILE} bytes"))),
+        Ok(meta) if meta.len() > MAX_FILE => return Err(problem(format!("larger than {MAX_FILE} bytes"))),
         _ => {}
     }
-    let bytes = fs::read(path).map_err(|error| refuse(format!("cannot be read: {error}")))?;
+    let bytes = fs::read(path).map_err(|error| problem(format!("cannot be read: {error}")))?;
     String::from_utf8(bytes).map_err(|error| {
         let good = &error.as_bytes()[..error.utf8_error().valid_up_to()];
         let line = good.split(|b| *b == b'\n').count() as u64;
-        Refusal { line, ..refuse("not UTF-8".to_string()) }
+        Problem { line, ..problem("not UTF-8".to_string()) }
     })
 }
 
 /// Every YAML or JSON file below `dir`. Hidden ones are left out: editors and ConfigMap mounts keep copies there.
 fn collect(dir: &Path, depth: usize, found: &mut BTreeMap<PathBuf, Stamp>) -> io::Result<()> {
-    use std::os::unix::fs::MetadataExt;
     for entry in fs::read_dir(dir)? {
         let path = entry?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -165,7 +192,7 @@ fn collect(dir: &Path, depth: usize, found: &mut BTreeMap<PathBuf, Stamp>) -> io
         if meta.is_dir() && depth > 0 {
             collect(&path, depth - 1, found)?;
         } else if meta.is_file() && found.len() < MAX_FILES && is_resource_file(&path) {
-            found.insert(path, Stamp { modified: meta.modified().ok(), size: meta.len(), inode: meta.ino() });
+            found.insert(path, Stamp::of(&meta));
         }
     }
     Ok(())
@@ -192,7 +219,7 @@ mod tests {
         let (dir, mut folder) = folder();
         fs::write(dir.path().join("a.yaml"), text).unwrap();
         let (_, refusals) = folder.reload().unwrap();
-        assert_eq!(refusals.len(), 1, "must be refused: {text}");
+        assert!(!refusals.is_empty(), "must be refused: {text}");
         let text = refusals[0].to_string();
         text.split("a.yaml").nth(1).unwrap().to_string()
     }
@@ -264,7 +291,7 @@ mod tests {
             (http, "path: {value: /a/../b}", "not in its normal form"),
             (http, "method: get", "`get` is not a method; write it in upper case"),
             (http, "headers: [{name: x a, value: b}]", "`x a` is not a header's name"),
-            (http, "headers: [{name: A, value: b}, {name: a, value: c}]", ":9:46: two conditions on `a`"),
+            (http, "headers: [{name: A, value: b}, {name: a, value: c}]", ":9:45: two conditions on `a`"),
             (http, "headers: [{name: a, type: Prefix, value: b}]", "`Prefix` is no type of match"),
             (http, "queryParams: [{name: a, type: RegularExpression, value: '*'}]", "bad regular expression `*`"),
             (http, "queryParams: [{name: a=b, value: c}]", "`a=b` is not a query parameter's name"),
@@ -303,7 +330,7 @@ mod tests {
         assert!(refusals[0].to_string().contains("Service default/web is already in"), "{}", refusals[0]);
         fs::remove_file(dir.path().join("a.yaml")).unwrap();
         folder.reload().unwrap();
-        assert_eq!(folder.files().values().filter(|f| f.refusal().is_some()).count(), 0);
+        assert_eq!(folder.files().values().filter(|f| !f.problems().is_empty()).count(), 0);
         assert_eq!(folder.resources().count(), 1);
     }
 }

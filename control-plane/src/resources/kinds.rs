@@ -129,7 +129,7 @@ pub(super) struct RouteSpec<R> {
     #[serde(default, rename = "hostnames")]
     _hostnames: Vec<String>,
     #[serde(default = "Vec::new")]
-    pub(super) rules: Vec<R>,
+    pub(super) rules: Vec<Spanned<R>>,
 }
 
 /// A parentRef or a backendRef.

@@ -10,16 +10,21 @@ mod folder;
 mod kinds;
 mod parse;
 mod precedence;
+mod without;
 
 use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use serde_saphyr::Location;
 use sheetbend_control_plane_client::model::{
     AppProtocol, BackendPolicy, OutboundPolicy, RulePolicy, ServiceName, Standing, Transport,
 };
 
 pub(crate) use folder::Folder;
+pub use parse::Problem;
+pub(crate) use parse::suggestion;
 pub(crate) use precedence::{Rank, Ranked, in_order_of_age};
 
 /// One resource, checked.
@@ -93,15 +98,30 @@ pub(crate) struct Route {
     pub(crate) rules: Vec<RouteRule>,
 }
 
+/// Where something stands in its file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct At {
+    pub(crate) line: u64,
+    pub(crate) column: u64,
+}
+
+impl From<Location> for At {
+    fn from(at: Location) -> Self {
+        Self { line: at.line().max(1), column: at.column().max(1) }
+    }
+}
+
 /// A Service, or one port of it.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Parent {
+    pub(crate) at: At,
     pub(crate) service: ServiceName,
     pub(crate) port: Option<u16>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct RouteRule {
+    pub(crate) at: At,
     /// None means every request.
     pub(crate) matches: Vec<Ranked>,
     pub(crate) backends: Vec<RouteBackend>,
@@ -110,6 +130,7 @@ pub(crate) struct RouteRule {
 
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct RouteBackend {
+    pub(crate) at: At,
     pub(crate) service: ServiceName,
     pub(crate) port: u16,
     pub(crate) weight: u32,
@@ -120,7 +141,7 @@ pub(crate) struct RouteBackend {
 pub(crate) struct Backend {
     pub(crate) object: ServiceName,
     /// The Services that it is about.
-    pub(crate) targets: Vec<ServiceName>,
+    pub(crate) targets: Vec<Parent>,
     pub(crate) policy: Arc<BackendPolicy>,
 }
 
@@ -135,6 +156,26 @@ pub(crate) struct Settings {
 }
 
 impl Resource {
+    /// Puts it into its file, `before` lines below where it was read, and tells its policies where they are written.
+    fn place(&mut self, file: &Path, before: u64) {
+        let place = |line: u64| format!("{}:{line}", file.display()).into();
+        match self {
+            Self::Route(route) => {
+                route.parents.iter_mut().for_each(|parent| parent.at.line += before);
+                for rule in &mut route.rules {
+                    rule.at.line += before;
+                    rule.backends.iter_mut().for_each(|backend| backend.at.line += before);
+                    Arc::make_mut(&mut rule.policy).place = place(rule.at.line);
+                }
+            }
+            Self::Backend(backend) => {
+                backend.targets.iter_mut().for_each(|target| target.at.line += before);
+                Arc::make_mut(&mut backend.policy).place = place(before + 1);
+            }
+            Self::Service(_) | Self::Slice(_) | Self::Settings(_) => {}
+        }
+    }
+
     /// `HTTPRoute default/web`: two files must not both say it.
     pub(crate) fn key(&self) -> String {
         let (kind, name) = match self {

@@ -1,26 +1,34 @@
-//! One file of resources: all of it is good, or it is refused with the place of the first mistake.
+//! One file of resources: what is good in it, and the place of every mistake.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
 use serde_saphyr::{Error, Location};
+use sheetbend_control_plane_client::model::ServiceName;
 
 use super::Resource;
 use super::convert;
 use super::kinds;
+use super::without::without_field;
 
 /// Larger files are not read.
 pub(super) const MAX_FILE: u64 = 4 << 20;
 
-/// Why a file is refused, and where.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, thiserror::Error)]
+/// What is wrong in a file, and where.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, thiserror::Error)]
 #[error("{}:{line}:{column}: {reason}{}", file.display(), hint.as_ref().map(|h| format!("; {h}")).unwrap_or_default())]
-pub(crate) struct Refusal {
-    pub(crate) file: PathBuf,
-    pub(crate) line: u64,
-    pub(crate) column: u64,
-    pub(crate) reason: String,
-    pub(crate) hint: Option<String>,
+pub struct Problem {
+    /// The file, as the folder's path leads to it.
+    pub file: PathBuf,
+    /// Counted from 1.
+    pub line: u64,
+    /// Counted from 1, in characters.
+    pub column: u64,
+    /// What is wrong.
+    pub reason: String,
+    /// How it may be mended.
+    pub hint: Option<String>,
 }
 
 /// A mistake within one document.
@@ -28,28 +36,108 @@ pub(super) struct Mistake {
     at: Location,
     reason: String,
     hint: Option<String>,
+    kind: MistakeKind,
+    /// Those found beside it.
+    more: Vec<Mistake>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum MistakeKind {
+    /// A field that nobody knows: without it, the rest can be looked at.
+    UnknownField,
+    /// No YAML, or something else than is expected in its place.
+    Shape,
+    /// It can be read, and makes no sense.
+    Meaning,
+}
+
+impl Mistake {
+    fn new(at: Location, reason: String, hint: Option<String>) -> Self {
+        Self { at, reason, hint, kind: MistakeKind::Meaning, more: Vec::new() }
+    }
+
+    fn into_all(mut self) -> Vec<Mistake> {
+        let more = std::mem::take(&mut self.more);
+        let mut all = vec![self];
+        all.extend(more.into_iter().flat_map(Mistake::into_all));
+        all
+    }
 }
 
 pub(super) type Checked<T> = Result<T, Mistake>;
 
 pub(super) fn mistake<T>(at: Location, reason: impl Into<String>, hint: impl Into<Option<&'static str>>) -> Checked<T> {
-    Err(Mistake { at, reason: reason.into(), hint: hint.into().map(str::to_string) })
+    Err(Mistake::new(at, reason.into(), hint.into().map(str::to_string)))
 }
 
-/// Every resource of a file, each with the line on which its document starts.
-pub(super) fn parse(file: &Path, text: &str) -> Result<Vec<(u64, Resource)>, Refusal> {
-    let mut resources = Vec::new();
+/// All of them, or every mistake among them.
+pub(super) fn every<T>(all: impl IntoIterator<Item = Checked<T>>) -> Checked<Vec<T>> {
+    let (mut good, mut wrong) = (Vec::new(), None::<Mistake>);
+    for one in all {
+        match (one, &mut wrong) {
+            (Ok(one), _) => good.push(one),
+            (Err(mistake), Some(first)) => first.more.push(mistake),
+            (Err(mistake), None) => wrong = Some(mistake),
+        }
+    }
+    wrong.map_or(Ok(good), Err)
+}
+
+/// Both, or the mistakes in both.
+pub(super) fn both<A, B>(a: Checked<A>, b: Checked<B>) -> Checked<(A, B)> {
+    match (a, b) {
+        (Ok(a), Ok(b)) => Ok((a, b)),
+        (Err(mut mistake), Err(other)) => {
+            mistake.more.push(other);
+            Err(mistake)
+        }
+        (Err(mistake), _) | (_, Err(mistake)) => Err(mistake),
+    }
+}
+
+/// What a file says.
+#[derive(Debug, Default)]
+pub(super) struct Parsed {
+    /// Every good resource, with the line on which its document starts.
+    pub(super) resources: Vec<(u64, Resource)>,
+    /// Every mistake.
+    pub(super) problems: Vec<Problem>,
+    /// Services that stand in a document with a mistake.
+    pub(super) unread: Vec<ServiceName>,
+}
+
+pub(super) fn parse(file: &Path, text: &str) -> Parsed {
+    let mut parsed = Parsed::default();
     for (before, document) in documents(text) {
         match parse_document(document) {
-            Ok(Some(resource)) => resources.push((before + 1, resource)),
+            Ok(Some(mut resource)) => {
+                resource.place(file, before);
+                parsed.resources.push((before + 1, resource));
+            }
             Ok(None) => {}
-            Err(Mistake { at, reason, hint }) => {
-                let (line, column) = (before + at.line().max(1), at.column().max(1));
-                return Err(Refusal { file: file.into(), line, column, reason, hint });
+            Err(mistakes) => {
+                parsed.problems.extend(mistakes.into_iter().map(|Mistake { at, reason, hint, .. }| {
+                    let (line, column) = (before + at.line().max(1), at.column().max(1));
+                    Problem { file: file.into(), line, column, reason, hint }
+                }));
+                parsed.unread.extend(service_in(document));
             }
         }
     }
-    Ok(resources)
+    parsed.problems.sort_unstable();
+    parsed
+}
+
+/// The Service that a document with mistakes would be, as far as that can be read.
+fn service_in(document: &str) -> Option<ServiceName> {
+    #[derive(serde::Deserialize)]
+    struct Named {
+        kind: String,
+        metadata: kinds::Meta,
+    }
+    let named: Named = serde_saphyr::from_str(document).ok().filter(|named: &Named| named.kind == "Service")?;
+    let namespace = named.metadata.namespace.map_or("default".into(), |namespace| namespace.value.into());
+    Some(ServiceName { service: named.metadata.name.value.into(), namespace })
 }
 
 /// The documents of a stream, each with the number of lines before it. A line that begins with `---` is a marker
@@ -94,7 +182,33 @@ const BYSTANDERS: [&str; 12] = [
 ];
 const KINDS: [&str; 6] = ["Service", "EndpointSlice", "HTTPRoute", "GRPCRoute", "BackendPolicy", "MeshSettings"];
 
-fn parse_document(text: &str) -> Checked<Option<Resource>> {
+/// Mistakes of one document that are told at most.
+const MOST_MISTAKES: usize = 100;
+
+/// A document's resource, or every mistake in it: without a field that nobody knows, the rest is looked at again.
+fn parse_document(text: &str) -> Result<Option<Resource>, Vec<Mistake>> {
+    let (mut text, mut mistakes) = (Cow::Borrowed(text), Vec::new());
+    loop {
+        let mistake = match resource(&text) {
+            Ok(resource) if mistakes.is_empty() => return Ok(resource),
+            Ok(_) => return Err(mistakes),
+            Err(mistake) => mistake,
+        };
+        if mistake.kind == MistakeKind::Shape && !mistakes.is_empty() {
+            // Perhaps for want of the fields that were taken out.
+            return Err(mistakes);
+        }
+        let unknown = mistake.kind == MistakeKind::UnknownField;
+        let shorter = unknown.then(|| without_field(&text, mistake.at.into())).flatten();
+        mistakes.extend(mistake.into_all());
+        match shorter.filter(|_| mistakes.len() < MOST_MISTAKES) {
+            Some(shorter) => text = Cow::Owned(shorter),
+            None => return Err(mistakes),
+        }
+    }
+}
+
+fn resource(text: &str) -> Checked<Option<Resource>> {
     let header: kinds::Header = read(text)?;
     let start = Location::UNKNOWN;
     let Some(kind) = header.kind else {
@@ -105,11 +219,11 @@ fn parse_document(text: &str) -> Checked<Option<Resource>> {
     };
     let expect = |wanted: &[&'static str]| match wanted.contains(&version.value.as_str()) {
         true => Ok(()),
-        false => Err(Mistake {
-            at: version.referenced,
-            reason: format!("{} of {} is not known here", kind.value, version.value),
-            hint: Some(format!("write apiVersion: {}", wanted[0])),
-        }),
+        false => Err(Mistake::new(
+            version.referenced,
+            format!("{} of {} is not known here", kind.value, version.value),
+            Some(format!("write apiVersion: {}", wanted[0])),
+        )),
     };
     match kind.value.as_str() {
         "Service" => expect(&["v1"]).and_then(|()| convert::service(read(text)?).map(Resource::Service)).map(Some),
@@ -129,13 +243,11 @@ fn parse_document(text: &str) -> Checked<Option<Resource>> {
             .and_then(|()| convert::settings(read(text)?).map(Resource::Settings))
             .map(Some),
         bystander if BYSTANDERS.contains(&bystander) => Ok(None),
-        other => Err(Mistake {
-            at: kind.referenced,
-            reason: format!("`{other}` is not a kind that is read here"),
-            hint: Some(
-                suggestion(other, KINDS.into_iter()).unwrap_or_else(|| format!("known are {}", KINDS.join(", "))),
-            ),
-        }),
+        other => Err(Mistake::new(
+            kind.referenced,
+            format!("`{other}` is not a kind that is read here"),
+            Some(suggestion(other, KINDS.into_iter()).unwrap_or_else(|| format!("known are {}", KINDS.join(", ")))),
+        )),
     }
 }
 
@@ -143,16 +255,19 @@ fn read<T: DeserializeOwned>(text: &str) -> Checked<T> {
     serde_saphyr::from_str(text).map_err(|error| {
         let at = error.location().unwrap_or(Location::UNKNOWN);
         match error.without_snippet() {
-            Error::SerdeUnknownField { field, expected, .. } => Mistake {
-                at,
-                reason: format!("unknown field `{field}`"),
-                hint: Some(match NOT_YET.contains(&field.as_str()) {
+            Error::SerdeUnknownField { field, expected, .. } => {
+                let hint = match NOT_YET.contains(&field.as_str()) {
                     true => "the Gateway API has this field, and it is not obeyed here yet: take it out".to_string(),
                     false => suggestion(field, expected.iter().copied())
                         .unwrap_or_else(|| format!("known here are {}", expected.join(", "))),
-                }),
-            },
-            plain => Mistake { at, reason: one_line(&plain.to_string()), hint: None },
+                };
+                let mistake = Mistake::new(at, format!("unknown field `{field}`"), Some(hint));
+                Mistake { kind: MistakeKind::UnknownField, ..mistake }
+            }
+            plain => {
+                let mistake = Mistake::new(at, one_line(&plain.to_string()), None);
+                Mistake { kind: MistakeKind::Shape, ..mistake }
+            }
         }
     })
 }
@@ -171,7 +286,7 @@ fn one_line(message: &str) -> String {
 }
 
 /// The known word nearest to what was written, if it is near at all.
-fn suggestion<'a>(written: &str, known: impl Iterator<Item = &'a str>) -> Option<String> {
+pub(crate) fn suggestion<'a>(written: &str, known: impl Iterator<Item = &'a str>) -> Option<String> {
     let near = |word: &&str| distance(&written.to_lowercase(), &word.to_lowercase());
     let best = known.min_by_key(near)?;
     (near(&best) <= 1 + written.len() / 4).then(|| format!("did you mean `{best}`?"))

@@ -17,7 +17,7 @@ use crate::resources::{Rank, Ranked, Resource, Route, Service, Settings, Slice, 
 
 /// A service port while it is being put together.
 #[derive(Default)]
-pub(super) struct PortParts {
+pub(crate) struct PortParts {
     pub(super) protocol: AppProtocol,
     /// By where the app is: an address that is both registered and in a slice is one endpoint, the registered.
     pub(super) endpoints: BTreeMap<SocketAddr, Endpoint>,
@@ -26,17 +26,17 @@ pub(super) struct PortParts {
 }
 
 /// Resources by kind.
-pub(super) struct Parts<'a> {
+pub(crate) struct Parts<'a> {
     pub(super) services: BTreeMap<&'a ServiceName, &'a Service>,
     pub(super) slices: Vec<&'a Slice>,
     pub(super) routes: Vec<&'a Route>,
     /// By the Service that it is about.
-    pub(super) policies: BTreeMap<&'a ServiceName, &'a Arc<BackendPolicy>>,
+    pub(crate) policies: BTreeMap<&'a ServiceName, &'a Arc<BackendPolicy>>,
     pub(super) settings: Vec<&'a Settings>,
 }
 
 impl<'a> Parts<'a> {
-    pub(super) fn sort(resources: &'a [Resource]) -> Self {
+    pub(crate) fn sort(resources: &'a [Resource]) -> Self {
         let mut parts = Self {
             services: BTreeMap::new(),
             slices: Vec::new(),
@@ -50,7 +50,7 @@ impl<'a> Parts<'a> {
                 Resource::Slice(slice) => parts.slices.push(slice),
                 Resource::Route(route) => parts.routes.push(route),
                 Resource::Backend(backend) => {
-                    parts.policies.extend(backend.targets.iter().map(|service| (service, &backend.policy)));
+                    parts.policies.extend(backend.targets.iter().map(|target| (&target.service, &backend.policy)));
                 }
                 Resource::Settings(settings) => parts.settings.push(settings),
             }
@@ -58,7 +58,7 @@ impl<'a> Parts<'a> {
         parts
     }
 
-    pub(super) fn ports(&self, inputs: &Inputs<'_>) -> BTreeMap<ServicePort, PortParts> {
+    pub(crate) fn ports(&self, inputs: &Inputs<'_>) -> BTreeMap<ServicePort, PortParts> {
         let mut ports: BTreeMap<ServicePort, PortParts> = BTreeMap::new();
         for service in self.services.values() {
             for port in &service.ports {
@@ -154,7 +154,7 @@ impl<'a> Parts<'a> {
     }
 
     /// What is asked of requests to a port, in order.
-    pub(super) fn rules(&self, name: &ServicePort) -> Vec<Rule> {
+    pub(crate) fn rules(&self, name: &ServicePort) -> Vec<Rule> {
         let attached =
             |p: &crate::resources::Parent| p.service == name.service && p.port.is_none_or(|port| port == name.port);
         let here: Vec<&Route> = self.routes.iter().copied().filter(|r| r.parents.iter().any(attached)).collect();

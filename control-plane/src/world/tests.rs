@@ -119,20 +119,23 @@ fn a_service_resource_names_the_port_of_what_registers_behind_it() {
 #[test]
 fn the_most_specific_match_comes_first_and_missing_backends_are_empty_clusters() {
     let path = |path| Ranked::http(Match { path: Some(path), ..Match::default() });
-    let to = |service: &str| vec![RouteBackend { service: name(service), port: 8000, weight: 1 }];
+    let to =
+        |service: &str| vec![RouteBackend { at: Default::default(), service: name(service), port: 8000, weight: 1 }];
     let route = Route {
         kind: "HTTPRoute",
         name: name("split"),
         created: None,
-        parents: vec![Parent { service: name("web"), port: None }],
+        parents: vec![Parent { at: Default::default(), service: name("web"), port: None }],
         rules: vec![
             RouteRule {
+                at: Default::default(),
                 matches: vec![path(PathMatch::Prefix("/a".into()))],
                 backends: to("a"),
                 policy: Arc::default(),
             },
-            RouteRule { matches: Vec::new(), backends: to("rest"), policy: Arc::default() },
+            RouteRule { at: Default::default(), matches: Vec::new(), backends: to("rest"), policy: Arc::default() },
             RouteRule {
+                at: Default::default(),
                 matches: vec![path(PathMatch::Exact("/a".into()))],
                 backends: to("exact"),
                 policy: Arc::default(),
@@ -150,13 +153,13 @@ fn the_most_specific_match_comes_first_and_missing_backends_are_empty_clusters()
 #[test]
 fn a_grpc_route_keeps_http_routes_away_from_its_port_and_from_no_other() {
     let route = |kind, to: &str, port| {
-        let backends = vec![RouteBackend { service: name(to), port: 8000, weight: 1 }];
+        let backends = vec![RouteBackend { at: Default::default(), service: name(to), port: 8000, weight: 1 }];
         Resource::Route(Route {
             kind,
             name: name(to),
             created: None,
-            parents: vec![Parent { service: name("web"), port }],
-            rules: vec![RouteRule { matches: Vec::new(), backends, policy: Arc::default() }],
+            parents: vec![Parent { at: Default::default(), service: name("web"), port }],
+            rules: vec![RouteRule { at: Default::default(), matches: Vec::new(), backends, policy: Arc::default() }],
         })
     };
     let two = [registered("web", [127, 0, 0, 1], 8000, 41000), registered("web", [127, 0, 0, 1], 9000, 41001)];

@@ -5,11 +5,10 @@ use std::time::Duration;
 use serde_saphyr::{Location, Spanned};
 use sheetbend_control_plane_client::model::{self, RulePolicy, Unusable, duration};
 
-use super::{Backend, name_of, to_service};
-use super::{balancing, kinds};
+use super::{Backend, Parent, balancing, kinds, name_of, to_service};
 use crate::resources::parse::{Checked, mistake};
 
-/// What an HTTPRoute's rule says beyond where its requests go. `at` is where the route begins.
+/// What an HTTPRoute's rule says beyond where its requests go. `at` is where it begins.
 pub(super) fn http_rule(raw: &kinds::HttpRule, at: Location) -> Checked<RulePolicy> {
     let mut policy = RulePolicy::default();
     if let Some(timeouts) = &raw.timeouts {
@@ -35,7 +34,7 @@ pub(in crate::resources) fn backend_policy(raw: kinds::BackendPolicy) -> Checked
             let hint = "put the policy into the namespace of its Service";
             return mistake(target.name.referenced, "a policy is about Services of its own namespace", hint);
         }
-        targets.push(service);
+        targets.push(Parent { at: target.name.referenced.into(), service, port: None });
     }
     let mut policy = model::BackendPolicy::default();
     let mut at = raw.metadata.name.referenced;

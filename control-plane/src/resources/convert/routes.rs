@@ -7,7 +7,7 @@ use sheetbend_control_plane_client::model::{Match, PathMatch, Pattern, TextMatch
 
 use super::{backends, parents_of, policy};
 use crate::resources::kinds::{self, ValueMatch};
-use crate::resources::parse::{Checked, mistake};
+use crate::resources::parse::{Checked, both, every, mistake};
 use crate::resources::precedence::Ranked;
 use crate::resources::{Route, RouteRule};
 
@@ -22,13 +22,15 @@ pub(in crate::resources) fn http_route(raw: kinds::Route<kinds::HttpRule>) -> Ch
     let (name, parents) = parents_of(&raw.metadata, &raw.spec.parent_refs)?;
     let at = raw.metadata.name.referenced;
     at_most("rules", raw.spec.rules.len(), MOST_RULES, at)?;
-    let mut rules = Vec::new();
-    for rule in &raw.spec.rules {
+    let rules = raw.spec.rules.iter().map(|rule| {
+        let (at, rule) = (rule.referenced, &rule.value);
         at_most("matches", rule.matches.len(), MOST_MATCHES, at)?;
-        let matches = rule.matches.iter().map(|one| http_match(one).map(Ranked::http)).collect::<Checked<_>>()?;
-        let policy = policy::http_rule(rule, at)?.into();
-        rules.push(RouteRule { matches, backends: backends(&rule.backend_refs, &name)?, policy });
-    }
+        let matches = every(rule.matches.iter().map(|one| http_match(one).map(Ranked::http)));
+        let policy = policy::http_rule(rule, at);
+        let (matches, (policy, backends)) = both(matches, both(policy, backends(&rule.backend_refs, &name, at)))?;
+        Ok(RouteRule { at: at.into(), matches, backends, policy: policy.into() })
+    });
+    let rules = every(rules)?;
     Ok(Route { kind: "HTTPRoute", name, created: created(&raw.metadata)?, parents, rules })
 }
 
@@ -36,12 +38,14 @@ pub(in crate::resources) fn grpc_route(raw: kinds::Route<kinds::GrpcRule>) -> Ch
     let (name, parents) = parents_of(&raw.metadata, &raw.spec.parent_refs)?;
     let at = raw.metadata.name.referenced;
     at_most("rules", raw.spec.rules.len(), MOST_RULES, at)?;
-    let mut rules = Vec::new();
-    for rule in &raw.spec.rules {
+    let rules = raw.spec.rules.iter().map(|rule| {
+        let (at, rule) = (rule.referenced, &rule.value);
         at_most("matches", rule.matches.len(), MOST_MATCHES, at)?;
-        let matches = rule.matches.iter().map(grpc_match).collect::<Checked<_>>()?;
-        rules.push(RouteRule { matches, backends: backends(&rule.backend_refs, &name)?, policy: Default::default() });
-    }
+        let matches = every(rule.matches.iter().map(grpc_match));
+        let (matches, backends) = both(matches, backends(&rule.backend_refs, &name, at))?;
+        Ok(RouteRule { at: at.into(), matches, backends, policy: Default::default() })
+    });
+    let rules = every(rules)?;
     Ok(Route { kind: "GRPCRoute", name, created: created(&raw.metadata)?, parents, rules })
 }
 

@@ -1,0 +1,318 @@
+//! What is wrong with resources: in each file, and between them.
+//!
+//! A file with a mistake is refused, and what it last said well stays. What is wrong *between* files (a backend that is
+//! nowhere, two rules of which one can never hold) refuses nothing in a running mesh, where it may be mended by whatever
+//! starts next: it is told, and the rest works.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use sheetbend_control_plane_client::model::{ServiceName, ServicePort};
+
+use crate::resources::{At, Backend, Folder, Problem, Resource, suggestion};
+use crate::world::{Inputs, Parts};
+
+/// A folder that was checked.
+#[derive(Debug, serde::Serialize)]
+pub struct Checked {
+    /// How many files it has.
+    pub files: usize,
+    /// How many good resources are in them.
+    pub resources: usize,
+    /// Everything that is wrong, in the order of files and lines.
+    pub problems: Vec<Problem>,
+}
+
+/// Looks at a folder of resources, or at one file, as a control plane would. `registered` are services that no resource
+/// declares, since sidecars register them; without a port, any port of theirs.
+///
+/// # Errors
+///
+/// The folder cannot be read.
+pub fn check(
+    path: &Path,
+    registered: &[(ServiceName, Option<u16>)],
+    trust_domain: Option<&str>,
+) -> io::Result<Checked> {
+    let mut folder = Folder::looked_at(path.into(), trust_domain);
+    folder.reload()?;
+    let resources: Vec<Resource> = folder.resources().cloned().collect();
+    let inputs = Inputs { trust_domain: "".into(), registered: &[], resources: &resources, same_machine: true };
+    let mut known = Known::default();
+    Parts::sort(&resources).ports(&inputs).into_keys().for_each(|port| known.add(port.service, Some(port.port)));
+    registered.iter().for_each(|(service, port)| known.add(service.clone(), *port));
+    let of_files = folder.files().values().flat_map(|file| file.problems()).cloned();
+    let problems: BTreeSet<Problem> = of_files.chain(between(&folder, known)).collect();
+    Ok(Checked { files: folder.files().len(), resources: resources.len(), problems: problems.into_iter().collect() })
+}
+
+/// Services, each with its ports; without one, whatever port is asked for.
+#[derive(Debug, Default)]
+pub(crate) struct Known(BTreeMap<ServiceName, Option<BTreeSet<u16>>>);
+
+impl Known {
+    pub(crate) fn add(&mut self, service: ServiceName, port: Option<u16>) {
+        let ports = self.0.entry(service).or_insert_with(|| Some(BTreeSet::new()));
+        match (port, ports.as_mut()) {
+            (Some(port), Some(ports)) => drop(ports.insert(port)),
+            (None, _) => *ports = None,
+            (Some(_), None) => {}
+        }
+    }
+
+    /// Why there is no such service port, and a hint.
+    fn lacks(&self, service: &ServiceName, port: Option<u16>) -> Option<(String, String)> {
+        match (self.0.get(service), port) {
+            (None, _) => {
+                let near = self.0.keys().filter(|other| other.namespace == service.namespace).map(|s| &*s.service);
+                let hint = suggestion(&service.service, near).unwrap_or_else(|| {
+                    "add the Service, or start what registers it (`sheetbend check --service NAME` knows of it)".into()
+                });
+                Some((format!("there is no Service {}/{}", service.namespace, service.service), hint))
+            }
+            (Some(Some(ports)), Some(port)) if !ports.contains(&port) => {
+                let all: Vec<String> = ports.iter().map(u16::to_string).collect();
+                let reason = format!("Service {}/{} has no port {port}", service.namespace, service.service);
+                let hint = match all.is_empty() {
+                    true => "it has none at all".to_string(),
+                    false => format!("it has {}", all.join(", ")),
+                };
+                Some((reason, hint))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// What no file alone can know: everything that names what is not there, and what cannot hold beside something else.
+pub(crate) fn between(folder: &Folder, mut known: Known) -> Vec<Problem> {
+    // What cannot be read is not missing besides.
+    folder.unread().for_each(|service| known.add(service.clone(), None));
+    let mut problems = missing(folder, &known);
+    let resources: Vec<Resource> = folder.resources().cloned().collect();
+    let parts = Parts::sort(&resources);
+    problems.extend(overruled_policies(folder, &parts));
+    problems.extend(overruled_rules(&parts, &known));
+    problems
+}
+
+fn missing(folder: &Folder, known: &Known) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    for (file, _, resource) in folder.placed() {
+        let mut lacks = |what: &str, service: &ServiceName, port: Option<u16>, at: At| {
+            let Some((reason, hint)) = known.lacks(service, port) else { return };
+            let (At { line, column }, reason) = (at, format!("{what}: {reason}"));
+            problems.push(Problem { file: file.into(), line, column, reason, hint: Some(hint) });
+        };
+        match resource {
+            Resource::Route(route) => {
+                for parent in &route.parents {
+                    lacks("this route is attached to nothing", &parent.service, parent.port, parent.at);
+                }
+                for backend in route.rules.iter().flat_map(|rule| &rule.backends) {
+                    lacks("missing backend", &backend.service, Some(backend.port), backend.at);
+                }
+            }
+            Resource::Backend(backend) => {
+                for target in &backend.targets {
+                    lacks("this policy is about nothing", &target.service, None, target.at);
+                }
+            }
+            Resource::Service(_) | Resource::Slice(_) | Resource::Settings(_) => {}
+        }
+    }
+    problems
+}
+
+/// BackendPolicies about a Service that another one is about, too.
+fn overruled_policies(folder: &Folder, parts: &Parts<'_>) -> Vec<Problem> {
+    let policies: Vec<(&Path, &Backend)> = folder
+        .placed()
+        .filter_map(|(file, _, resource)| match resource {
+            Resource::Backend(backend) => Some((file, backend)),
+            _ => None,
+        })
+        .collect();
+    let mut problems = Vec::new();
+    for (file, backend) in &policies {
+        for target in &backend.targets {
+            let Some(holds) = parts.policies.get(&target.service).filter(|holds| holds.place != backend.policy.place)
+            else {
+                continue;
+            };
+            let Some((_, winner)) = policies
+                .iter()
+                .find(|(_, other)| Arc::ptr_eq(&other.policy, holds))
+                .or_else(|| policies.iter().find(|(_, other)| other.policy.place == holds.place))
+            else {
+                continue;
+            };
+            let (of, name) = (&target.service, &winner.object.service);
+            problems.push(Problem {
+                file: file.to_path_buf(),
+                line: target.at.line,
+                column: target.at.column,
+                reason: format!(
+                    "Service {}/{} has another BackendPolicy, {name} ({}), which holds instead of this one",
+                    of.namespace, of.service, holds.place
+                ),
+                hint: Some("put both into one".to_string()),
+            });
+        }
+    }
+    problems
+}
+
+/// Rules that take nothing, since another one of the same Service takes just that before them.
+fn overruled_rules(parts: &Parts<'_>, known: &Known) -> Vec<Problem> {
+    let (mut problems, mut told) = (Vec::new(), HashSet::new());
+    for (service, ports) in &known.0 {
+        let ports = ports.clone().unwrap_or_else(|| BTreeSet::from([0]));
+        for port in ports {
+            let rules = parts.rules(&ServicePort { service: service.clone(), port });
+            let mut first = HashMap::new();
+            for rule in &rules {
+                let matches = match rule.matches.is_empty() {
+                    true => "everything".to_string(),
+                    false => format!("{:?}", rule.matches),
+                };
+                let winner = *first.entry(matches).or_insert(rule);
+                let (place, wins) = (&rule.policy.place, &winner.policy.place);
+                if std::ptr::eq(winner, rule) || !told.insert((place.clone(), wins.clone())) {
+                    continue;
+                }
+                let Some((file, line)) = place.rsplit_once(':') else { continue };
+                problems.push(Problem {
+                    file: PathBuf::from(file),
+                    line: line.parse().unwrap_or(1),
+                    column: 1,
+                    reason: format!(
+                        "the rule {} cannot hold beside {} ({wins}): both match the same, and that one wins",
+                        rule.name, winner.name
+                    ),
+                    hint: Some("let them match different requests, or take one out".to_string()),
+                });
+            }
+        }
+    }
+    problems
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WEB: &str = "apiVersion: v1\nkind: Service\nmetadata: {name: web}\nspec: {ports: [{port: 80}]}\n";
+
+    /// What is wrong with these files, without the folder's name.
+    fn problems(files: &[(&str, &str)]) -> Vec<String> {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, text) in files {
+            std::fs::write(dir.path().join(name), text).unwrap();
+        }
+        let checked = check(dir.path(), &[], None).unwrap();
+        let folder = format!("{}/", dir.path().display());
+        checked.problems.iter().map(|problem| problem.to_string().replace(&folder, "")).collect()
+    }
+
+    fn route(name: &str, rules: &str) -> String {
+        format!(
+            "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {{name: {name}}}\nspec:\n  \
+             parentRefs: [{{kind: Service, group: '', name: web}}]\n  rules:\n{rules}"
+        )
+    }
+
+    fn policy(name: &str, of: &str) -> String {
+        format!(
+            "apiVersion: sheetbend.io/v1alpha1\nkind: BackendPolicy\nmetadata: {{name: {name}}}\nspec:\n  \
+             targetRefs: [{{kind: Service, name: {of}}}]\n"
+        )
+    }
+
+    #[test]
+    fn what_fits_together_has_no_problem() {
+        let route = route("split", "  - backendRefs: [{name: web, port: 80}]\n");
+        assert_eq!(problems(&[("a.yaml", WEB), ("b.yaml", &route), ("c.yaml", &policy("p", "web"))]), [""; 0]);
+    }
+
+    #[test]
+    fn every_mistake_of_every_document_is_told() {
+        let wrong = route(
+            "split",
+            "  - bakcendRefs: []\n    timeouts: {request: -1s, wrong: 1, backendRequest: 1x}\n    \
+             backendRefs: [{name: web, port: 80, weight: 0}]\n",
+        );
+        let other = "---\napiVersion: v1\nkind: Service\nmetadata: {name: two}\nspec: {ports: [{port: 0}]}\n";
+        let told = problems(&[("a.yaml", WEB), ("b.yaml", &format!("{wrong}{other}"))]);
+        let begin = [
+            "b.yaml:7:5: unknown field `bakcendRefs`; did you mean `backendRefs`?",
+            "b.yaml:8:30: unknown field `wrong`",
+        ];
+        assert!(begin.iter().all(|begin| told.iter().any(|told| told.starts_with(begin))), "{told:#?}");
+        assert!(told.iter().any(|told| told.starts_with("b.yaml:8:25: `-1s` is not a duration")), "{told:#?}");
+        assert!(
+            told.iter().any(|told| told.starts_with("b.yaml:9:26: the weights of this rule's backends sum to zero")),
+            "{told:#?}"
+        );
+        assert!(told.iter().any(|told| told.starts_with("b.yaml:14:23: port 0 cannot be reached")), "{told:#?}");
+    }
+
+    #[test]
+    fn a_backend_that_is_nowhere_is_told_with_its_place_and_what_was_probably_meant() {
+        let rules =
+            "  - backendRefs:\n    - {name: weeb, port: 80}\n    - {name: web, port: 81}\n    - {name: db, port: 80}\n";
+        let told = problems(&[("a.yaml", WEB), ("b.yaml", &route("split", rules))]);
+        assert_eq!(told[0], "b.yaml:8:14: missing backend: there is no Service default/weeb; did you mean `web`?");
+        assert_eq!(told[1], "b.yaml:9:14: missing backend: Service default/web has no port 81; it has 80");
+        assert!(told[2].contains("there is no Service default/db; add the Service"), "{}", told[2]);
+        assert_eq!(told.len(), 3);
+    }
+
+    #[test]
+    fn a_route_or_a_policy_that_is_about_nothing_is_told() {
+        let route = route("split", "  - backendRefs: [{name: db, port: 80}]\n");
+        let db = WEB.replace("web", "db");
+        let told = problems(&[("a.yaml", &db), ("b.yaml", &route), ("c.yaml", &policy("p", "web"))]);
+        assert!(told[0].starts_with("b.yaml:5:49: this route is attached to nothing: there is no"), "{told:?}");
+        assert!(told[1].starts_with("c.yaml:5:38: this policy is about nothing: there is no"), "{told:?}");
+        assert_eq!(told.len(), 2);
+    }
+
+    #[test]
+    fn a_service_that_cannot_be_read_is_not_missing_besides() {
+        let route = route("split", "  - backendRefs: [{name: web, port: 80}]\n");
+        let told = problems(&[("a.yaml", &WEB.replace("80", "0")), ("b.yaml", &route)]);
+        assert_eq!(told, ["a.yaml:4:23: port 0 cannot be reached; ports go from 1 to 65535"]);
+    }
+
+    #[test]
+    fn two_policies_of_one_service_are_told_and_which_holds() {
+        let told = problems(&[("a.yaml", WEB), ("b.yaml", &policy("p", "web")), ("c.yaml", &policy("q", "web"))]);
+        assert_eq!(told.len(), 1, "{told:?}");
+        assert!(
+            told[0].starts_with("b.yaml:5:38: Service default/web has another BackendPolicy, q (c.yaml:1)"),
+            "{told:?}"
+        );
+    }
+
+    #[test]
+    fn of_two_rules_that_cannot_both_hold_the_one_that_does_not_is_told() {
+        let rule = "  - matches: [{path: {value: /a}}]\n    backendRefs: [{name: web, port: 80}]\n";
+        let told = problems(&[("a.yaml", WEB), ("b.yaml", &route("one", rule)), ("c.yaml", &route("two", rule))]);
+        assert_eq!(
+            told,
+            [
+                "c.yaml:7:1: the rule default/two#0 cannot hold beside default/one#0 (b.yaml:7): both match the same, and \
+              that one wins; let them match different requests, or take one out"
+            ]
+        );
+    }
+
+    #[test]
+    fn the_same_resource_twice_is_told() {
+        let told = problems(&[("a.yaml", WEB), ("b.yaml", WEB)]);
+        assert_eq!(told, ["b.yaml:1:1: Service default/web is already in a.yaml:1; take one of the two out"]);
+    }
+}
