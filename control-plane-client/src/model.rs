@@ -11,12 +11,14 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use sheetbend_certs::SpiffeId;
 
+mod access;
 mod balancing;
 pub mod duration;
 mod health_check;
 mod matching;
 mod policy;
 
+pub use access::{Access, DefaultAccess};
 pub use balancing::{ConsistentHash, HttpCookie, LoadBalancer, LocalityLbSetting, MAX_RING, Simple, Standing, Warmup};
 pub use health_check::{GrpcCheck, HealthCheck, HttpCheck, Statuses, TcpCheck};
 pub use matching::{BadPattern, MAX_PATTERN, Match, PathMatch, Pattern, TextMatch};

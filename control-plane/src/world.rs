@@ -11,12 +11,13 @@ use sheetbend_control_plane_client::model::{
     AppProtocol, Cluster, ClusterName, Destination, Endpoint, InboundPolicy, Mesh, ServiceName, ServicePort, Target,
 };
 
+use self::inbound::Inbound;
 pub(crate) use self::parts::Parts;
 use self::parts::clusters;
-pub(crate) use self::parts::service_of;
 use crate::registry::Registered;
 use crate::resources::Resource;
 
+mod inbound;
 mod parts;
 #[cfg(test)]
 mod tests;
@@ -42,7 +43,7 @@ pub(crate) struct World {
     endpoints: HashMap<SocketAddr, (ServicePort, Endpoint)>,
     trust_domain: Arc<str>,
     /// What holds for those who call.
-    inbound: Arc<InboundPolicy>,
+    inbound: Inbound,
 }
 
 /// What a world is built from.
@@ -64,7 +65,7 @@ impl World {
         let mut world = World {
             mesh: reuse(parts.mesh(inputs, &ports), Some(&former.mesh)),
             trust_domain: inputs.trust_domain.clone(),
-            inbound: former.inbound.clone(),
+            inbound: Inbound::build(&parts, &ports, &former.inbound),
             ..World::default()
         };
         let owners = parts.owners(inputs);
@@ -198,8 +199,8 @@ impl World {
     }
 
     /// What holds for those who call a service.
-    pub(crate) fn inbound(&self, _service: &ServiceName) -> Arc<InboundPolicy> {
-        self.inbound.clone()
+    pub(crate) fn inbound(&self, service: &ServiceName) -> Arc<InboundPolicy> {
+        self.inbound.of(service)
     }
 
     /// Every service port, for those who want all.

@@ -22,6 +22,7 @@ use tokio::sync::watch;
 use crate::admin::{Admin, Scope};
 use crate::here::{Here, Redirected};
 use crate::inbound::Port;
+use crate::inbound_rules::{self, InboundRules};
 use crate::listen::{BindError, Listener, bind, bind_admin, bind_each};
 use crate::observe::admin_state;
 use crate::proc_net;
@@ -112,7 +113,7 @@ pub enum StartError {
     },
     /// Nobody said what the mesh is.
     #[error(
-        "the control plane at {control_plane} has not said within {} s what the mesh is{}", patience.as_secs(),
+        "the control plane at {control_plane} has not said within {} s what the mesh is and who may call{}", patience.as_secs(),
         why.as_ref().map(|why| format!(": {why}")).unwrap_or_default()
     )]
     NoDiscovery {
@@ -142,6 +143,8 @@ pub(crate) struct Shared {
     pub(crate) strict: bool,
     pub(crate) same_user_only: bool,
     pub(crate) allow: Vec<SpiffeId>,
+    /// What the control plane says of those who call.
+    pub(crate) inbound_rules: Arc<ArcSwap<InboundRules>>,
     pub(crate) inbound_drain: watch::Sender<bool>,
     pub(crate) outbound_drain: watch::Sender<bool>,
     pub(crate) here: Arc<Here>,
@@ -249,12 +252,15 @@ impl Proxy {
         let (discovery, discovering) =
             Discovery::start(DiscoveryConfig { connector: connector.clone(), node, registration: registered });
         tasks.push(tokio::spawn(discovering));
-        // Without it, names of the mesh would be taken for those of strangers.
-        if tokio::time::timeout(config.patience, discovery.mesh_known()).await.is_err() {
+        // Without it, names of the mesh would be taken for those of strangers, and anybody for one who may call.
+        let known = tokio::time::timeout(config.patience, discovery.mesh_known()).await;
+        let Some(rules) = known.ok().and_then(|()| InboundRules::of(&discovery.snapshot())) else {
             let why = discovery.status().borrow().last_error.clone();
             let (control_plane, patience) = (config.control_plane, config.patience);
             return Err(StartError::NoDiscovery { control_plane, patience, why });
-        }
+        };
+        let inbound_rules = Arc::new(ArcSwap::from_pointee(rules));
+        tasks.push(tokio::spawn(inbound_rules::follow(discovery.clone(), Arc::clone(&inbound_rules))));
         let reported = Arc::clone(&telemetry);
         let (reporter, reporting) = Reporter::start(ReportConfig {
             connector,
@@ -311,6 +317,7 @@ impl Proxy {
             strict: config.strict,
             same_user_only: config.same_user_only,
             allow: config.allow,
+            inbound_rules,
             inbound_drain: watch::Sender::new(false),
             outbound_drain: watch::Sender::new(false),
             here,

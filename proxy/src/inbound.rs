@@ -25,6 +25,7 @@ use crate::http::exchange::Exchange;
 use crate::http::headers::{self, SENT_VERSION};
 use crate::http::serve::{fault, serve};
 use crate::mtls::{self, HANDSHAKE, Inside};
+use crate::policy::authz::{self, Denied};
 use crate::rest::{Rest, splice_for};
 use crate::rewind::Rewind;
 use crate::tcp::Abort;
@@ -73,12 +74,23 @@ struct Caller {
     edges: [OnceLock<Arc<Edge>>; 4],
 }
 
+/// Somebody who shows nothing.
+fn caller_in_plain(peer: SocketAddr) -> Caller {
+    Caller { id: None, ours: false, peer, rest: None, destination: None, edges: Default::default() }
+}
+
+impl Caller {
+    fn shown(&self) -> authz::Caller<'_> {
+        authz::Caller { id: self.id.as_ref() }
+    }
+}
+
 impl Inbound {
     /// A connection from anywhere.
     pub(crate) async fn connection(self, mut io: BoxIo, peer: SocketAddr) {
         let mut bytes = BytesMut::new();
         // Where plain callers are refused, nobody but a client of TLS is listened to, and that one speaks first.
-        let patience = match self.shared.strict || !self.shared.allow.is_empty() {
+        let patience = match self.shared.strict || self.may_connect(&caller_in_plain(peer)).is_err() {
             true => Patience { first_byte: Some(HANDSHAKE), decision: HANDSHAKE },
             false => Patience::default(),
         };
@@ -119,16 +131,7 @@ impl Inbound {
             io.abort();
             return;
         }
-        let caller = Caller { id: None, ours: false, peer, rest: None, destination: None, edges: Default::default() };
-        if !self.allows(&caller) {
-            if let Some(left_out) = self.shared.telemetry.refused(Counter::RefusedNotAllowed) {
-                const WHY: &str = "a connection without an identity is refused: only those of --allow may call";
-                tracing::warn!(%peer, left_out, "{WHY}");
-            }
-            io.abort();
-            return;
-        }
-        self.detected(first, bytes, io, caller, dialed).await;
+        self.detected(first, bytes, io, caller_in_plain(peer), dialed).await;
     }
 
     async fn detected(self, first: FirstBytes, bytes: BytesMut, io: BoxIo, caller: Caller, dialed: Option<BoxIo>) {
@@ -174,15 +177,6 @@ impl Inbound {
 
     /// What comes over a connection of somebody who is known.
     async fn inside(self, mut io: BoxIo, inside: Inside, caller: Caller) {
-        // Who speaks HTTP is told so in HTTP.
-        if matches!(inside, Inside::Opaque | Inside::Unsaid) && !self.allows(&caller) {
-            if let Some(left_out) = self.shared.telemetry.refused(Counter::RefusedNotAllowed) {
-                let id = caller.id.as_ref().map(ToString::to_string).unwrap_or_default();
-                tracing::warn!(peer = %caller.peer, id, left_out, "a peer is not on the list of those who may call");
-            }
-            io.abort();
-            return;
-        }
         match inside {
             Inside::Http { http2 } => self.http(io, http2, caller).await,
             Inside::Opaque => self.opaque(io, caller, None).boxed().await,
@@ -196,9 +190,25 @@ impl Inbound {
         }
     }
 
-    fn allows(&self, caller: &Caller) -> bool {
+    /// Whether the proxy's own list has a caller, where there is one.
+    fn lists(&self, caller: &Caller) -> Result<(), Denied> {
         let allow = &self.shared.allow;
-        allow.is_empty() || caller.id.as_ref().is_some_and(|id| allow.contains(id))
+        match allow.is_empty() || caller.id.as_ref().is_some_and(|id| allow.contains(id)) {
+            true => Ok(()),
+            false => Err(Denied::NotListed),
+        }
+    }
+
+    /// Whether a connection may pass to the app, of which nothing is read.
+    fn may_connect(&self, caller: &Caller) -> Result<(), Denied> {
+        self.lists(caller)?;
+        self.shared.inbound_rules.load().authz.connection(&caller.shown())
+    }
+
+    /// Whether a request may.
+    fn may_ask(&self, caller: &Caller) -> Result<(), Denied> {
+        self.lists(caller)?;
+        self.shared.inbound_rules.load().authz.request(&caller.shown())
     }
 
     fn edge<'a>(&self, caller: &'a Caller, protocol: Protocol) -> &'a Arc<Edge> {
@@ -268,9 +278,7 @@ impl Inbound {
         let sent = if sent_http1 { Version::HTTP_11 } else { head.version };
         head.version = sent;
         exchange.on(Arc::clone(self.edge(caller, protocol(head))));
-        if !self.allows(caller) {
-            return Err(Error::Denied);
-        }
+        self.may_ask(caller).map_err(Error::Denied)?;
         // Who names no host means the one that was called.
         let authority =
             headers::authority(head).or_else(|| self.port.app.load().socket_address()?.to_string().parse().ok());
@@ -298,6 +306,10 @@ impl Inbound {
 
     /// Bytes that nobody looks into, over a connection to the app that may be there already.
     async fn opaque(&self, mut io: BoxIo, caller: Caller, dialed: Option<BoxIo>) {
+        if let Err(why) = self.may_connect(&caller) {
+            self.denied(&caller, &why);
+            return io.abort();
+        }
         let _under_way = self.shared.inbound_drain.subscribe();
         let edge = self.edge(&caller, Protocol::Tcp);
         let dialed = match dialed {
@@ -312,6 +324,18 @@ impl Inbound {
         // Sent and received are this proxy's view: what the caller sent was received.
         let moved = |moved: crate::tcp::Transferred| edge.bytes(moved.server_to_client, moved.client_to_server);
         splice_for(&mut io, &mut app, caller.rest.clone(), moved).await;
+    }
+
+    /// Counts and tells a connection that may not pass.
+    fn denied(&self, caller: &Caller, why: &Denied) {
+        let counter = match why {
+            Denied::NotListed => Counter::RefusedNotAllowed,
+            Denied::Default(_) | Denied::By(_) => Counter::RefusedAuthorization,
+        };
+        if let Some(left_out) = self.shared.telemetry.refused(counter) {
+            let id = caller.id.as_ref().map(ToString::to_string).unwrap_or_default();
+            tracing::warn!(peer = %caller.peer, id, port = self.port.port, %why, left_out, "a connection is refused");
+        }
     }
 
     /// A connection to the app.

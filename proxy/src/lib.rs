@@ -36,6 +36,7 @@
 //! | `outbound`, `inbound`, [`tcp`] | app → mesh; mesh → app; opaque bytes |
 //! | `here`, `in_process`, `refuse` | what leads back to ourselves: handed over within the process, or refused |
 //! | `mtls`, [`rest`] | who calls, by mutual TLS; the end of what rests on a dropped root |
+//! | `inbound_rules` | who may call, as the control plane says it now |
 //! | `forward`, [`http`] | attempts and retries; hyper, and the one table from an error to an answer |
 //! | [`route`], [`policy`] | what the control plane said, ready for requests |
 //! | [`traffic`] | pure: state and `now` in, a decision out: balancing, retries |
@@ -61,6 +62,7 @@ mod here;
 pub mod http;
 mod in_process;
 mod inbound;
+mod inbound_rules;
 pub mod listen;
 mod mtls;
 mod observe;

@@ -32,7 +32,7 @@ pub(crate) fn admin_state(shared: &Arc<Shared>) -> AdminState {
                 }
                 Resolution::NotMesh => json!({ "target": target.to_string(), "destination": null }),
             });
-            json!({ "strict": dump.strict, "mesh": snapshot.mesh(), "known": known.collect::<Vec<_>>() })
+            json!({ "strict": dump.strict, "mesh": snapshot.mesh(), "inbound": snapshot.inbound(), "known": known.collect::<Vec<_>>() })
         }),
         clusters: Box::new(move || {
             let snapshot = clusters.discovery.snapshot();

@@ -151,11 +151,16 @@ impl Discovery {
         self.shared.changes.subscribe()
     }
 
-    /// Waits until the control plane has said what the mesh is: its names, its address ranges. Before that, a name of the
-    /// mesh cannot be told from a stranger's.
+    /// Waits until the control plane has said what the mesh is, its names and address ranges, and who may call. Before that,
+    /// a name of the mesh cannot be told from a stranger's, nor a caller who may call from one who may not.
     pub async fn mesh_known(&self) {
         // An error means that the task is gone; nothing will be said any more, and whoever waits has a deadline.
-        if self.subscribe().wait_for(|snapshot| snapshot.mesh().is_some()).await.is_err() {
+        if self
+            .subscribe()
+            .wait_for(|snapshot| snapshot.mesh().is_some() && snapshot.inbound().is_some())
+            .await
+            .is_err()
+        {
             std::future::pending().await
         }
     }

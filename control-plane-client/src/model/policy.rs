@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::access::Access;
 use super::balancing::LoadBalancer;
 use super::duration;
 use super::health_check::HealthCheck;
@@ -109,12 +110,16 @@ impl BackendPolicy {
 /// What holds for those who call the service beside a proxy.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
-pub struct InboundPolicy {}
+pub struct InboundPolicy {
+    /// Who may call.
+    #[serde(skip_serializing_if = "Access::is_default")]
+    pub access: Access,
+}
 
 impl InboundPolicy {
     /// Whether it can be obeyed; if not, the field and the reason.
     pub fn check(&self) -> Result<(), Unusable> {
-        Ok(())
+        self.access.check()
     }
 }
 

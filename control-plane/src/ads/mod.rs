@@ -23,6 +23,7 @@ use envoy_types::pb::envoy::service::discovery::v3::{
 };
 use rustls::pki_types::CertificateDer;
 use sheetbend_certs::{VerifiedPeer, format_time};
+use sheetbend_control_plane_client::model::ServiceName;
 use sheetbend_control_plane_client::registration::Registration;
 use sheetbend_control_plane_client::xds::Kind;
 use tokio::sync::mpsc;
@@ -40,7 +41,6 @@ use crate::listen::{Certificate, Peer, Who};
 use crate::registry::{Instance, StreamId};
 use crate::state::{Shared, StreamState, Worlds, stopped};
 use crate::trust::{Shown, Trust};
-use crate::world::service_of;
 
 /// Responses under way on one stream; the next change waits, and melts into those after it.
 const UNDER_WAY: usize = 8;
@@ -312,7 +312,11 @@ impl<W: Wire> StreamTask<W> {
         let view = View {
             dialect: &node.dialect,
             namespace: self.leaf.id.workload().map_or("default", |(namespace, _)| namespace),
-            service: service_of(&self.leaf.id),
+            service: self
+                .leaf
+                .id
+                .workload()
+                .map(|(namespace, service)| ServiceName { service: service.into(), namespace: namespace.into() }),
             world: if node.near { &now.near } else { &now.far },
             trust: &now.trust,
             number: now.number,

@@ -11,6 +11,7 @@ use super::kinds::{self, Reference};
 use super::parse::{Checked, mistake};
 use super::{Backend, Parent, RouteBackend, Service, ServicePort, Settings, Slice, SliceEndpoint, SlicePort};
 
+mod access;
 mod balancing;
 mod policy;
 mod routes;
@@ -171,6 +172,7 @@ pub(super) fn settings(raw: kinds::MeshSettings) -> Checked<Settings> {
         mesh_ranges: raw.spec.mesh_ranges.iter().map(range).collect::<Checked<_>>()?,
         allowed_addresses: raw.spec.allowed_addresses.iter().map(range).collect::<Checked<_>>()?,
         outbound_policy,
+        default_inbound_policy: access::default_access(raw.spec.default_inbound_policy.as_ref())?,
     })
 }
 

@@ -194,6 +194,7 @@ pub(super) struct MeshSettingsSpec {
     #[serde(default)]
     pub(super) allowed_addresses: Vec<Spanned<String>>,
     pub(super) outbound_policy: Option<Spanned<String>>,
+    pub(super) default_inbound_policy: Option<Spanned<String>>,
 }
 
 #[derive(Debug, Deserialize)]

@@ -153,6 +153,7 @@ pub(crate) struct Settings {
     pub(crate) mesh_ranges: Vec<IpNet>,
     pub(crate) allowed_addresses: Vec<IpNet>,
     pub(crate) outbound_policy: Option<OutboundPolicy>,
+    pub(crate) default_inbound_policy: Option<sheetbend_control_plane_client::model::DefaultAccess>,
 }
 
 impl Resource {

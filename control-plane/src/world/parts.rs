@@ -190,7 +190,7 @@ impl<'a> Parts<'a> {
 }
 
 /// Beside a local process the service account is the service.
-pub(crate) fn service_of(identity: &SpiffeId) -> Option<ServiceName> {
+fn service_of(identity: &SpiffeId) -> Option<ServiceName> {
     let (namespace, account) = identity.workload()?;
     // With a dot in the namespace, `a.b.c` could be two services.
     if namespace.contains('.') {

@@ -1,8 +1,8 @@
-use sheetbend_control_plane_client::model::{Match, PathMatch};
+use sheetbend_control_plane_client::model::{DefaultAccess, Match, PathMatch};
 
 use super::*;
 use crate::registry::Instance;
-use crate::resources::{Parent, Ranked, Route, RouteBackend, RouteRule, Service};
+use crate::resources::{Parent, Ranked, Route, RouteBackend, RouteRule, Service, Settings};
 use sheetbend_control_plane_client::registration::RegisteredPort;
 
 fn registered(service: &str, ip: [u8; 4], port: u16, inbound: u16) -> Registered {
@@ -169,4 +169,26 @@ fn a_grpc_route_keeps_http_routes_away_from_its_port_and_from_no_other() {
     };
     assert_eq!(names("web.default:8000"), ["default/grpc#0"]);
     assert_eq!(names("web.default:9000"), ["default/http#0"]);
+}
+
+#[test]
+fn who_may_call_is_told_anew_only_where_it_changed() {
+    let settings = |default| {
+        Resource::Settings(Settings {
+            object: name("mesh"),
+            trust_domain: None,
+            mesh_ranges: Vec::new(),
+            allowed_addresses: Vec::new(),
+            outbound_policy: None,
+            default_inbound_policy: Some(default),
+        })
+    };
+    let web = [registered("web", [127, 0, 0, 1], 8000, 41000)];
+    let allow = build(&web, &[settings(DefaultAccess::Allow)], true, &World::default());
+    let again = build(&web, &[settings(DefaultAccess::Allow)], true, &allow);
+    let deny = build(&web, &[settings(DefaultAccess::Allow), settings(DefaultAccess::Deny)], true, &again);
+    for service in [name("web"), name("not-here-yet")] {
+        assert!(Arc::ptr_eq(&allow.inbound(&service), &again.inbound(&service)), "{service}");
+        assert_eq!(deny.inbound(&service).access.default, DefaultAccess::Deny, "{service}: the strictest wins");
+    }
 }

@@ -12,6 +12,7 @@ use sheetbend_control_plane_client::model::Target;
 use super::body::ResponseBody;
 use super::deadline::SetBy;
 use super::headers::{PROXY_STATUS, UNSENT};
+use crate::policy::authz::Denied;
 use crate::telemetry::{Counter, Flags};
 use crate::upstream::{DialError, Place};
 
@@ -75,8 +76,8 @@ pub enum Error {
         /// What is known of the request's fate.
         processed: Processed,
     },
-    /// The caller is not on the list of those who may call.
-    Denied,
+    /// The caller may not.
+    Denied(Denied),
     /// The request would come back to this proxy.
     Loop(SocketAddr),
     /// Nobody knows where the connection was going before it came to this listener.
@@ -118,7 +119,7 @@ impl Error {
             | Self::Overflow(_)
             | Self::TooMany(_)
             | Self::Deadline(_)
-            | Self::Denied
+            | Self::Denied(_)
             | Self::Loop(_)
             | Self::NotRedirected(_)
             | Self::OwnConnection { .. }
@@ -151,7 +152,7 @@ impl Error {
             Self::Deadline(_) | Self::TooSlow { .. } => {
                 (StatusCode::GATEWAY_TIMEOUT, "http_response_timeout", Flags::UPSTREAM_TIMEOUT)
             }
-            Self::Denied => (StatusCode::FORBIDDEN, "http_request_denied", Flags::DENIED),
+            Self::Denied(_) => (StatusCode::FORBIDDEN, "http_request_denied", Flags::DENIED),
             Self::Loop(_) | Self::NotRedirected(_) | Self::OwnConnection { .. } => {
                 (StatusCode::LOOP_DETECTED, "proxy_loop_detected", Flags::LOOP)
             }
@@ -169,12 +170,21 @@ impl Error {
             Self::NoEndpoint(_) => Some(Counter::RejectedNoEndpoint),
             Self::Overflow(_) => Some(Counter::RejectedPending),
             Self::TooMany(_) => Some(Counter::RejectedRequests),
-            Self::Denied => Some(Counter::RefusedNotAllowed),
+            Self::Denied(Denied::NotListed) => Some(Counter::RefusedNotAllowed),
+            Self::Denied(Denied::Default(_) | Denied::By(_)) => Some(Counter::RefusedAuthorization),
             Self::Loop(_) | Self::OwnConnection { .. } => Some(Counter::RefusedLoop),
             Self::NotRedirected(_) => Some(Counter::RefusedNotRedirected),
             Self::NoIdentity => Some(Counter::RefusedNoIdentity),
             Self::Connect { source, .. } => source.counter(),
             Self::Broken { .. } | Self::Deadline(_) | Self::TooSlow { .. } => None,
+        }
+    }
+
+    /// What the log says of it, which may be more than a caller is told.
+    pub fn detail(&self) -> String {
+        match self {
+            Self::Denied(why) => format!("{self}: {why}"),
+            other => other.to_string(),
         }
     }
 
@@ -220,7 +230,7 @@ impl Error {
     pub fn grpc_status(&self) -> http::HeaderMap {
         let code = match self {
             Self::Refused(_) => "13",
-            Self::Denied => "7",
+            Self::Denied(_) => "7",
             Self::Deadline(_) | Self::TooSlow { .. } => "4",
             _ => "14",
         };
@@ -277,7 +287,7 @@ impl fmt::Display for Error {
             Self::TooSlow { endpoint, within, .. } => {
                 write!(f, "no answer of {endpoint} within {within:?} (timeouts.backendRequest)")
             }
-            Self::Denied => f.write_str("the caller is not allowed"),
+            Self::Denied(_) => f.write_str("the caller is not allowed"),
             Self::Loop(own) => write!(f, "{own} is this proxy itself"),
             Self::NotRedirected(own) => write!(
                 f,

@@ -121,7 +121,7 @@ impl Exchange {
         let (status, _, flags) = error.verdict();
         self.status = status.as_u16();
         self.flags |= flags;
-        self.detail = error.to_string();
+        self.detail = error.detail();
         if let Some(counter) = error.counter() {
             self.telemetry.count(counter);
         }

@@ -1,6 +1,7 @@
 //! PURE: which rule takes a request, and which cluster it goes to. What the control plane said comes in, a rule and a name
 //! come out.
 
+pub mod authz;
 mod index;
 
 use http::request;

@@ -1,0 +1,42 @@
+//! What holds for those who call, made ready for requests whenever the control plane says something new.
+
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use sheetbend_control_plane_client::discovery::{Discovery, Snapshot};
+use sheetbend_control_plane_client::model::InboundPolicy;
+
+use crate::policy::authz::Authz;
+
+/// One thing that the control plane said, made ready.
+pub(crate) struct InboundRules {
+    source: Arc<InboundPolicy>,
+    /// Who may call.
+    pub(crate) authz: Authz,
+}
+
+impl InboundRules {
+    fn new(source: Arc<InboundPolicy>) -> Self {
+        Self { authz: Authz::new(&source.access), source }
+    }
+
+    /// What holds now; `None` before a control plane said so, and nobody is let in then.
+    pub(crate) fn of(snapshot: &Snapshot) -> Option<Self> {
+        snapshot.inbound().cloned().map(Self::new)
+    }
+}
+
+/// Keeps the rules as the control plane has them. Connections and requests see the change with their next look.
+pub(crate) async fn follow(discovery: Discovery, rules: Arc<ArcSwap<InboundRules>>) {
+    let mut changes = discovery.subscribe();
+    loop {
+        let said = changes.borrow_and_update().inbound().cloned();
+        if let Some(policy) = said.filter(|policy| !Arc::ptr_eq(policy, &rules.load().source)) {
+            rules.store(Arc::new(InboundRules::new(policy)));
+            tracing::info!("who may call is said anew");
+        }
+        if changes.changed().await.is_err() {
+            return;
+        }
+    }
+}
