@@ -15,12 +15,14 @@ mod access;
 mod balancing;
 pub mod duration;
 mod health_check;
+mod limits;
 mod matching;
 mod policy;
 
 pub use access::{Access, DefaultAccess};
 pub use balancing::{ConsistentHash, HttpCookie, LoadBalancer, LocalityLbSetting, MAX_RING, Simple, Standing, Warmup};
 pub use health_check::{GrpcCheck, HealthCheck, HttpCheck, Statuses, TcpCheck};
+pub use limits::{ConnectionPool, HttpPool, TcpPool};
 pub use matching::{BadPattern, MAX_PATTERN, Match, PathMatch, Pattern, TextMatch};
 pub use policy::{BackendPolicy, InboundPolicy, OutlierDetection, RulePolicy, Timeouts, Unusable};
 

@@ -23,8 +23,9 @@ use crate::http::headers::{self, SENT_VERSION, UNSENT};
 use crate::http::upgrade;
 use crate::rest::Rest;
 use crate::telemetry::{Counter, Protocol, Telemetry};
+use crate::traffic::limit::Limit;
 use crate::traffic::retry::{self, Failure, Verdict};
-use crate::upstream::{Checkout, Lease, Pool, SendError, Wire};
+use crate::upstream::{Checkout, DialError, Lease, Permit, Pool, SendError, Wire};
 
 /// What an attempt needs beside the request.
 pub(crate) struct Way<'a> {
@@ -140,7 +141,10 @@ impl Way<'_> {
         let (answer, checkout) = match answered {
             Ok(answered) => answered?,
             Err(within) => {
-                lease.too_slow();
+                // A wait of our own making, for one of as many connections as there may be, is no fault of its.
+                if sent || !lease.endpoint.bounds.limits.of(Limit::Connections).is_full() {
+                    lease.too_slow();
+                }
                 let processed = if sent { Processed::Maybe } else { Processed::No(Counter::RetriedTimeout) };
                 return Err(Error::TooSlow { endpoint: lease.endpoint.place.clone(), within, processed });
             }
@@ -150,10 +154,10 @@ impl Way<'_> {
             _ => lease.answered(speaks_well(&answer)),
         }
         let (mut head, body) = answer.into_parts();
-        if head.status == StatusCode::SWITCHING_PROTOCOLS
-            && let Some(rest) = checkout.rest()
-        {
-            head.extensions.insert(rest.clone());
+        if head.status == StatusCode::SWITCHING_PROTOCOLS {
+            // What becomes of the connection rests and counts as it did.
+            checkout.rest().and_then(|rest| head.extensions.insert(rest.clone()));
+            checkout.permit().and_then(|permit| head.extensions.insert(Arc::clone(permit)));
         }
         Ok(Response::from_parts(head, ResponseBody::of_endpoint(body, checkout, lease, deadline)))
     }
@@ -172,6 +176,10 @@ impl Way<'_> {
             Some(ready) => ready,
             // Allocates: a connection's beginning is large, and every request would carry room for it.
             None => {
+                let Some(_pending) = endpoint.bounds.take(Limit::Pending) else {
+                    lease.unreachable(&DialError::Overflow(Limit::Pending));
+                    return Err(Error::overflow(Limit::Pending, &endpoint.place));
+                };
                 let checkout = self.pool.checkout(endpoint, wire, fresh, self.identity, self.telemetry);
                 match checkout.boxed().await {
                     Ok(connected) => connected,
@@ -303,7 +311,8 @@ pub(crate) fn finish(
         if let Some(client) = client {
             telemetry.count(Counter::UpgradesTunnelled);
             let rest = answer.extensions_mut().remove::<Rest>();
-            upgrade::join(client, hyper::upgrade::on(&mut answer), rest, drain.subscribe());
+            let held = (exchange.give_permits(), answer.extensions_mut().remove::<Arc<Permit>>());
+            upgrade::join(client, hyper::upgrade::on(&mut answer), rest, drain.subscribe(), held);
         }
         exchange.complete();
         return answer.map(|_| ResponseBody::empty());

@@ -11,7 +11,7 @@ use sheetbend_control_plane_client::model::Resolution;
 use crate::admin::{AdminState, logging};
 use crate::app::Shared;
 use crate::telemetry::{Counter, Gauge};
-use crate::upstream::{Pooled, Windows};
+use crate::upstream::{Bounded, Bounds, Endpoints, Pooled, Windows};
 
 /// What the admin port needs of a running proxy.
 pub(crate) fn admin_state(shared: &Arc<Shared>) -> AdminState {
@@ -40,7 +40,7 @@ pub(crate) fn admin_state(shared: &Arc<Shared>) -> AdminState {
                 Resolution::Mesh(destination) => Some(json!(destination.clusters)),
                 Resolution::NotMesh => None,
             });
-            serde_json::Value::Array(found.collect())
+            json!({ "clusters": found.collect::<Vec<_>>(), "limits": limits(&clusters.endpoints) })
         }),
         breakers: Box::new(move || crate::breakers::document(&breakers.endpoints)),
         certs: Box::new(move || match certs.identity.current() {
@@ -63,6 +63,21 @@ pub(crate) fn admin_state(shared: &Arc<Shared>) -> AdminState {
         log_filter: Box::new(logging::filter),
         set_log_filter: Box::new(logging::set_filter),
     }
+}
+
+/// How full every limit is, in the order of what they are of.
+fn limits(endpoints: &Endpoints) -> Vec<serde_json::Value> {
+    let mut all = endpoints.all_bounds();
+    all.sort_by(|(a, _), (b, _)| a.cmp(b));
+    let shown = |(of, bounds): &(Bounded, Arc<Bounds>)| {
+        let mut one = json!({ "of": of.to_string() });
+        for limit in of.limits() {
+            let slots = bounds.limits.of(*limit);
+            one[limit.word()] = json!({ "taken": slots.taken(), "most": slots.most() });
+        }
+        one
+    };
+    all.iter().map(shown).collect()
 }
 
 /// Levels that somebody else keeps, taken over when they are asked for: nothing is paid for them on a request's way.

@@ -30,12 +30,10 @@ use crate::rewind::Rewind;
 use crate::route::{Candidates, Route, Routes};
 use crate::tcp::Abort;
 use crate::telemetry::{Counter, Protocol, Reporter};
+use crate::traffic::limit::Limit;
 use crate::traffic::retry::Retrying;
-use crate::upstream::{BoxIo, EndpointState, Pool, Wire, dial};
+use crate::upstream::{BoxIo, EndpointState, Permit, Pool, Wire, dial};
 use crate::worker::Live;
-
-/// Requests of one worker to one destination at once; 100,000 for the usual two.
-const MOST_REQUESTS: u64 = 50_000;
 
 /// One worker's way out. Cheap to clone.
 #[derive(Clone)]
@@ -187,9 +185,8 @@ impl Outbound {
         let (rule, endpoints) = route.choose(head);
         let protocol = protocol(head);
         let now = self.shared.epoch.elapsed();
-        if route.budget.in_flight() >= MOST_REQUESTS {
-            return Err(Error::TooMany(target));
-        }
+        let overflow = || Error::overflow(Limit::Requests, &target);
+        exchange.holding(endpoints.bounds.take(Limit::Requests).ok_or_else(overflow)?);
         exchange.within(&route.budget, now);
 
         let upgrade = headers::asks_upgrade(head);
@@ -228,7 +225,7 @@ impl Outbound {
         let mut tried: Option<Arc<EndpointState>> = None;
         let mut before = 0;
         // Until the answer's head is here.
-        let mut retrying = None;
+        let mut retrying: Option<(Retrying<'_>, Permit)> = None;
         loop {
             let idempotent = headers::is_idempotent(outgoing.head);
             let lease = route.pick(endpoints, tried.as_ref(), idempotent, self.shared.epoch.elapsed())?;
@@ -241,7 +238,13 @@ impl Outbound {
             let result = way.attempt(lease, wire, fresh, time, &mut outgoing).await;
             let again = way.again(&result, &outgoing, before, endpoint.is_ours(), &route.budget);
             let Some(after) = again else { return result };
-            drop(retrying.replace(Retrying(&route.budget)));
+            drop(retrying.take());
+            let taken = Retrying(&route.budget);
+            let Some(permit) = endpoint.bounds.take(Limit::Retries) else {
+                self.shared.telemetry.count(Counter::OverflowRetries);
+                return result;
+            };
+            drop(retrying.replace((taken, permit)));
             drop(result);
             tokio::time::sleep(after).await;
             before += 1;
@@ -297,6 +300,8 @@ impl Outbound {
 
     async fn connect(&self, route: &Route) -> Result<Connected, Error> {
         let mut tried = None;
+        let full = || Error::overflow(Limit::Connections, route.target());
+        let permit = route.opaque().bounds.take(Limit::Connections).ok_or_else(full)?;
         loop {
             let (now, telemetry) = (self.shared.epoch.elapsed(), &self.shared.telemetry);
             let mut lease = route.pick(route.opaque(), tried.as_ref(), true, now)?;
@@ -307,7 +312,7 @@ impl Outbound {
                 Err(error) => lease.unreachable(error),
             }
             match dialed {
-                Ok(dialed) => return Ok(Connected { endpoint, io: dialed.io, rest: dialed.rest }),
+                Ok(dialed) => return Ok(Connected { endpoint, io: dialed.io, rest: dialed.rest, permit }),
                 // Nothing was sent yet: another endpoint may be tried, once.
                 Err(_) if tried.is_none() && route.opaque().len() > 1 => tried = Some(endpoint),
                 Err(source) => {
@@ -321,7 +326,7 @@ impl Outbound {
     /// Bytes that nobody looks into.
     async fn opaque(&self, io: BoxIo, bytes: BytesMut, route: &Route, dialed: Option<Connected>, peer: SocketAddr) {
         let _under_way = self.shared.outbound_drain.subscribe();
-        let Connected { endpoint, io: mut server, rest } = match dialed {
+        let Connected { endpoint, io: mut server, rest, permit: _counted } = match dialed {
             Some(dialed) => dialed,
             None => match self.connect(route).await {
                 Ok(dialed) => dialed,
@@ -356,6 +361,7 @@ struct Connected {
     endpoint: Arc<EndpointState>,
     io: BoxIo,
     rest: Option<Rest>,
+    permit: Permit,
 }
 
 /// What is spoken to an endpoint. One that is not ours, behind TLS, chooses itself between HTTP's versions.

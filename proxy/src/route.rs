@@ -15,7 +15,7 @@ use crate::telemetry::{Counter, Telemetry};
 use crate::traffic::balance;
 use crate::traffic::outlier::{Floor, Picked, Vitals};
 use crate::traffic::retry::Budget;
-use crate::upstream::{EndpointState, Endpoints, Lease, Place};
+use crate::upstream::{Bounded, Bounds, EndpointState, Endpoints, Lease, Place};
 
 /// A destination made ready.
 pub struct Route {
@@ -38,10 +38,18 @@ pub struct Candidates {
     floor: Option<Arc<Floor>>,
     /// Running sums of their weights, where those differ.
     shares: Option<Vec<u64>>,
+    /// How much may be under way to all of them.
+    pub bounds: Arc<Bounds>,
 }
 
 impl Candidates {
-    fn new(endpoints: Vec<Arc<EndpointState>>, weights: &[u32], floor: Option<Arc<Floor>>, now: Duration) -> Self {
+    fn new(
+        endpoints: Vec<Arc<EndpointState>>,
+        weights: &[u32],
+        floor: Option<Arc<Floor>>,
+        bounds: Arc<Bounds>,
+        now: Duration,
+    ) -> Self {
         let differ = weights.windows(2).any(|pair| pair[0] != pair[1]);
         let sums = weights.iter().scan(0, |sum, weight| {
             *sum += u64::from(*weight);
@@ -52,7 +60,7 @@ impl Candidates {
         if let Some(floor) = &floor {
             floor.follow(Arc::clone(&vitals), now);
         }
-        Self { endpoints, vitals, floor, shares }
+        Self { endpoints, vitals, floor, shares, bounds }
     }
 
     /// How many there are.
@@ -75,10 +83,10 @@ impl Route {
                 endpoints.at(place, endpoint.transport.clone(), service.clone(), Some(name))
             });
             let weights: Vec<u32> = cluster.endpoints.iter().map(|endpoint| endpoint.standing.weight).collect();
-            (
-                name.clone(),
-                Candidates::new(all.collect(), &weights, Some(endpoints.floor(name)), endpoints.epoch.elapsed()),
-            )
+            let bounds = endpoints.bounds(Bounded::Service(cluster.service.clone()));
+            bounds.limits.follow(cluster.policy.connection_pool.as_ref());
+            let (floor, now) = (Some(endpoints.floor(name)), endpoints.epoch.elapsed());
+            (name.clone(), Candidates::new(all.collect(), &weights, floor, bounds, now))
         });
         let clusters = clusters.collect();
         let index = Index::new(&destination.rules);
@@ -87,8 +95,9 @@ impl Route {
 
     fn elsewhere(target: Target, endpoints: &Endpoints) -> Self {
         let place = target.address().map_or_else(|| Place::Name(target.clone()), Place::Address);
-        let elsewhere =
-            Candidates::new(vec![endpoints.at(place, Transport::Plain, None, None)], &[1], None, Duration::ZERO);
+        let endpoint = endpoints.at(place, Transport::Plain, None, None);
+        let bounds = Arc::clone(&endpoint.bounds);
+        let elsewhere = Candidates::new(vec![endpoint], &[1], None, bounds, Duration::ZERO);
         Self {
             target,
             destination: None,
@@ -102,6 +111,11 @@ impl Route {
     /// What the control plane says of it; `None` outside the mesh.
     pub fn destination(&self) -> Option<&Arc<Destination>> {
         self.destination.as_ref()
+    }
+
+    /// What leads here.
+    pub fn target(&self) -> &Target {
+        &self.target
     }
 
     /// The rule that takes a request, if one does, and the endpoints that may answer it.
@@ -130,7 +144,7 @@ impl Route {
         retryable: bool,
         now: Duration,
     ) -> Result<Lease, Error> {
-        let Candidates { endpoints, vitals, floor, shares } = candidates;
+        let Candidates { endpoints, vitals, floor, shares, .. } = candidates;
         let excluded = tried.and_then(|tried| endpoints.iter().position(|endpoint| Arc::ptr_eq(endpoint, tried)));
         let balance = |bits, chance| {
             let cost = |at: usize| vitals.get(at).map_or(f64::INFINITY, |vitals| vitals.cost(chance, now));

@@ -13,6 +13,7 @@ use super::access::Access;
 use super::balancing::LoadBalancer;
 use super::duration;
 use super::health_check::HealthCheck;
+use super::limits::ConnectionPool;
 
 /// What a rule wants of the requests that it takes.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -72,6 +73,9 @@ pub struct BackendPolicy {
     /// How endpoints are asked whether they are well.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub health_check: Option<HealthCheck>,
+    /// How much may be under way to it at once.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub connection_pool: Option<ConnectionPool>,
 }
 
 /// `outlierDetection`. What is not said is as it is without a policy.
@@ -94,6 +98,7 @@ impl BackendPolicy {
     pub fn check(&self) -> Result<(), Unusable> {
         self.load_balancer.as_ref().map_or(Ok(()), LoadBalancer::check)?;
         self.health_check.as_ref().map_or(Ok(()), HealthCheck::check)?;
+        self.connection_pool.as_ref().map_or(Ok(()), ConnectionPool::check)?;
         let Some(detection) = &self.outlier_detection else { return Ok(()) };
         match (detection.base_ejection_time, detection.max_ejection_time) {
             (Some(base), _) if base.is_zero() => {

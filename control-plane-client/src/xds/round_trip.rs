@@ -89,6 +89,7 @@ fn backend_policy(at: usize) -> Arc<BackendPolicy> {
         outlier_detection: (at % 2 == 1).then_some(detection),
         load_balancer: Some(balancer),
         health_check: at.is_multiple_of(2).then_some(check),
+        ..BackendPolicy::default()
     })
 }
 

@@ -13,6 +13,7 @@ use super::{Backend, Parent, RouteBackend, Service, ServicePort, Settings, Slice
 
 mod access;
 mod balancing;
+mod limits;
 mod policy;
 mod routes;
 

@@ -9,6 +9,7 @@ use serde::{Deserialize, Deserializer};
 use serde_saphyr::Spanned;
 
 pub(super) mod balancing;
+pub(super) mod limits;
 mod routes;
 
 pub(super) use routes::*;
@@ -215,6 +216,7 @@ pub(super) struct BackendPolicySpec {
     pub(super) outlier_detection: Option<Spanned<OutlierDetection>>,
     pub(super) load_balancer: Option<Spanned<balancing::LoadBalancer>>,
     pub(super) health_check: Option<Spanned<balancing::HealthCheck>>,
+    pub(super) connection_pool: Option<Spanned<limits::ConnectionPool>>,
 }
 
 #[derive(Debug, Deserialize)]

@@ -14,6 +14,7 @@ use super::deadline::SetBy;
 use super::headers::{PROXY_STATUS, UNSENT};
 use crate::policy::authz::Denied;
 use crate::telemetry::{Counter, Flags};
+use crate::traffic::limit::Limit;
 use crate::upstream::{DialError, Place};
 
 /// What is wrong with the request itself.
@@ -45,10 +46,13 @@ pub enum Error {
     NotAllowed(Target),
     /// The destination has no endpoint.
     NoEndpoint(String),
-    /// Too many requests wait for a connection.
-    Overflow(Place),
-    /// Too many requests to the destination are under way.
-    TooMany(Target),
+    /// A limit of ours is reached.
+    Overflow {
+        /// Which.
+        limit: Limit,
+        /// Whose: a destination, an endpoint, or a route.
+        of: Box<str>,
+    },
     /// The endpoint could not be reached.
     Connect {
         /// Which.
@@ -94,10 +98,17 @@ pub enum Error {
 }
 
 impl Error {
+    /// A limit of ours is reached.
+    pub fn overflow(limit: Limit, of: impl fmt::Display) -> Self {
+        Self::Overflow { limit, of: of.to_string().into() }
+    }
+
     /// An endpoint that could not be reached.
     pub fn unreachable(endpoint: Place, why: DialError) -> Self {
+        if let Some(limit) = why.limit() {
+            return Self::overflow(limit, &endpoint);
+        }
         match why {
-            DialError::Overflow | DialError::WaitedTooLong => Self::Overflow(endpoint),
             DialError::Loop(own) => Self::Loop(own),
             DialError::Shared(why) => match *why {
                 DialError::Loop(own) => Self::Loop(own),
@@ -116,8 +127,7 @@ impl Error {
             | Self::NoAnswer(_)
             | Self::NotAllowed(_)
             | Self::NoEndpoint(_)
-            | Self::Overflow(_)
-            | Self::TooMany(_)
+            | Self::Overflow { .. }
             | Self::Deadline(_)
             | Self::Denied(_)
             | Self::Loop(_)
@@ -136,7 +146,7 @@ impl Error {
             Self::NoEndpoint(_) => {
                 (StatusCode::SERVICE_UNAVAILABLE, "destination_unavailable", Flags::NO_HEALTHY_UPSTREAM)
             }
-            Self::Overflow(_) | Self::TooMany(_) => {
+            Self::Overflow { .. } => {
                 (StatusCode::SERVICE_UNAVAILABLE, "connection_limit_reached", Flags::UPSTREAM_OVERFLOW)
             }
             Self::Connect { source, .. } => source.verdict(),
@@ -168,8 +178,7 @@ impl Error {
             Self::NoAnswer(_) => Some(Counter::RejectedNoDiscovery),
             Self::NotAllowed(_) => Some(Counter::RefusedPolicy),
             Self::NoEndpoint(_) => Some(Counter::RejectedNoEndpoint),
-            Self::Overflow(_) => Some(Counter::RejectedPending),
-            Self::TooMany(_) => Some(Counter::RejectedRequests),
+            Self::Overflow { limit, .. } => Some(Counter::overflow(*limit)),
             Self::Denied(Denied::NotListed) => Some(Counter::RefusedNotAllowed),
             Self::Denied(Denied::Default(_) | Denied::By(_)) => Some(Counter::RefusedAuthorization),
             Self::Loop(_) | Self::OwnConnection { .. } => Some(Counter::RefusedLoop),
@@ -275,10 +284,7 @@ impl fmt::Display for Error {
                 write!(f, "{target} is not in the mesh, and outboundPolicy Deny allows nothing else")
             }
             Self::NoEndpoint(cluster) => write!(f, "{cluster} has no endpoint"),
-            Self::TooMany(target) => write!(f, "too many requests to {target} are under way"),
-            Self::Overflow(endpoint) => {
-                write!(f, "too many requests wait for a connection to {endpoint}, or one waited for too long")
-            }
+            Self::Overflow { limit, of } => write!(f, "the limit of {limit} is reached for {of}"),
             Self::Connect { endpoint, source } => write!(f, "cannot connect to {endpoint}: {source}"),
             Self::Broken { endpoint, source, .. } => {
                 write!(f, "the connection to {endpoint} broke before an answer: {}", Causes(source))

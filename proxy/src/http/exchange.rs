@@ -12,7 +12,10 @@ use super::error::{Causes, Error, h2_reason};
 use super::headers::X_REQUEST_ID;
 use crate::telemetry::{AccessEntry, Edge, Flags, Outcome, Reporter, Telemetry};
 use crate::traffic::retry::Budget;
-use crate::upstream::EndpointState;
+use crate::upstream::{EndpointState, Permit};
+
+/// What a request takes up of its limits.
+pub type Permits = [Option<Permit>; 2];
 
 /// What is counted when it ends.
 pub struct Exchange {
@@ -37,6 +40,8 @@ pub struct Exchange {
     detail: String,
     endpoint: Option<Arc<EndpointState>>,
     budget: Option<Arc<Budget>>,
+    /// What it takes up of its limits: of the destination, and of the route.
+    permits: Permits,
     ended: bool,
 }
 
@@ -83,6 +88,7 @@ impl Exchange {
             detail: String::new(),
             endpoint: None,
             budget: None,
+            permits: Permits::default(),
             ended: false,
         })
     }
@@ -101,6 +107,20 @@ impl Exchange {
     pub fn within(&mut self, budget: &Arc<Budget>, now: std::time::Duration) {
         budget.begin(now);
         self.budget = Some(Arc::clone(budget));
+    }
+
+    /// Takes up one of what is limited until the end.
+    pub fn holding(&mut self, permit: Permit) {
+        let free = self.permits.iter_mut().find(|held| held.is_none());
+        debug_assert!(free.is_some(), "there are as many places as there are limits of a request");
+        if let Some(free) = free {
+            *free = Some(permit);
+        }
+    }
+
+    /// What it takes up, for what goes on after it.
+    pub fn give_permits(&mut self) -> Permits {
+        std::mem::take(&mut self.permits)
     }
 
     /// An attempt begins.

@@ -34,10 +34,16 @@ pub fn connection(upgraded: Upgraded) -> BoxIo {
 }
 
 /// Carries bytes between two connections once both have left HTTP. `rest` is what the one within the mesh rests on;
-/// whoever stops this proxy waits until `under_way` is dropped.
-pub fn join(client: OnUpgrade, server: OnUpgrade, rest: Option<Rest>, under_way: watch::Receiver<bool>) {
+/// whoever stops this proxy waits until `under_way` is dropped. `held` is what the tunnel takes up for as long as it lasts.
+pub fn join(
+    client: OnUpgrade,
+    server: OnUpgrade,
+    rest: Option<Rest>,
+    under_way: watch::Receiver<bool>,
+    held: impl Send + 'static,
+) {
     tokio::spawn(async move {
-        let _under_way = under_way;
+        let (_under_way, _held) = (under_way, held);
         let (Ok(client), Ok(server)) = (client.await, server.await) else { return };
         let (mut client, mut server) = (connection(client), connection(server));
         splice_for(&mut client, &mut server, rest, |_| {}).await;
@@ -65,7 +71,7 @@ mod tests {
         tokio::spawn(connection.with_upgrades());
         let client = hyper::upgrade::on(&mut request);
         let mut answer = sender.send_request(request).await.unwrap();
-        join(client, hyper::upgrade::on(&mut answer), None, watch::channel(false).1);
+        join(client, hyper::upgrade::on(&mut answer), None, watch::channel(false).1, ());
         answer.map(|_| ResponseBody::empty())
     }
 

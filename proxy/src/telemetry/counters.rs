@@ -2,6 +2,8 @@
 
 use metrics::{Key, Label, Level, Metadata, Recorder};
 
+use crate::traffic::limit::Limit;
+
 macro_rules! metrics_of_the_process {
     ($(#[$doc:meta])* $type:ident; $($variant:ident $name:literal { $($label:ident: $value:literal),* } $help:literal;)+) => {
         $(#[$doc])*
@@ -69,10 +71,14 @@ metrics_of_the_process! {
     HeadersTooLarge "sheetbend_rejected_requests_total" { reason: "headers_too_large" } "Requests this proxy answered itself, by why.";
     HeadersTooSlow "sheetbend_rejected_requests_total" { reason: "headers_too_slow" } "Requests this proxy answered itself, by why.";
     Smuggling "sheetbend_rejected_requests_total" { reason: "smuggling" } "Requests this proxy answered itself, by why.";
-    RejectedPending "sheetbend_rejected_requests_total" { reason: "pending" } "Requests this proxy answered itself, by why.";
-    RejectedRequests "sheetbend_rejected_requests_total" { reason: "requests" } "Requests this proxy answered itself, by why.";
     RejectedNoEndpoint "sheetbend_rejected_requests_total" { reason: "no_endpoint" } "Requests this proxy answered itself, by why.";
     RejectedNoDiscovery "sheetbend_rejected_requests_total" { reason: "no_discovery" } "Requests this proxy answered itself, by why.";
+
+    OverflowConnections "sheetbend_overflow_total" { limit: "connections" } "What a limit turned away at once, by which limit.";
+    OverflowPending "sheetbend_overflow_total" { limit: "pending" } "What a limit turned away at once, by which limit.";
+    OverflowRequests "sheetbend_overflow_total" { limit: "requests" } "What a limit turned away at once, by which limit.";
+    OverflowRetries "sheetbend_overflow_total" { limit: "retries" } "What a limit turned away at once, by which limit.";
+    OverflowRoute "sheetbend_overflow_total" { limit: "route" } "What a limit turned away at once, by which limit.";
 
     ResolvedMesh "sheetbend_resolved_total" { result: "mesh" } "Destinations traffic named, by what they turned out to be.";
     ResolvedNotMesh "sheetbend_resolved_total" { result: "not_mesh" } "Destinations traffic named, by what they turned out to be.";
@@ -132,6 +138,17 @@ fn key(name: &'static str, labels: &'static [(&'static str, &'static str)]) -> K
 }
 
 impl Counter {
+    /// What a reached limit counts as.
+    pub fn overflow(limit: Limit) -> Self {
+        match limit {
+            Limit::Connections => Self::OverflowConnections,
+            Limit::Pending => Self::OverflowPending,
+            Limit::Requests => Self::OverflowRequests,
+            Limit::Retries => Self::OverflowRetries,
+            Limit::Route => Self::OverflowRoute,
+        }
+    }
+
     pub(super) fn register(self, recorder: &dyn Recorder) -> metrics::Counter {
         let (name, help, labels) = self.describe();
         recorder.describe_counter(name.into(), None, help.into());

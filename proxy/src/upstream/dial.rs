@@ -14,11 +14,12 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
-use super::{EndpointState, Own, Place};
+use super::{EndpointState, Own, Permit, Place};
 use crate::listen::{expect_steady_reader, tune};
 use crate::rest::Rest;
 use crate::tcp::Abort;
 use crate::telemetry::{Counter, Flags, Telemetry};
+use crate::traffic::limit::Limit;
 
 /// For a TCP connection within the mesh.
 const CONNECT_MESH: Duration = Duration::from_secs(1);
@@ -81,12 +82,12 @@ pub enum DialError {
         "this name leads to {0}, which is of the mesh and not called in plain: call it by its address or its own name"
     )]
     OfMesh(SocketAddr),
-    /// Too many requests wait for a connection.
-    #[error("too many requests wait for a connection")]
-    Overflow,
-    /// This one waited for too long.
-    #[error("no connection became free in time")]
-    WaitedTooLong,
+    /// A limit of the destination is reached.
+    #[error("the limit of {0} is reached")]
+    Overflow(Limit),
+    /// This one waited for too long for a connection.
+    #[error("no connection became free in time, within the limit of {0}")]
+    WaitedTooLong(Limit),
     /// What somebody else met who wanted the same connection.
     #[error("{0}")]
     Shared(#[source] Arc<DialError>),
@@ -115,7 +116,7 @@ impl DialError {
             Self::Loop(_) => (StatusCode::LOOP_DETECTED, "proxy_loop_detected", Flags::LOOP),
             Self::OfMesh(_) => (StatusCode::BAD_GATEWAY, "destination_ip_prohibited", Flags::NO_ROUTE),
             Self::Shared(error) => error.verdict(),
-            Self::Overflow | Self::WaitedTooLong => {
+            Self::Overflow(_) | Self::WaitedTooLong(_) => {
                 (StatusCode::SERVICE_UNAVAILABLE, "connection_limit_reached", Flags::UPSTREAM_OVERFLOW)
             }
         }
@@ -123,6 +124,15 @@ impl DialError {
 }
 
 impl DialError {
+    /// Which limit of ours is reached, if that is why.
+    pub fn limit(&self) -> Option<Limit> {
+        match self {
+            Self::Overflow(limit) | Self::WaitedTooLong(limit) => Some(*limit),
+            Self::Shared(error) => error.limit(),
+            _ => None,
+        }
+    }
+
     /// What a refusal of ours is counted as; none where it is the other end that cannot be reached.
     pub fn counter(&self) -> Option<Counter> {
         match self {
@@ -132,7 +142,7 @@ impl DialError {
             Self::Identity { .. } => Some(Counter::RefusedIdentity),
             Self::Loop(_) => Some(Counter::RefusedLoop),
             Self::OfMesh(_) => Some(Counter::RefusedPolicy),
-            Self::Overflow | Self::WaitedTooLong => Some(Counter::RejectedPending),
+            Self::Overflow(limit) | Self::WaitedTooLong(limit) => Some(Counter::overflow(*limit)),
             Self::Shared(error) => error.counter(),
             Self::Tcp(_)
             | Self::TcpTimeout(_)
@@ -152,6 +162,8 @@ pub(crate) struct Dialed {
     pub(crate) http2: bool,
     /// What it rests on; nothing where there is no TLS.
     pub(crate) rest: Option<Rest>,
+    /// Counts it among its destination's connections.
+    pub(crate) permit: Option<Arc<Permit>>,
 }
 
 /// Connects to an endpoint. `alpn` says what will be spoken; of a peer that is not ours, [`MeshAlpn::H2`] asks for
@@ -166,7 +178,7 @@ pub(crate) async fn dial(
     if let Some(address) = endpoint.socket_address().filter(|address| own.is_listener(*address)) {
         return Err(DialError::Loop(address));
     }
-    let plain = |io| Dialed { io, http2: alpn == MeshAlpn::H2, rest: None };
+    let plain = |io| Dialed { io, http2: alpn == MeshAlpn::H2, rest: None, permit: None };
     let (expected, ours) = match &endpoint.transport {
         Transport::Sheetbend(id) => (id, true),
         Transport::MutualTls(id) => (id, false),
@@ -236,7 +248,7 @@ pub(crate) async fn dial(
         // A peer that has never heard of ALPN speaks HTTP/1.1 (RFC 7301 §3.2, RFC 9113 §3.3).
         (false, agreed) => agreed == Some(ALPN_H2),
     };
-    Ok(Dialed { io: Box::new(stream), http2, rest: Some(Rest::on(found.root, identity)) })
+    Ok(Dialed { io: Box::new(stream), http2, rest: Some(Rest::on(found.root, identity)), permit: None })
 }
 
 async fn connect(place: &Place, within: Duration) -> Result<TcpStream, DialError> {

@@ -67,8 +67,8 @@ impl Lease {
             // We refused ourselves, or somebody else reports it.
             DialError::Loop(_)
             | DialError::OfMesh(_)
-            | DialError::Overflow
-            | DialError::WaitedTooLong
+            | DialError::Overflow(_)
+            | DialError::WaitedTooLong(_)
             | DialError::NoIdentity
             | DialError::OwnExpired(_)
             | DialError::Shared(_) => self.report(Outcome::Unknown),

@@ -2,10 +2,12 @@
 //!
 //! - [`EndpointState`]: one place that can answer, with what is learned about it. Shared by all workers, kept across
 //!   snapshots.
+//! - [`Bounds`]: how much may be under way to a destination at once, and what is.
 //! - `dial`: TCP, and mutual TLS where the endpoint is meshed. A meshed endpoint is never dialed in plain.
 //! - `own`: endpoints that are this proxy itself, handed to its inbound side.
 //! - [`Pool`]: the HTTP connections of one worker.
 
+mod bounds;
 mod dial;
 mod lease;
 mod own;
@@ -24,6 +26,7 @@ use std::time::{Duration, Instant};
 use sheetbend_certs::SpiffeId;
 use sheetbend_control_plane_client::model::{ClusterName, ServicePort, Target, Transport};
 
+pub use bounds::{Bounds, Permit};
 pub use dial::{BoxIo, DialError, Io};
 pub(crate) use dial::{Dialed, dial};
 pub use lease::Lease;
@@ -35,6 +38,7 @@ pub use sender::{SendError, Sender, Wire};
 pub(crate) use windows::{STREAMS, Windows};
 
 use crate::telemetry::{Edge, EdgeKey, Peer, Protocol, Reporter, Telemetry};
+use crate::traffic::limit::Limit;
 use crate::traffic::outlier::{Floor, Tally, Vitals};
 
 /// Where an endpoint is.
@@ -68,6 +72,8 @@ pub struct EndpointState {
     /// What is learned of it.
     pub vitals: Arc<Vitals>,
     backend: Option<ClusterName>,
+    /// How much may be under way to what it is part of.
+    pub bounds: Arc<Bounds>,
     /// Who else is in its backend; nobody ejects what is alone.
     floor: Option<Arc<Floor>>,
     /// The start of the clock by which loads and ejections count.
@@ -88,6 +94,7 @@ impl EndpointState {
             service,
             vitals: Arc::default(),
             backend: None,
+            bounds: Arc::default(),
             floor: None,
             epoch: Instant::now(),
             number,
@@ -164,6 +171,7 @@ impl Default for Endpoints {
 struct Known {
     endpoints: HashMap<Key, Remembered>,
     floors: HashMap<ClusterName, Arc<Floor>>,
+    bounds: HashMap<Bounded, Arc<Bounds>>,
     /// What floors decided that are gone.
     past: Tally,
     swept: Duration,
@@ -177,6 +185,39 @@ struct Remembered {
 
 /// Of two backends, the same place is two endpoints: what the one's callers meet is not what the other's do.
 type Key = (Place, Transport2, Option<ClusterName>);
+
+/// What has limits of its own.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Bounded {
+    /// A service port of the mesh, by whichever name or address it is called.
+    Service(ServicePort),
+    /// What is no part of the mesh.
+    Elsewhere(Target),
+    /// The requests to a service port that one route takes: `default/web`.
+    Route(ServicePort, Arc<str>),
+}
+
+impl Bounded {
+    /// What is limited of it.
+    pub fn limits(&self) -> &'static [Limit] {
+        match self {
+            Self::Service(_) | Self::Elsewhere(_) => {
+                &[Limit::Connections, Limit::Pending, Limit::Requests, Limit::Retries]
+            }
+            Self::Route(..) => &[Limit::Route],
+        }
+    }
+}
+
+impl fmt::Display for Bounded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Service(service) => service.fmt(f),
+            Self::Elsewhere(target) => target.fmt(f),
+            Self::Route(service, route) => write!(f, "{service} by route {route}"),
+        }
+    }
+}
 
 /// [`Transport`] as a key.
 #[derive(Clone, PartialEq, Eq, Hash)]
@@ -201,6 +242,7 @@ impl Known {
             remembered.unused = (!used).then_some(since);
             used || now < since + KEPT
         });
+        self.bounds.retain(|_, bounds| Arc::strong_count(bounds) > 1);
         let past = &mut self.past;
         self.floors.retain(|_, floor| {
             let used = Arc::strong_count(floor) > 1;
@@ -209,6 +251,10 @@ impl Known {
             }
             used
         });
+    }
+
+    fn bounds(&mut self, of: Bounded) -> Arc<Bounds> {
+        Arc::clone(self.bounds.entry(of).or_default())
     }
 
     fn floor(&mut self, backend: &ClusterName) -> Arc<Floor> {
@@ -244,8 +290,15 @@ impl Endpoints {
             return Arc::clone(&remembered.endpoint);
         }
         let floor = backend.map(|backend| known.floor(backend));
+        let bounds = match (&service, &place) {
+            (Some((service, _)), _) => known.bounds(Bounded::Service(service.clone())),
+            (None, Place::Name(target)) => known.bounds(Bounded::Elsewhere(target.clone())),
+            (None, Place::Address(address) | Place::App(address)) => {
+                known.bounds(Bounded::Elsewhere(Target::from(*address)))
+            }
+        };
         let new = EndpointState::new(place, transport, service);
-        let endpoint = Arc::new(EndpointState { backend: backend.cloned(), floor, epoch: self.epoch, ..new });
+        let endpoint = Arc::new(EndpointState { backend: backend.cloned(), bounds, floor, epoch: self.epoch, ..new });
         known.endpoints.insert(key, Remembered { endpoint: Arc::clone(&endpoint), unused: None });
         endpoint
     }
@@ -260,6 +313,18 @@ impl Endpoints {
     /// Who is ejected among a backend's endpoints.
     pub(crate) fn floor(&self, backend: &ClusterName) -> Arc<Floor> {
         self.lock().floor(backend)
+    }
+
+    /// The limits of a service port, of a route, or of what is elsewhere. Asked when a destination is indexed.
+    pub fn bounds(&self, of: Bounded) -> Arc<Bounds> {
+        self.lock().bounds(of)
+    }
+
+    /// All limits of what is in use.
+    pub(crate) fn all_bounds(&self) -> Vec<(Bounded, Arc<Bounds>)> {
+        let known = self.lock();
+        let used = known.bounds.iter().filter(|(_, bounds)| Arc::strong_count(bounds) > 1);
+        used.map(|(of, bounds)| (of.clone(), Arc::clone(bounds))).collect()
     }
 
     /// What was decided about ejections so far.

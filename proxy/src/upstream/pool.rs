@@ -12,11 +12,12 @@ use sheetbend_control_plane_client::model::Transport;
 use tokio::sync::watch;
 
 use super::sender::{Sender, Wire, connect_h2, until_over};
-use super::turn::Turns;
-use super::{DialError, Dialed, EndpointState, Own, STREAMS, dial};
+use super::turn::{Turns, WAITS};
+use super::{Bounds, DialError, Dialed, EndpointState, Own, Permit, STREAMS, dial};
 use crate::http::body::RequestBody;
 use crate::rest::Rest;
 use crate::telemetry::Telemetry;
+use crate::traffic::limit::Limit;
 
 /// Streams on one shared connection before another is dialed: 80 % of the [`STREAMS`] that our proxies allow. Where a peer allows
 /// fewer, 80 % of those: hyper would queue the rest without saying so.
@@ -34,6 +35,7 @@ struct Connections {
     /// The one used last is at the end.
     kept: VecDeque<Kept>,
     turns: Arc<Turns>,
+    bounds: Arc<Bounds>,
     /// Whether the endpoint is of the mesh.
     mesh: bool,
     /// The endpoint chose HTTP/1.1 when it was asked for either: nothing is shared, and nobody takes turns.
@@ -45,6 +47,8 @@ struct Kept {
     sender: http1::SendRequest<RequestBody>,
     since: Instant,
     rest: Option<Rest>,
+    /// Requests so far.
+    carried: u64,
 }
 
 impl Kept {
@@ -58,6 +62,8 @@ struct SharedConnection {
     sender: http2::SendRequest<RequestBody>,
     /// Under way on it.
     streams: Arc<AtomicUsize>,
+    /// Requests so far.
+    carried: u64,
     /// As many as the peer allows at the moment.
     allowed: Arc<AtomicUsize>,
     root: Option<Sha256>,
@@ -100,6 +106,9 @@ impl All {
     fn of(&mut self, endpoint: &EndpointState) -> &mut Connections {
         let connections = self.of.entry(endpoint.number).or_default();
         connections.mesh = endpoint.identity().is_some();
+        if !Arc::ptr_eq(&connections.bounds, &endpoint.bounds) {
+            connections.bounds = Arc::clone(&endpoint.bounds);
+        }
         connections
     }
 
@@ -108,6 +117,14 @@ impl All {
         let in_bundle = |root| self.bundle.as_ref().is_none_or(|bundle| bundle.contains(root));
         root.is_none_or(|root| !self.is_over && in_bundle(root))
     }
+}
+
+/// What comes of the wish for one more connection.
+enum Room {
+    /// One was free meanwhile.
+    Ready(Sender),
+    /// One may be dialed; counted by this.
+    ToDial(Arc<Permit>),
 }
 
 /// One use of a connection.
@@ -119,25 +136,30 @@ pub struct Checkout {
     streams: Option<Arc<AtomicUsize>>,
     /// What the connection rests on, where it has one of its own.
     rest: Option<Rest>,
+    /// Counts a connection of its own that is new, so that what it is turned into counts too.
+    permit: Option<Arc<Permit>>,
+    /// Requests that its own connection carries or has carried.
+    carried: u64,
 }
 
 impl Checkout {
     fn begin(pool: &Arc<Pool>, endpoint: &Arc<EndpointState>) -> Self {
         endpoint.vitals.load.begin();
         let (pool, endpoint) = (Arc::clone(pool), Arc::clone(endpoint));
-        Self { pool, endpoint, sender: None, streams: None, rest: None }
+        Self { pool, endpoint, sender: None, streams: None, rest: None, permit: None, carried: 1 }
     }
 
     /// The exchange has ended well: the connection may serve another.
     pub fn give_back(mut self) {
         if let Some(sender) = self.sender.take().filter(|sender| !sender.is_closed()) {
             let mut all = self.pool.lock();
-            if !all.believes(self.rest.as_ref().map(Rest::root)) {
+            if !all.believes(self.rest.as_ref().map(Rest::root)) || self.endpoint.bounds.limits.is_used_up(self.carried)
+            {
                 return;
             }
             let kept = &mut all.of(&self.endpoint).kept;
             if kept.len() < MOST_KEPT {
-                kept.push_back(Kept { sender, since: Instant::now(), rest: self.rest.take() });
+                kept.push_back(Kept { sender, since: Instant::now(), rest: self.rest.take(), carried: self.carried });
             }
         }
     }
@@ -155,14 +177,24 @@ impl Checkout {
         let builder = http1::Builder::new().max_headers(100).clone();
         let (sender, connection) = builder.handshake(TokioIo::new(dialed.io)).await.map_err(DialError::Http)?;
         self.rest = dialed.rest;
+        self.permit = dialed.permit.clone();
+        let (rest, permit) = (self.rest.clone(), dialed.permit);
         // Its end is told to whoever has a request on it.
-        tokio::spawn(until_over(connection.with_upgrades(), self.rest.clone()));
+        tokio::spawn(async move {
+            let _permit = permit;
+            until_over(connection.with_upgrades(), rest).await;
+        });
         Ok(Sender::Http1(sender))
     }
 
     /// What an HTTP/1.1 connection rests on, for when it leaves HTTP behind.
     pub fn rest(&self) -> Option<&Rest> {
         self.rest.as_ref()
+    }
+
+    /// What counts a new HTTP/1.1 connection, for when it leaves HTTP behind.
+    pub fn permit(&self) -> Option<&Arc<Permit>> {
+        self.permit.as_ref()
     }
 }
 
@@ -172,6 +204,7 @@ impl Drop for Checkout {
             streams.fetch_sub(1, Relaxed);
         }
         self.endpoint.vitals.load.end();
+        self.endpoint.bounds.tell_waiting();
     }
 }
 
@@ -210,8 +243,12 @@ impl Pool {
             return Ok((sender, checkout));
         }
         if wire == Wire::Http1 {
+            let permit = match self.room(wire, fresh, &mut checkout).await? {
+                Room::Ready(sender) => return Ok((sender, checkout)),
+                Room::ToDial(permit) => Some(permit),
+            };
             let dialed = dial(endpoint, MeshAlpn::Http1, identity, telemetry, &self.own).await?;
-            return Ok((checkout.alone(dialed).await?, checkout));
+            return Ok((checkout.alone(Dialed { permit, ..dialed }).await?, checkout));
         }
         let turns = {
             let mut all = self.lock();
@@ -219,7 +256,7 @@ impl Pool {
             (!connections.chose_http1).then(|| Arc::clone(&connections.turns))
         };
         let Some(turns) = turns else {
-            return Ok((self.dial_either(&mut checkout, identity, telemetry).await?, checkout));
+            return Ok((self.dial_either(wire, fresh, &mut checkout, identity, telemetry).await?, checkout));
         };
         let turn = turns.take().await?;
         // Whoever had the turn before may have dialed what serves us too, or may have failed for us too.
@@ -229,7 +266,7 @@ impl Pool {
         if let Some(failure) = turn.failed_meanwhile() {
             return Err(failure);
         }
-        match self.dial_either(&mut checkout, identity, telemetry).await {
+        match self.dial_either(wire, fresh, &mut checkout, identity, telemetry).await {
             Ok(sender) => Ok((sender, checkout)),
             Err(error) => Err(turn.fail(error)),
         }
@@ -237,13 +274,20 @@ impl Pool {
 
     /// A new connection: to be shared, unless the endpoint chose HTTP/1.1.
     async fn dial_either(
-        &self,
+        self: &Arc<Self>,
+        wire: Wire,
+        fresh: bool,
         checkout: &mut Checkout,
         identity: &IdentityStore,
         telemetry: &Telemetry,
     ) -> Result<Sender, DialError> {
+        let permit = match self.room(wire, fresh, checkout).await? {
+            Room::Ready(sender) => return Ok(sender),
+            Room::ToDial(permit) => Some(permit),
+        };
         let endpoint = Arc::clone(&checkout.endpoint);
         let dialed = dial(&endpoint, MeshAlpn::H2, identity, telemetry, &self.own).await?;
+        let dialed = Dialed { permit, ..dialed };
         self.lock().of(&endpoint).chose_http1 = !dialed.http2;
         if !dialed.http2 {
             return checkout.alone(dialed).await;
@@ -254,10 +298,46 @@ impl Pool {
         checkout.streams = Some(Arc::clone(&streams));
         let mut all = self.lock();
         if all.believes(root) {
-            let shared = SharedConnection { sender: sender.clone(), streams, allowed, root };
-            all.of(&endpoint).shared.push(shared);
+            let shared = SharedConnection { sender: sender.clone(), streams, carried: 1, allowed, root };
+            if !endpoint.bounds.limits.is_used_up(shared.carried) {
+                all.of(&endpoint).shared.push(shared);
+            }
         }
         Ok(Sender::Http2(sender))
+    }
+
+    /// Room for one more connection; where the destination has as many as it may, the wait for one of them.
+    async fn room(self: &Arc<Self>, wire: Wire, fresh: bool, checkout: &mut Checkout) -> Result<Room, DialError> {
+        let bounds = Arc::clone(&checkout.endpoint.bounds);
+        bounds.dialed_by(self);
+        if let Some(permit) = bounds.take(Limit::Connections) {
+            return Ok(Room::ToDial(Arc::new(permit)));
+        }
+        let room = bounds.until(|| {
+            if let Some(sender) = self.take(wire, fresh, checkout) {
+                return Some(Room::Ready(sender));
+            }
+            // What is kept for nothing but the next request, to whichever of its endpoints and by whichever worker, is
+            // given up; its end is told like any other's.
+            let permit = bounds.take(Limit::Connections);
+            if permit.is_none() {
+                bounds.pools().iter().any(|pool| pool.drop_idle(&bounds));
+            }
+            permit.map(|permit| Room::ToDial(Arc::new(permit)))
+        });
+        tokio::time::timeout(WAITS, room).await.map_err(|_| DialError::WaitedTooLong(Limit::Connections))
+    }
+
+    /// Lets go of one connection on which nothing is under way, if there is one.
+    fn drop_idle(&self, bounds: &Arc<Bounds>) -> bool {
+        let mut all = self.lock();
+        let of = all.of.values_mut().filter(|connections| Arc::ptr_eq(&connections.bounds, bounds));
+        of.into_iter().any(|connections| {
+            connections.kept.retain(|kept| !kept.sender.is_closed());
+            connections.shared.retain(|shared| !shared.sender.is_closed());
+            let idle = connections.shared.iter().position(|shared| shared.streams.load(Relaxed) == 0);
+            connections.kept.pop_front().is_some() || idle.map(|at| connections.shared.swap_remove(at)).is_some()
+        })
     }
 
     /// Follows the bundle for as long as it is polled: connections that rest on a root which is no longer believed take
@@ -321,8 +401,9 @@ impl Pool {
         let chooses = matches!(checkout.endpoint.transport, Transport::MutualTls(_));
         let mut all = self.lock();
         let connections = all.of.get_mut(&checkout.endpoint.number)?;
+        let limits = &checkout.endpoint.bounds.limits;
         if wire == Wire::Http2
-            && let Some((sender, streams)) = connections.take_shared()
+            && let Some((sender, streams)) = connections.take_shared(|carried| limits.is_used_up(carried))
         {
             checkout.streams = Some(streams);
             return Some(Sender::Http2(sender));
@@ -331,7 +412,7 @@ impl Pool {
             return None;
         }
         let kept = connections.take_kept()?;
-        checkout.rest = kept.rest;
+        (checkout.rest, checkout.carried) = (kept.rest, kept.carried + 1);
         Some(Sender::Http1(kept.sender))
     }
 }
@@ -347,18 +428,26 @@ impl Connections {
     }
 
     /// The shared connection with the fewest streams, if it has room.
-    fn take_shared(&mut self) -> Option<(http2::SendRequest<RequestBody>, Arc<AtomicUsize>)> {
+    fn take_shared(
+        &mut self,
+        is_used_up: impl FnOnce(u64) -> bool,
+    ) -> Option<(http2::SendRequest<RequestBody>, Arc<AtomicUsize>)> {
         let mut idle = 0;
         self.shared.retain(|shared| {
             let unused = shared.streams.load(Relaxed) == 0;
             idle += usize::from(unused);
             !shared.sender.is_closed() && (!unused || idle <= IDLE_SHARED)
         });
-        let emptiest = self.shared.iter().min_by_key(|shared| shared.streams.load(Relaxed))?;
-        if emptiest.is_full() {
-            return None;
-        }
+        let streams = |at: &usize| self.shared.get(*at).map_or(usize::MAX, |shared| shared.streams.load(Relaxed));
+        let at = (0..self.shared.len()).min_by_key(streams)?;
+        let emptiest = self.shared.get_mut(at).filter(|shared| !shared.is_full())?;
         emptiest.streams.fetch_add(1, Relaxed);
-        Some((emptiest.sender.clone(), Arc::clone(&emptiest.streams)))
+        emptiest.carried += 1;
+        let taken = (emptiest.sender.clone(), Arc::clone(&emptiest.streams));
+        if is_used_up(emptiest.carried) {
+            // It ends with the last of its streams.
+            self.shared.swap_remove(at);
+        }
+        Some(taken)
     }
 }

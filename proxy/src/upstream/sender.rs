@@ -113,10 +113,11 @@ pub(super) async fn connect_h2(
         builder.max_concurrent_reset_streams(256).max_local_error_reset_streams(None);
     }
     let (sender, connection) = builder.handshake(TokioIo::new(dialed.io)).await.map_err(DialError::Http)?;
+    let permit = dialed.permit;
     let allowed = Arc::new(AtomicUsize::new(connection.current_max_send_streams()));
     let told = Arc::clone(&allowed);
     let connection = async move {
-        let _window = window;
+        let _window = (window, permit);
         let mut connection = std::pin::pin!(connection);
         std::future::poll_fn(|cx| {
             let ended = connection.as_mut().poll(cx);

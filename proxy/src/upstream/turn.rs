@@ -1,5 +1,5 @@
 //! Who may dial a shared connection: one at a time, so that a burst of requests does not dial one each. The others wait, not
-//! too many and not for long, and a failure is theirs too: they do not fail one after the other.
+//! for long, and a failure is theirs too: they do not fail one after the other.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -9,28 +9,17 @@ use tokio::sync::MutexGuard;
 use tokio::time::timeout;
 
 use super::DialError;
+use crate::traffic::limit::Limit;
 
-/// Requests that wait for a connection to one endpoint, for all workers of two together 10,000.
-const MOST_WAITING: usize = 5_000;
 /// How long one waits at most: for somebody else's TCP connection (1 s) and handshake (2 s), and then some.
-const WAITS: Duration = Duration::from_secs(5);
+pub(super) const WAITS: Duration = Duration::from_secs(5);
 
 /// The turns of one endpoint.
 #[derive(Default)]
 pub(super) struct Turns {
-    waiting: AtomicUsize,
     /// How many dials have failed, and how the last one did.
     failures: AtomicUsize,
     last: tokio::sync::Mutex<Option<Arc<DialError>>>,
-}
-
-/// One who waits.
-struct Waiting<'a>(&'a Turns);
-
-impl Drop for Waiting<'_> {
-    fn drop(&mut self) {
-        self.0.waiting.fetch_sub(1, Relaxed);
-    }
 }
 
 /// One's turn, until this is dropped.
@@ -42,15 +31,10 @@ pub(super) struct Turn<'a> {
 }
 
 impl Turns {
-    /// Waits for one's turn. `Err` when too many wait, or it takes too long.
+    /// Waits for one's turn. `Err` when it takes too long.
     pub(super) async fn take(&self) -> Result<Turn<'_>, DialError> {
         let before = self.failures.load(Relaxed);
-        let others = self.waiting.fetch_add(1, Relaxed);
-        let _waiting = Waiting(self);
-        if others >= MOST_WAITING {
-            return Err(DialError::Overflow);
-        }
-        let last = timeout(WAITS, self.last.lock()).await.map_err(|_| DialError::WaitedTooLong)?;
+        let last = timeout(WAITS, self.last.lock()).await.map_err(|_| DialError::WaitedTooLong(Limit::Pending))?;
         Ok(Turn { turns: self, last, before })
     }
 }
@@ -91,25 +75,13 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn nobody_waits_for_ever_and_no_more_wait_than_may() {
+    async fn nobody_waits_for_ever() {
         let turns = Arc::new(Turns::default());
         let held = turns.take().await.unwrap();
-        let waiting: Vec<_> = (0..MOST_WAITING)
-            .map(|_| {
-                let turns = Arc::clone(&turns);
-                tokio::spawn(async move { turns.take().await.err().map(|error| error.to_string()) })
-            })
-            .collect();
-        while turns.waiting.load(Relaxed) < MOST_WAITING {
-            tokio::task::yield_now().await;
-        }
-        assert!(matches!(turns.take().await.err(), Some(DialError::Overflow)));
         let began = tokio::time::Instant::now();
-        for one in waiting {
-            assert_eq!(one.await.unwrap(), Some(DialError::WaitedTooLong.to_string()));
-        }
+        let waited = turns.take().await.err().map(|error| error.to_string());
+        assert_eq!(waited, Some(DialError::WaitedTooLong(Limit::Pending).to_string()));
         assert_eq!(began.elapsed().as_secs(), WAITS.as_secs());
-        assert_eq!(turns.waiting.load(Relaxed), 0);
         drop(held);
         assert!(turns.take().await.is_ok());
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_saphyr::{Location, Spanned};
 use sheetbend_control_plane_client::model::{self, RulePolicy, Unusable, duration};
 
-use super::{Backend, Parent, balancing, kinds, name_of, to_service};
+use super::{Backend, Parent, balancing, kinds, limits, name_of, to_service};
 use crate::resources::parse::{Checked, mistake};
 
 /// What an HTTPRoute's rule says beyond where its requests go. `at` is where it begins.
@@ -48,11 +48,12 @@ pub(in crate::resources) fn backend_policy(raw: kinds::BackendPolicy) -> Checked
     }
     policy.load_balancer = spec.load_balancer.as_ref().map(balancing::load_balancer).transpose()?;
     policy.health_check = spec.health_check.as_ref().map(balancing::health_check).transpose()?;
+    policy.connection_pool = spec.connection_pool.as_ref().map(limits::connection_pool).transpose()?;
     policy.check().or_else(|error| refused(&error, at))?;
     Ok(Backend { object, targets, policy: policy.into() })
 }
 
-fn refused<T>(error: &Unusable, at: Location) -> Checked<T> {
+pub(super) fn refused<T>(error: &Unusable, at: Location) -> Checked<T> {
     mistake(at, error.to_string(), None)
 }
 
