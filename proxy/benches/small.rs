@@ -14,13 +14,12 @@ use sheetbend_control_plane_client::model::{Backend, Match, PathMatch, Resolutio
 use sheetbend_proxy::detect::detect;
 use sheetbend_proxy::http::headers;
 use sheetbend_proxy::policy::Index;
-use sheetbend_proxy::route::Routes;
+use sheetbend_proxy::route::{Caller, Routes};
 use sheetbend_proxy::telemetry::{
     AccessLogSettings, EdgeKey, Flags, Outcome, Peer, Protocol, Reporter, Settings, Telemetry,
 };
 use sheetbend_proxy::traffic::balance::{self, Load};
 use sheetbend_proxy::traffic::retry::Budget;
-use sheetbend_proxy::upstream::Endpoints;
 
 use self::mesh::{Mesh, PATIENCE};
 
@@ -84,7 +83,7 @@ fn routing(c: &mut Criterion) {
         let discovery = mesh.discovery("caller").await;
         known(&discovery, &target, ENDPOINTS).await;
         let routes = Routes::default();
-        let first = routes.to(&target, &discovery, &Endpoints::default(), false, &telemetry()).await;
+        let first = routes.to(&target, &discovery, &Arc::default(), false, &telemetry()).await;
         assert!(first.is_ok_and(|route| route.destination().is_some()), "a route in the mesh");
         (routes, discovery, (mesh, servers))
     });
@@ -95,7 +94,11 @@ fn routing(c: &mut Criterion) {
     });
     let route = routes.known(&target, &discovery, false).expect("a known target");
     group.bench_function(format!("endpoint of {ENDPOINTS}"), |b| {
-        b.iter(|| route.pick(route.choose(black_box(&head)).1, None, true, Duration::from_secs(5)).map(drop));
+        b.iter(|| {
+            route
+                .pick(route.choose(black_box(&head)).1, &Caller::default(), &[], true, Duration::from_secs(5))
+                .map(drop)
+        });
     });
 }
 
@@ -109,7 +112,7 @@ fn balancing(c: &mut Criterion) {
                 // A linear congruential generator (Knuth's MMIX): chance is an argument of `pick`, not its cost.
                 chance = chance.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
                 let now = Duration::from_secs(5);
-                balance::pick(len, None, black_box(chance), |at| loads.get(at).map_or(f64::MAX, |load| load.cost(now)))
+                balance::pick(len, black_box(chance), |at| loads.get(at).map_or(f64::MAX, |load| load.cost(now)))
             });
         });
     }

@@ -137,7 +137,7 @@ pub(crate) struct Shared {
     pub(crate) identity: Arc<IdentityStore>,
     pub(crate) discovery: Discovery,
     pub(crate) telemetry: Arc<Telemetry>,
-    pub(crate) endpoints: Endpoints,
+    pub(crate) endpoints: Arc<Endpoints>,
     pub(crate) epoch: Instant,
     pub(crate) deny_unknown: bool,
     pub(crate) strict: bool,
@@ -306,7 +306,7 @@ impl Proxy {
             ports: feeds.iter().map(|(listener, port)| (listener.local_addr(), Arc::clone(port))).collect(),
             redirected: (!redirected.is_empty()).then(|| Redirected::new(service.to_string(), protocols)),
         });
-        let endpoints = Endpoints::default();
+        let endpoints = Arc::new(Endpoints::in_zone(Arc::clone(&config.standing.zone)));
         let shared = Arc::new(Shared {
             identity,
             discovery,

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use futures_util::FutureExt;
+use http::header::SET_COOKIE;
 use http::{Method, Request, Response, Version, request};
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
@@ -27,7 +28,7 @@ use crate::http::upgrade;
 use crate::refuse::refuse;
 use crate::rest::{Rest, splice_for};
 use crate::rewind::Rewind;
-use crate::route::{Candidates, Route, Routes};
+use crate::route::{Caller, Candidates, Route, Routes};
 use crate::tcp::Abort;
 use crate::telemetry::{Counter, Protocol, Reporter};
 use crate::traffic::limit::Limit;
@@ -85,7 +86,7 @@ impl Outbound {
         first.iter().for_each(|first| self.shared.telemetry.detected(*first));
         let mut dialed = None;
         if matches!(first, Ok(FirstBytes::ServerFirst)) {
-            let mut server = match self.connect(&route).await {
+            let mut server = match self.connect(&route, peer).await {
                 Ok(server) => server,
                 Err(error) => return self.refuse(io, bytes, error, peer).await,
             };
@@ -183,6 +184,7 @@ impl Outbound {
         };
         let route = self.route(&target).await?;
         let (rule, endpoints) = route.choose(head);
+        let mut caller = endpoints.caller(Some(&head.headers), peer);
         let protocol = protocol(head);
         let now = self.shared.epoch.elapsed();
         let overflow = || Error::overflow(Limit::Requests, &target);
@@ -209,26 +211,29 @@ impl Outbound {
         let sent = head.version;
         let outgoing = Outgoing { head, authority, sent, body, passed, upgrade, deadline, once: false };
         let time = timeouts.and_then(|timeouts| timeouts.backend_request).filter(|time| !time.is_zero());
-        let attempts = Attempts { route: &route, endpoints, protocol, expects, time };
-        let answer = within(of_route, pin!(self.attempts(attempts, outgoing, exchange))).await?;
+        let attempts = Attempts { route: &route, endpoints, caller: &caller, protocol, expects, time };
+        let mut answer = within(of_route, pin!(self.attempts(attempts, outgoing, exchange))).await?;
+        if let Some(cookie) = caller.cookie.take() {
+            answer.headers_mut().append(SET_COOKIE, *cookie);
+        }
         Ok((answer, client))
     }
 
     /// As many attempts as it takes, and as there may be.
     async fn attempts(
         &self,
-        Attempts { route, endpoints, protocol, expects, time }: Attempts<'_>,
+        Attempts { route, endpoints, caller, protocol, expects, time }: Attempts<'_>,
         mut outgoing: Outgoing<'_>,
         exchange: &mut Exchange,
     ) -> Result<Response<ResponseBody>, Error> {
         let way = self.way();
-        let mut tried: Option<Arc<EndpointState>> = None;
+        let mut tried: Vec<Arc<EndpointState>> = Vec::new();
         let mut before = 0;
         // Until the answer's head is here.
         let mut retrying: Option<(Retrying<'_>, Permit)> = None;
         loop {
             let idempotent = headers::is_idempotent(outgoing.head);
-            let lease = route.pick(endpoints, tried.as_ref(), idempotent, self.shared.epoch.elapsed())?;
+            let lease = route.pick(endpoints, caller, &tried, idempotent, self.shared.epoch.elapsed())?;
             let endpoint = Arc::clone(&lease.endpoint);
             exchange.on(Arc::clone(endpoint.edge(&self.shared.telemetry, protocol)));
             exchange.attempt(&endpoint);
@@ -248,7 +253,7 @@ impl Outbound {
             drop(result);
             tokio::time::sleep(after).await;
             before += 1;
-            tried = Some(endpoint);
+            tried.push(endpoint);
         }
     }
 
@@ -298,13 +303,14 @@ impl Outbound {
         Way { pool: &self.pool, identity: &shared.identity, telemetry: &shared.telemetry, epoch: shared.epoch }
     }
 
-    async fn connect(&self, route: &Route) -> Result<Connected, Error> {
-        let mut tried = None;
+    async fn connect(&self, route: &Route, peer: SocketAddr) -> Result<Connected, Error> {
+        let caller = route.opaque().caller(None, peer);
+        let mut tried = Vec::new();
         let full = || Error::overflow(Limit::Connections, route.target());
         let permit = route.opaque().bounds.take(Limit::Connections).ok_or_else(full)?;
         loop {
             let (now, telemetry) = (self.shared.epoch.elapsed(), &self.shared.telemetry);
-            let mut lease = route.pick(route.opaque(), tried.as_ref(), true, now)?;
+            let mut lease = route.pick(route.opaque(), &caller, &tried, true, now)?;
             let endpoint = Arc::clone(&lease.endpoint);
             let dialed = dial(&endpoint, MeshAlpn::Tcp, &self.shared.identity, telemetry, &self.pool.own).await;
             match &dialed {
@@ -314,7 +320,7 @@ impl Outbound {
             match dialed {
                 Ok(dialed) => return Ok(Connected { endpoint, io: dialed.io, rest: dialed.rest, permit }),
                 // Nothing was sent yet: another endpoint may be tried, once.
-                Err(_) if tried.is_none() && route.opaque().len() > 1 => tried = Some(endpoint),
+                Err(_) if tried.is_empty() && route.opaque().len() > 1 => tried.push(endpoint),
                 Err(source) => {
                     endpoint.edge(&self.shared.telemetry, Protocol::Tcp).connection_failed();
                     return Err(Error::unreachable(endpoint.place.clone(), source));
@@ -328,7 +334,7 @@ impl Outbound {
         let _under_way = self.shared.outbound_drain.subscribe();
         let Connected { endpoint, io: mut server, rest, permit: _counted } = match dialed {
             Some(dialed) => dialed,
-            None => match self.connect(route).await {
+            None => match self.connect(route, peer).await {
                 Ok(dialed) => dialed,
                 Err(error) => return self.refuse(io, bytes, error, peer).await,
             },
@@ -349,6 +355,7 @@ impl Outbound {
 struct Attempts<'a> {
     route: &'a Route,
     endpoints: &'a Candidates,
+    caller: &'a Caller,
     protocol: Protocol,
     /// The client waits until it is asked for the body.
     expects: bool,

@@ -2,109 +2,72 @@
 //! when the control plane says something new.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use http::request;
 use sheetbend_control_plane_client::discovery::Discovery;
-use sheetbend_control_plane_client::model::{ClusterName, Destination, Resolution, Rule, Target, Transport};
+use sheetbend_control_plane_client::model::{Cluster, ClusterName, Destination, Resolution, Rule, Target, Transport};
+
+mod candidates;
+
+pub use candidates::{Caller, Candidates};
 
 use crate::http::error::Error;
 use crate::policy::{self, Index};
 use crate::telemetry::{Counter, Telemetry};
-use crate::traffic::balance;
-use crate::traffic::outlier::{Floor, Picked, Vitals};
 use crate::traffic::retry::Budget;
-use crate::upstream::{Bounded, Bounds, EndpointState, Endpoints, Lease, Place};
+use crate::upstream::{Bounded, EndpointState, Endpoints, Lease, Place};
 
 /// A destination made ready.
 pub struct Route {
     target: Target,
     destination: Option<Arc<Destination>>,
     index: Index,
-    clusters: BTreeMap<ClusterName, Candidates>,
+    clusters: BTreeMap<ClusterName, Arc<Candidates>>,
     /// Where it goes when it is no part of the mesh, and where it goes when there is nowhere to go.
     elsewhere: Candidates,
     /// How many retries there may be.
     pub budget: Arc<Budget>,
-}
-
-/// Endpoints that may answer a request.
-#[derive(Default)]
-pub struct Candidates {
-    endpoints: Vec<Arc<EndpointState>>,
-    vitals: Arc<[Arc<Vitals>]>,
-    /// Who of them is ejected; nobody outside the mesh.
-    floor: Option<Arc<Floor>>,
-    /// Running sums of their weights, where those differ.
-    shares: Option<Vec<u64>>,
-    /// How much may be under way to all of them.
-    pub bounds: Arc<Bounds>,
-}
-
-impl Candidates {
-    fn new(
-        endpoints: Vec<Arc<EndpointState>>,
-        weights: &[u32],
-        floor: Option<Arc<Floor>>,
-        bounds: Arc<Bounds>,
-        now: Duration,
-    ) -> Self {
-        let differ = weights.windows(2).any(|pair| pair[0] != pair[1]);
-        let sums = weights.iter().scan(0, |sum, weight| {
-            *sum += u64::from(*weight);
-            Some(*sum)
-        });
-        let shares = differ.then(|| sums.collect());
-        let vitals: Arc<[_]> = endpoints.iter().map(|endpoint| Arc::clone(&endpoint.vitals)).collect();
-        if let Some(floor) = &floor {
-            floor.follow(Arc::clone(&vitals), now);
-        }
-        Self { endpoints, vitals, floor, shares, bounds }
-    }
-
-    /// How many there are.
-    pub fn len(&self) -> usize {
-        self.endpoints.len()
-    }
-
-    /// Whether there is none.
-    pub fn is_empty(&self) -> bool {
-        self.endpoints.is_empty()
-    }
+    /// Whether its successor is being made ready.
+    renewing: AtomicBool,
 }
 
 impl Route {
-    fn mesh(target: Target, destination: Arc<Destination>, endpoints: &Endpoints, budget: Arc<Budget>) -> Self {
+    /// Of what did not change since `old` was made, that is used again.
+    fn mesh(target: Target, destination: Arc<Destination>, endpoints: &Endpoints, old: Option<&Self>) -> Self {
         let clusters = destination.clusters.iter().map(|(name, cluster)| {
-            let service = Some((cluster.service.clone(), destination.trust_domain.clone()));
-            let all = cluster.endpoints.iter().map(|endpoint| {
-                let place = Place::Address(endpoint.address);
-                endpoints.at(place, endpoint.transport.clone(), service.clone(), Some(name))
-            });
-            let weights: Vec<u32> = cluster.endpoints.iter().map(|endpoint| endpoint.standing.weight).collect();
-            let bounds = endpoints.bounds(Bounded::Service(cluster.service.clone()));
-            bounds.limits.follow(cluster.policy.connection_pool.as_ref());
-            let (floor, now) = (Some(endpoints.floor(name)), endpoints.epoch.elapsed());
-            (name.clone(), Candidates::new(all.collect(), &weights, floor, bounds, now))
+            let known = old.and_then(|old| old.clusters.get(name)).filter(|known| known.are_of(cluster));
+            let candidates = known
+                .map_or_else(|| Arc::new(candidates(name, cluster, &destination.trust_domain, endpoints)), Arc::clone);
+            (name.clone(), candidates)
         });
         let clusters = clusters.collect();
         let index = Index::new(&destination.rules);
-        Self { target, index, clusters, destination: Some(destination), elsewhere: Candidates::default(), budget }
+        let budget = old.map(|old| Arc::clone(&old.budget)).unwrap_or_default();
+        let elsewhere = Candidates::default();
+        Self {
+            target,
+            index,
+            clusters,
+            destination: Some(destination),
+            elsewhere,
+            budget,
+            renewing: AtomicBool::default(),
+        }
     }
 
     fn elsewhere(target: Target, endpoints: &Endpoints) -> Self {
         let place = target.address().map_or_else(|| Place::Name(target.clone()), Place::Address);
-        let endpoint = endpoints.at(place, Transport::Plain, None, None);
-        let bounds = Arc::clone(&endpoint.bounds);
-        let elsewhere = Candidates::new(vec![endpoint], &[1], None, bounds, Duration::ZERO);
         Self {
             target,
             destination: None,
             index: Index::default(),
             clusters: BTreeMap::new(),
-            elsewhere,
+            elsewhere: Candidates::alone(endpoints.at(place, Transport::Plain, None, None)),
             budget: Arc::default(),
+            renewing: AtomicBool::default(),
         }
     }
 
@@ -132,42 +95,52 @@ impl Route {
 
     /// Those of a cluster. Of the mesh, and therefore never elsewhere: that is empty here.
     fn of(&self, cluster: &ClusterName) -> &Candidates {
-        self.clusters.get(cluster).unwrap_or(&self.elsewhere)
+        self.clusters.get(cluster).map_or(&self.elsewhere, |candidates| candidates)
     }
 
-    /// Picks one of those that may answer, another one than `tried` where there is another. A request that may be sent
-    /// again may be the one that tries an ejected endpoint. `now` is the time on the endpoints' clock.
+    /// Picks one of those that may answer `caller`, another one than those `tried` where there is another. A request that may
+    /// be sent again may be the one that tries an ejected endpoint. `now` is the time on the endpoints' clock.
     pub fn pick(
         &self,
         candidates: &Candidates,
-        tried: Option<&Arc<EndpointState>>,
+        caller: &Caller,
+        tried: &[Arc<EndpointState>],
         retryable: bool,
         now: Duration,
     ) -> Result<Lease, Error> {
-        let Candidates { endpoints, vitals, floor, shares, .. } = candidates;
-        let excluded = tried.and_then(|tried| endpoints.iter().position(|endpoint| Arc::ptr_eq(endpoint, tried)));
-        let balance = |bits, chance| {
-            let cost = |at: usize| vitals.get(at).map_or(f64::INFINITY, |vitals| vitals.cost(chance, now));
-            match shares {
-                None => balance::pick(endpoints.len(), excluded, bits, cost),
-                Some(shares) => balance::pick_weighted(shares, excluded, bits, cost),
-            }
-        };
-        let picked = match floor {
-            Some(floor) => floor.pick(vitals, retryable && tried.is_none(), now, rand::random, balance),
-            None => balance(rand::random(), 1.0).map(|at| Picked { at, probe: false }),
-        };
-        let found = picked.and_then(|picked| Some((picked, Arc::clone(endpoints.get(picked.at)?))));
-        let (picked, endpoint) = found.ok_or_else(|| Error::NoEndpoint(self.target.to_string()))?;
+        let picked = candidates.pick(caller, tried, retryable && tried.is_empty(), now);
+        let (picked, endpoint) = picked.ok_or_else(|| Error::NoEndpoint(self.target.to_string()))?;
         Ok(Lease::of(endpoint, picked, now))
     }
+}
+
+fn candidates(
+    name: &ClusterName,
+    cluster: &Arc<Cluster>,
+    trust_domain: &Arc<str>,
+    endpoints: &Endpoints,
+) -> Candidates {
+    let service = Some((cluster.service.clone(), Arc::clone(trust_domain)));
+    let all = cluster.endpoints.iter().map(|endpoint| {
+        let place = Place::Address(endpoint.address);
+        endpoints.at(place, endpoint.transport.clone(), service.clone(), Some(name))
+    });
+    let floor = endpoints.floor(name);
+    let bounds = endpoints.bounds(Bounded::Service(cluster.service.clone()));
+    bounds.limits.follow(cluster.policy.connection_pool.as_ref());
+    let all = all.collect();
+    Candidates::new(cluster, all, floor, bounds, &endpoints.zone, endpoints.epoch.elapsed())
 }
 
 /// The routes of one worker. The lock is never contended: one thread uses it.
 #[derive(Default)]
 pub struct Routes {
-    known: Mutex<HashMap<Target, Arc<Route>>>,
+    known: Arc<Mutex<HashMap<Target, Arc<Route>>>>,
 }
+
+/// A destination with more endpoints is made ready aside, since that takes a millisecond or more: nobody else on this worker
+/// waits for it, and where one is ready, requests go on with that one until then.
+const LARGE: usize = 500;
 
 /// Routes that carry nothing go when there are this many.
 const MOST: usize = 4_096;
@@ -184,11 +157,18 @@ fn make_room(known: &mut HashMap<Target, Arc<Route>>) {
     }
 }
 
+fn insert(known: &mut HashMap<Target, Arc<Route>>, route: Route) -> Arc<Route> {
+    make_room(known);
+    let route = Arc::new(route);
+    known.insert(route.target.clone(), Arc::clone(&route));
+    route
+}
+
 impl Routes {
     /// The route to a target of which nothing new was heard since it was made; the usual case, and waits for nothing.
     pub fn known(&self, target: &Target, discovery: &Discovery, deny_unknown: bool) -> Option<Arc<Route>> {
         let resolution = discovery.lookup(target)?;
-        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = self.lock();
         let route = known.get(target)?;
         let holds = match (&resolution, &route.destination) {
             (Resolution::Mesh(now), Some(then)) => Arc::ptr_eq(now, then),
@@ -203,7 +183,7 @@ impl Routes {
         &self,
         target: &Target,
         discovery: &Discovery,
-        endpoints: &Endpoints,
+        endpoints: &Arc<Endpoints>,
         deny_unknown: bool,
         telemetry: &Telemetry,
     ) -> Result<Arc<Route>, Error> {
@@ -229,32 +209,50 @@ impl Routes {
             Resolution::NotMesh if !deny_unknown && !self.led_elsewhere(target) => outside(target, discovery).await?,
             resolution => resolution,
         };
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        let old = known.get(target);
-        let route = match resolution {
+        let destination = match resolution {
             Resolution::NotMesh if deny_unknown => return Err(Error::NotAllowed(target.clone())),
-            Resolution::NotMesh => match old.filter(|route| route.destination.is_none()) {
-                Some(route) => return Ok(Arc::clone(route)),
-                None => Route::elsewhere(target.clone(), endpoints),
-            },
-            Resolution::Mesh(destination) => match old {
-                Some(route) if route.destination.as_ref().is_some_and(|d| Arc::ptr_eq(d, &destination)) => {
+            Resolution::NotMesh => {
+                let mut known = self.lock();
+                if let Some(route) = known.get(target).filter(|route| route.destination.is_none()) {
                     return Ok(Arc::clone(route));
                 }
-                old => {
-                    let budget = old.map(|route| Arc::clone(&route.budget)).unwrap_or_default();
-                    Route::mesh(target.clone(), destination, endpoints, budget)
-                }
-            },
+                return Ok(insert(&mut known, Route::elsewhere(target.clone(), endpoints)));
+            }
+            Resolution::Mesh(destination) => destination,
         };
-        make_room(&mut known);
-        let route = Arc::new(route);
-        known.insert(target.clone(), Arc::clone(&route));
-        Ok(route)
+        let old = self.lock().get(target).cloned();
+        let is_new = |old: &&Arc<Route>| old.destination.as_ref().is_some_and(|then| Arc::ptr_eq(then, &destination));
+        if let Some(old) = old.as_ref().filter(is_new) {
+            return Ok(Arc::clone(old));
+        }
+        let size: usize = destination.clusters.values().map(|cluster| cluster.endpoints.len()).sum();
+        if size <= LARGE {
+            let route = Route::mesh(target.clone(), destination, endpoints, old.as_deref());
+            return Ok(insert(&mut self.lock(), route));
+        }
+        let old = old.filter(|old| old.destination.is_some());
+        if let Some(old) = old.as_ref().filter(|old| old.renewing.swap(true, Relaxed)) {
+            return Ok(Arc::clone(old));
+        }
+        let (known, endpoints, target, before) =
+            (Arc::clone(&self.known), Arc::clone(endpoints), target.clone(), old.clone());
+        let making = tokio::task::spawn_blocking(move || {
+            let route = Route::mesh(target, destination, &endpoints, before.as_deref());
+            insert(&mut known.lock().unwrap_or_else(PoisonError::into_inner), route)
+        });
+        match old {
+            Some(old) => Ok(old),
+            // Nothing but a worker that ends cancels it.
+            None => making.await.map_err(|_| Error::NoEndpoint("a worker that ends".to_string())),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<Target, Arc<Route>>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn led_elsewhere(&self, target: &Target) -> bool {
-        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = self.lock();
         known.get(target).is_some_and(|route| route.destination.is_none())
     }
 }
@@ -312,7 +310,7 @@ mod tests {
         .unwrap();
         let destination = Arc::new(destination);
         for target in numbers.map(target) {
-            let route = Route::mesh(target.clone(), Arc::clone(&destination), &Endpoints::default(), Arc::default());
+            let route = Route::mesh(target.clone(), Arc::clone(&destination), &Endpoints::default(), None);
             known.insert(target, Arc::new(route));
         }
     }

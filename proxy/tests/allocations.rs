@@ -80,7 +80,7 @@ fn measured() -> BTreeMap<&'static str, u64> {
             "balance",
             allocations(|| {
                 let cost = |at: usize| loads[at].cost(Duration::from_secs(1));
-                black_box(balance::pick(loads.len(), None, black_box(7 << 32), cost));
+                black_box(balance::pick(loads.len(), black_box(7 << 32), cost));
             }),
         ),
         (

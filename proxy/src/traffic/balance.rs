@@ -1,8 +1,18 @@
 //! PURE: which endpoint gets the next request. Two random choices, the cheaper one wins; the cost is a peak EWMA of
 //! latency times what is in flight (Finagle's "Peak EWMA", Mitzenmacher's "power of two choices").
+//!
+//! That is what holds where nobody says otherwise. [`Level`] knows the other ways, [`levels`] which endpoints come first,
+//! [`warmup`] how newcomers get their share, [`ring`] how a caller keeps its endpoint.
+
+mod level;
+pub mod levels;
+pub mod ring;
+pub mod warmup;
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
+
+pub use level::{Level, Member};
 
 /// What an endpoint is taken to need from its first request on, until that is answered.
 pub const FIRST_GUESS: Duration = Duration::from_millis(30);
@@ -124,51 +134,36 @@ impl Load {
     }
 }
 
-/// Picks one of `len` by two random choices, or `None` of none. `excluded` is avoided when there is another.
-///
-/// `chance` is 64 random bits; each choice takes half of them.
-pub fn pick(len: usize, excluded: Option<usize>, chance: u64, cost: impl Fn(usize) -> f64) -> Option<usize> {
-    let excluded = excluded.filter(|at| *at < len && len > 1);
-    let choices = len.saturating_sub(usize::from(excluded.is_some()));
-    let nth = |at: usize| if excluded.is_some_and(|gone| at >= gone) { at + 1 } else { at };
-    match choices {
+/// Picks the cheaper of two. `chance` is 64 random bits; each choice takes half of them.
+pub fn pick(len: usize, chance: u64, cost: impl Fn(usize) -> f64) -> Option<usize> {
+    let (first, second) = two(len, chance)?;
+    Some(if cost(second) < cost(first) { second } else { first })
+}
+
+/// Two random ones of `len`, different ones where there are two.
+fn two(len: usize, chance: u64) -> Option<(usize, usize)> {
+    match len {
         0 => None,
-        1 => Some(nth(0)),
+        1 => Some((0, 0)),
         _ => {
             // Multiply-shift maps 32 random bits to 0..choices without a division (Lemire).
             let scale = |bits: u64, below: usize| (((bits & 0xffff_ffff) * below as u64) >> 32) as usize;
-            let first = scale(chance, choices);
-            let other = scale(chance >> 32, choices - 1);
-            let second = if other >= first { other + 1 } else { other };
-            let (first, second) = (nth(first), nth(second));
-            Some(if cost(second) < cost(first) { second } else { first })
+            let first = scale(chance, len);
+            let other = scale(chance >> 32, len - 1);
+            Some((first, if other >= first { other + 1 } else { other }))
         }
     }
 }
 
-/// Picks where shares differ. `shares` are running sums of weights. Each of the two choices falls on an endpoint as often as
-/// its share says, on the same one twice too: shares hold when all cost the same, and give way when one costs more.
-pub fn pick_weighted(
-    shares: &[u64],
-    excluded: Option<usize>,
-    chance: u64,
-    cost: impl Fn(usize) -> f64,
-) -> Option<usize> {
-    let all = shares.last().copied().filter(|all| *all > 0)?;
-    let share = |at: usize| {
-        let below = at.checked_sub(1).and_then(|before| shares.get(before)).copied().unwrap_or(0);
-        (below, shares.get(at).copied().unwrap_or(below))
-    };
-    // What is excluded is cut out of the line, unless nothing is left of it then.
-    let (from, to) = excluded.map_or((0, 0), share);
-    let (from, to) = if to - from < all { (from, to) } else { (0, 0) };
+/// Two where shares differ; they are running sums of weights. Each of the two falls on an endpoint as often as its share
+/// says, on the same one twice too: shares hold when all cost the same, and give way when one costs more.
+fn two_weighted(shares: &[u64], chance: u64) -> Option<(usize, usize)> {
+    let all = u128::from(shares.last().copied().filter(|all| *all > 0)?);
     let choose = |bits: u64| {
-        let at = ((bits & 0xffff_ffff) * (all - (to - from))) >> 32;
-        let at = if at >= from { at + (to - from) } else { at };
+        let at = ((u128::from(bits & 0xffff_ffff) * all) >> 32) as u64;
         shares.partition_point(|sum| *sum <= at)
     };
-    let (first, second) = (choose(chance), choose(chance >> 32));
-    Some(if cost(second) < cost(first) { second } else { first })
+    Some((choose(chance), choose(chance >> 32)))
 }
 
 #[cfg(test)]
@@ -231,7 +226,8 @@ mod tests {
                 chance = chance.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
                 // The low bits of such a generator are poor.
                 let chance = chance.rotate_left(24) ^ chance;
-                pick_weighted(&[9, 10], None, chance, cost) == Some(0)
+                let (first, second) = two_weighted(&[9, 10], chance).unwrap();
+                (if cost(second) < cost(first) { second } else { first }) == 0
             });
             picks.count()
         };
@@ -242,38 +238,29 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_pick_is_in_range_and_avoids_what_is_excluded(
-            len in 0usize..50, excluded in proptest::option::of(0usize..60), chance in any::<u64>()
-        ) {
-            match pick(len, excluded, chance, |at| at as f64) {
+        fn two_are_in_range_and_different_where_there_are_two(len in 0usize..50, chance in any::<u64>()) {
+            match two(len, chance) {
                 None => prop_assert_eq!(len, 0),
-                Some(at) => {
-                    prop_assert!(at < len);
-                    prop_assert!(len == 1 || Some(at) != excluded);
+                Some((first, second)) => {
+                    prop_assert!(first < len && second < len);
+                    prop_assert!(len == 1 || first != second);
                 }
             }
         }
 
         #[test]
-        fn a_weighted_pick_is_one_with_a_share_and_avoids_what_is_excluded(
-            weights in proptest::collection::vec(0u32..5, 0..20),
-            excluded in proptest::option::of(0usize..20), chance in any::<u64>()
-        ) {
+        fn weighted_ones_have_a_share(weights in proptest::collection::vec(0u32..5, 0..20), chance in any::<u64>()) {
             let sums = weights.iter().scan(0, |sum, weight| { *sum += u64::from(*weight); Some(*sum) });
             let shares: Vec<u64> = sums.collect();
-            match pick_weighted(&shares, excluded, chance, |at| at as f64) {
+            match two_weighted(&shares, chance) {
                 None => prop_assert!(weights.iter().all(|weight| *weight == 0)),
-                Some(at) => {
-                    prop_assert!(weights[at] > 0);
-                    let others = weights.iter().enumerate().any(|(at, weight)| Some(at) != excluded && *weight > 0);
-                    prop_assert!(Some(at) != excluded || !others);
-                }
+                Some((first, second)) => prop_assert!(weights[first] > 0 && weights[second] > 0),
             }
         }
 
         #[test]
         fn of_two_endpoints_the_cheaper_one_is_always_picked(chance in any::<u64>(), dear in 0usize..2) {
-            let at = pick(2, None, chance, |at| if at == dear { 2.0 } else { 1.0 });
+            let at = pick(2, chance, |at| if at == dear { 2.0 } else { 1.0 });
             prop_assert_eq!(at, Some(1 - dear));
         }
     }

@@ -157,6 +157,10 @@ pub struct Vitals {
     period: AtomicU64,
     /// When it last became `Serving` again, in nanoseconds.
     restored: AtomicU64,
+    /// Since when it serves, where others served before it, in nanoseconds.
+    joined: AtomicU64,
+    /// Which of its backend's levels it is in.
+    level: AtomicU32,
     history: Mutex<VecDeque<Turn>>,
 }
 
@@ -191,21 +195,37 @@ impl Vitals {
         self.history.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect()
     }
 
-    /// What a balancer takes it to cost: everything, where it may not be chosen. `chance`, in `0.0..1.0`, is drawn once a
-    /// pick, and decides about those whose share grows.
+    /// What a balancer takes it to cost: everything, where it may not be chosen.
     pub fn cost(&self, chance: f64, now: Duration) -> f64 {
-        let admitted = match self.state() {
+        if self.admits(chance, now) { self.load.cost(now) } else { f64::INFINITY }
+    }
+
+    /// Whether it may be chosen. `chance`, in `0.0..1.0`, is drawn once a pick, and decides about those whose share grows.
+    pub fn admits(&self, chance: f64, now: Duration) -> bool {
+        match self.state() {
             State::Serving => true,
             State::Ejected { .. } | State::Probing => false,
             State::Ramping { since } => now.saturating_sub(since).as_secs_f64() >= chance * self.ramp().as_secs_f64(),
-        };
-        if admitted { self.load.cost(now) } else { f64::INFINITY }
+        }
+    }
+
+    /// Since when it serves, where others served before: as a newcomer, or again after an ejection.
+    pub fn joined(&self) -> Option<Duration> {
+        Some(Duration::from_nanos(self.joined.load(Relaxed))).filter(|joined| !joined.is_zero())
+    }
+
+    /// Says which of its backend's levels it is in; those are filled one after the other.
+    pub fn put_into(&self, level: u32) {
+        self.level.store(level, Relaxed);
     }
 
     /// Under the lock of its floor. Whoever tried it before has nothing more to say.
     fn turn(&self, state: State, reason: Option<Reason>, at: Duration) {
         self.probed.store(false, Relaxed);
         self.state.store(state.pack(), Relaxed);
+        if let State::Ramping { since } = state {
+            self.joined.store(since.as_nanos() as u64, Relaxed);
+        }
         self.turns.fetch_add(1, Relaxed);
         let mut history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
         if history.len() == HISTORY {
@@ -292,6 +312,8 @@ pub struct Floor {
 #[derive(Debug, Default)]
 struct Turning {
     members: Arc<[Arc<Vitals>]>,
+    /// In how many levels.
+    levels: usize,
     /// The oldest first.
     ejected: Vec<Arc<Vitals>>,
     /// Those that are being tried.
@@ -334,8 +356,48 @@ impl std::ops::AddAssign for Tally {
 impl Turning {
     /// How many may be ejected: what stays is half, rounded up, and never nobody.
     fn allowed(&self) -> usize {
-        let n = self.members.len();
-        n - n.div_ceil(2).max(1).min(n)
+        allowed(self.members.len())
+    }
+
+    /// How many there are in each level, and how many of them are `out`.
+    fn levels<'a>(&'a self, out: impl Iterator<Item = &'a Vitals>) -> Vec<(usize, usize)> {
+        let mut levels = vec![(0, 0); self.levels];
+        for vitals in self.members.iter() {
+            if let Some(level) = levels.get_mut(vitals.level.load(Relaxed) as usize) {
+                level.0 += 1;
+            }
+        }
+        for vitals in out {
+            if let Some(level) = levels.get_mut(vitals.level.load(Relaxed) as usize) {
+                level.1 += 1;
+            }
+        }
+        levels
+    }
+
+    /// How many ejections are too many, with one more, and in which level. Of several levels, one that is whole is enough:
+    /// what the others cannot take goes there.
+    fn excess(&self, more: Option<&Vitals>) -> (usize, u32) {
+        if self.levels <= 1 {
+            return ((self.ejected.len() + usize::from(more.is_some())).saturating_sub(self.allowed()), 0);
+        }
+        let levels = self.levels(self.ejected.iter().map(|vitals| &**vitals).chain(more));
+        let levels = levels.into_iter().zip(0..).filter(|((all, _), _)| *all > 0);
+        levels.map(|((all, out), level)| (out.saturating_sub(allowed(all)), level)).min().unwrap_or((0, 0))
+    }
+
+    /// Whether most fail: of several levels, most of each.
+    fn is_common_cause(&self, detection: &Detection, now: Duration) -> bool {
+        let suspects = self.members.iter().filter(|member| member.is_suspect(detection, now)).map(|member| &**member);
+        if self.levels <= 1 {
+            return suspects.count() * 2 > self.members.len();
+        }
+        self.levels(suspects).into_iter().all(|(all, suspects)| suspects * 2 > all || all == 0)
+    }
+
+    /// Whether enough is left when that one is ejected.
+    fn has_room_for(&self, vitals: &Vitals) -> bool {
+        self.excess(Some(vitals)).0 == 0
     }
 
     fn leave(&mut self, vitals: &Arc<Vitals>) {
@@ -413,6 +475,8 @@ impl Floor {
     pub fn follow(&self, members: Arc<[Arc<Vitals>]>, now: Duration) {
         let mut turning = self.lock();
         let former = std::mem::replace(&mut turning.members, Arc::clone(&members));
+        let new = |vitals: &&Arc<Vitals>| !former.is_empty() && !vitals.present.load(Relaxed);
+        members.iter().filter(new).for_each(|vitals| vitals.joined.store(now.as_nanos() as u64, Relaxed));
         former.iter().for_each(|vitals| vitals.present.store(false, Relaxed));
         members.iter().for_each(|vitals| vitals.present.store(true, Relaxed));
         let Turning { ejected, probing, .. } = &mut *turning;
@@ -427,8 +491,16 @@ impl Floor {
                 State::Serving | State::Ramping { .. } => {}
             }
         }
-        let excess = turning.ejected.len().saturating_sub(turning.allowed());
-        turning.ejected.drain(..excess).for_each(|vitals| vitals.turn(State::Serving, None, now));
+        turning.levels = 1 + members.iter().map(|vitals| vitals.level.load(Relaxed)).max().unwrap_or(0) as usize;
+        let (mut excess, level) = turning.excess(None);
+        turning.ejected.retain(|vitals| {
+            let restored = excess > 0 && vitals.level.load(Relaxed) == level;
+            if restored {
+                excess -= 1;
+                vitals.turn(State::Serving, None, now);
+            }
+            !restored
+        });
         self.want(&turning);
     }
 
@@ -570,7 +642,7 @@ impl Floor {
             self.want(&turning);
             return None;
         }
-        let room = turning.ejected.len() < turning.allowed();
+        let room = turning.has_room_for(vitals);
         let reason = match outcome {
             Outcome::Good => {
                 // What it did before is no news, and its former latency is that of its failures.
@@ -633,14 +705,13 @@ impl Floor {
         if now < turning.common_cause || !vitals.present.load(Relaxed) {
             return None;
         }
-        if turning.ejected.len() >= turning.allowed() {
+        if !turning.has_room_for(vitals) {
             // Judged anew after as many failures as the first time.
             vitals.consecutive.store(0, Relaxed);
             turning.tally.floor += 1;
             return None;
         }
-        let suspects = turning.members.iter().filter(|member| member.is_suspect(detection, now)).count();
-        if suspects * 2 > turning.members.len() {
+        if turning.is_common_cause(detection, now) {
             turning.common_cause = now + PAUSE;
             turning.tally.common_cause += 1;
             return None;
@@ -670,6 +741,11 @@ impl Floor {
     pub fn tally(&self) -> Tally {
         self.lock().tally
     }
+}
+
+/// How many of so many may be ejected.
+fn allowed(n: usize) -> usize {
+    n - n.div_ceil(2).max(1).min(n)
 }
 
 /// Whether it has failed again soon after it came back.

@@ -158,12 +158,14 @@ impl EndpointState {
 pub struct Endpoints {
     /// The start of the clock by which loads, budgets and ejections count.
     pub epoch: Instant,
+    /// Where this proxy is; empty is unknown.
+    pub(crate) zone: Arc<str>,
     known: Mutex<Known>,
 }
 
 impl Default for Endpoints {
     fn default() -> Self {
-        Self { epoch: Instant::now(), known: Mutex::default() }
+        Self::in_zone("".into())
     }
 }
 
@@ -266,6 +268,11 @@ impl Known {
 }
 
 impl Endpoints {
+    /// None yet, of a proxy in that zone.
+    pub fn in_zone(zone: Arc<str>) -> Self {
+        Self { epoch: Instant::now(), zone, known: Mutex::default() }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Known> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }

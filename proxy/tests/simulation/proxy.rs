@@ -74,7 +74,13 @@ impl Proxy {
     ) -> Attempted {
         let tried = tried.and_then(|tried| self.servers.iter().position(|server| *server == tried));
         let endpoints = &self.endpoints;
-        let balance = |bits, chance| balance::pick(endpoints.len(), tried, bits, |at| endpoints[at].cost(chance, now));
+        let cost = |chance| {
+            move |at: usize| match Some(at) == tried {
+                true => f64::INFINITY,
+                false => endpoints[at].cost(chance, now),
+            }
+        };
+        let balance = |bits, chance| balance::pick(endpoints.len(), bits, cost(chance));
         let picked = self.floor.pick(endpoints, idempotent && tried.is_none(), now, || chance.random(), balance);
         let picked = picked.expect("a script has servers");
         endpoints[picked.at].load.begin();

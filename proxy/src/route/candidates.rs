@@ -1,0 +1,255 @@
+//! The endpoints of a cluster, ready for picks: which of them come first, how one is chosen, and who may not be.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::{HeaderMap, HeaderValue, header};
+use sheetbend_control_plane_client::model::{Cluster, ConsistentHash, HttpCookie, LoadBalancer, Standing, Warmup};
+
+use crate::traffic::balance::levels::Shares;
+use crate::traffic::balance::{Level, Load, Member, ring, warmup};
+use crate::traffic::outlier::{Floor, Picked, State, Vitals};
+use crate::upstream::{Bounds, EndpointState};
+
+/// Endpoints that may answer a request.
+#[derive(Default)]
+pub struct Candidates {
+    endpoints: Box<[Arc<EndpointState>]>,
+    vitals: Arc<[Arc<Vitals>]>,
+    /// Who of them is ejected; nobody outside the mesh.
+    floor: Option<Arc<Floor>>,
+    /// The first is asked first; none has nobody in it.
+    levels: Box<[Level]>,
+    /// How much goes to which level, where there are several.
+    shares: Option<Shares>,
+    warmup: Option<Warmup>,
+    hash: Option<ConsistentHash>,
+    /// How much may be under way to all of them.
+    pub bounds: Arc<Bounds>,
+    /// What they were made of.
+    cluster: Option<Arc<Cluster>>,
+}
+
+/// What a caller is known by, where it keeps its endpoint.
+#[derive(Debug, Default, Clone)]
+pub struct Caller {
+    /// Its place on the ring.
+    hash: Option<u64>,
+    /// A cookie that the caller is to know it by from now on.
+    pub cookie: Option<Box<HeaderValue>>,
+}
+
+impl Candidates {
+    /// Those of a cluster, in its order, for a caller in `zone`.
+    pub(super) fn new(
+        cluster: &Arc<Cluster>,
+        endpoints: Vec<Arc<EndpointState>>,
+        floor: Arc<Floor>,
+        bounds: Arc<Bounds>,
+        zone: &str,
+        now: Duration,
+    ) -> Self {
+        let usual = LoadBalancer::default();
+        let policy = cluster.policy.load_balancer.as_ref().unwrap_or(&usual);
+        let prefers = policy.locality_lb_setting.as_ref().is_some_and(|setting| setting.enabled.unwrap_or(true));
+        let levels = levels(cluster.endpoints.iter().map(|endpoint| &endpoint.standing), zone, prefers);
+        let mut members: Vec<Vec<Member>> = Vec::new();
+        for ((endpoint, state), (level, number)) in cluster.endpoints.iter().zip(&endpoints).zip(levels.zip(0..)) {
+            if members.len() <= level {
+                members.resize_with(level + 1, Vec::new);
+            }
+            state.vitals.put_into(level as u32);
+            members[level].push(Member { number, address: endpoint.address, weight: endpoint.standing.weight });
+        }
+        let levels: Box<[Level]> = members.into_iter().map(|one| Level::new(one, policy, rand::random)).collect();
+        let vitals: Arc<[_]> = endpoints.iter().map(|endpoint| Arc::clone(&endpoint.vitals)).collect();
+        floor.follow(Arc::clone(&vitals), now);
+        Self {
+            endpoints: endpoints.into(),
+            vitals,
+            floor: Some(floor),
+            shares: (levels.len() > 1).then(|| Shares::new(levels.len())),
+            levels,
+            warmup: policy.warmup.clone(),
+            hash: policy.consistent_hash.clone(),
+            bounds,
+            cluster: Some(Arc::clone(cluster)),
+        }
+    }
+
+    /// One alone, which nobody ejects.
+    pub(super) fn alone(endpoint: Arc<EndpointState>) -> Self {
+        let bounds = Arc::clone(&endpoint.bounds);
+        Self { vitals: [Arc::clone(&endpoint.vitals)].into(), endpoints: [endpoint].into(), bounds, ..Self::default() }
+    }
+
+    /// Whether nothing was said of the cluster since they were made of it.
+    pub(super) fn are_of(&self, cluster: &Arc<Cluster>) -> bool {
+        self.cluster.as_ref().is_some_and(|ours| Arc::ptr_eq(ours, cluster))
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.endpoints.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.endpoints.is_empty()
+    }
+
+    /// The place of the caller of a request, or of an opaque connection, which has no headers.
+    pub fn caller(&self, headers: Option<&HeaderMap>, peer: SocketAddr) -> Caller {
+        let Some(hash) = &self.hash else { return Caller::default() };
+        let known = |key: &[u8]| Caller { hash: Some(ring::hash(key)), cookie: None };
+        if hash.use_source_ip == Some(true) {
+            return match peer.ip().to_canonical() {
+                std::net::IpAddr::V4(ip) => known(&ip.octets()),
+                std::net::IpAddr::V6(ip) => known(&ip.octets()),
+            };
+        }
+        let Some(headers) = headers else { return Caller::default() };
+        if let Some(name) = &hash.http_header_name {
+            return headers.get(&**name).map_or_else(Caller::default, |value| known(value.as_bytes()));
+        }
+        let Some(cookie) = &hash.http_cookie else { return Caller::default() };
+        match cookie_of(headers, &cookie.name) {
+            Some(value) => known(value),
+            None => new_cookie(cookie).unwrap_or_default(),
+        }
+    }
+
+    /// Picks one, another one than those `tried` where there is another. `probes` says whether the request may be the one
+    /// that tries an ejected endpoint.
+    pub(super) fn pick(
+        &self,
+        caller: &Caller,
+        tried: &[Arc<EndpointState>],
+        probes: bool,
+        now: Duration,
+    ) -> Option<(Picked, Arc<EndpointState>)> {
+        let balance = |bits, chance| {
+            let load = |at: usize| self.load(at, tried, chance, now);
+            let level = self.level(now)?;
+            let at = level.pick(caller.hash, bits, now, load)?;
+            match tried.is_empty() || load(at).is_some() {
+                true => Some(at),
+                // Only after a failure, and only where hardly anybody is left: whoever serves, wherever it is.
+                false => (at..self.len()).chain(0..at).find(|at| load(*at).is_some()).or(Some(at)),
+            }
+        };
+        let picked = match &self.floor {
+            Some(floor) => floor.pick(&self.vitals, probes, now, rand::random, balance),
+            None => (!self.is_empty()).then_some(Picked { at: 0, probe: false }),
+        }?;
+        Some((picked, Arc::clone(self.endpoints.get(picked.at)?)))
+    }
+
+    /// What is known of one, unless it should not be picked.
+    fn load(&self, at: usize, tried: &[Arc<EndpointState>], chance: f64, now: Duration) -> Option<&Load> {
+        let vitals = self.vitals.get(at)?;
+        let warm = |warmup: &Warmup| {
+            let passed = vitals.joined().map_or(Duration::MAX, |joined| now.saturating_sub(joined));
+            chance < warmup::share(warmup, passed)
+        };
+        let good = vitals.admits(chance, now)
+            && self.warmup.as_ref().is_none_or(warm)
+            && !tried.iter().any(|tried| Arc::ptr_eq(&tried.vitals, vitals));
+        good.then_some(&vitals.load)
+    }
+
+    fn level(&self, now: Duration) -> Option<&Level> {
+        let Some(shares) = &self.shares else { return self.levels.first() };
+        let serves = |at: usize| {
+            let state = self.vitals.get(at).map(|vitals| vitals.state());
+            matches!(state, Some(State::Serving | State::Ramping { .. }))
+        };
+        let count = |level: usize| {
+            let level = self.levels.get(level);
+            level.map_or((0, 0), |level| (level.len(), level.numbers().filter(|at| serves(*at)).count()))
+        };
+        self.levels.get(shares.pick(now, rand::random(), count))
+    }
+}
+
+/// The level of each endpoint: by priority, and within one by whether it is in the caller's zone, where that counts.
+/// Numbered without a gap.
+fn levels<'a>(
+    standings: impl Iterator<Item = &'a Standing> + Clone,
+    zone: &str,
+    prefers: bool,
+) -> impl Iterator<Item = usize> {
+    let prefers = prefers && !zone.is_empty();
+    let rank = move |standing: &Standing| (standing.priority, prefers && *standing.zone != *zone);
+    let mut ranks: Vec<(u32, bool)> = standings.clone().map(rank).collect();
+    let of_each = ranks.clone();
+    ranks.sort_unstable();
+    ranks.dedup();
+    of_each.into_iter().map(move |rank| ranks.binary_search(&rank).unwrap_or_default())
+}
+
+/// A cookie's value (RFC 6265 §5.4).
+fn cookie_of<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a [u8]> {
+    let pairs = headers.get_all(header::COOKIE).into_iter().flat_map(|line| line.as_bytes().split(|b| *b == b';'));
+    let value = |pair: &'a [u8]| pair.trim_ascii().strip_prefix(name.as_bytes())?.strip_prefix(b"=");
+    pairs.into_iter().find_map(value).filter(|value| !value.is_empty())
+}
+
+/// One for a caller that has none. Allocates: once a caller.
+fn new_cookie(cookie: &HttpCookie) -> Option<Caller> {
+    let ttl = cookie.ttl?;
+    let value = format!("{:016x}", rand::random::<u64>());
+    let mut text = format!("{}={value}; HttpOnly", cookie.name);
+    if !ttl.is_zero() {
+        text.push_str(&format!("; Max-Age={}", ttl.as_secs().max(1)));
+    }
+    if let Some(path) = &cookie.path {
+        text.push_str(&format!("; Path={path}"));
+    }
+    let set = HeaderValue::try_from(text).ok()?;
+    Some(Caller { hash: Some(ring::hash(value.as_bytes())), cookie: Some(set.into()) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(priority: u32, zone: &str) -> Standing {
+        Standing { priority, zone: zone.into(), ..Standing::default() }
+    }
+
+    #[test]
+    fn a_level_is_a_priority_and_within_it_ones_own_zone_comes_first() {
+        let all = [of(0, "a"), of(0, "b"), of(2, "b"), of(2, "a"), of(0, "")];
+        let levels = |zone, prefers| super::levels(all.iter(), zone, prefers).collect::<Vec<_>>();
+        assert_eq!(levels("a", true), [0, 1, 3, 2, 1]);
+        assert_eq!(levels("a", false), [0, 0, 1, 1, 0]);
+        assert_eq!(levels("", true), [0, 0, 1, 1, 0]);
+        assert_eq!(levels("c", true), [0, 0, 1, 1, 0]);
+    }
+
+    #[test]
+    fn a_cookie_is_found_by_its_whole_name_in_any_line() {
+        let mut headers = HeaderMap::new();
+        headers.append(header::COOKIE, HeaderValue::from_static("xuser=1; theme=dark"));
+        headers.append(header::COOKIE, HeaderValue::from_static("empty=; user=me"));
+        assert_eq!(cookie_of(&headers, "user"), Some(&b"me"[..]));
+        assert_eq!(cookie_of(&headers, "theme"), Some(&b"dark"[..]));
+        assert_eq!(cookie_of(&headers, "empty"), None);
+        assert_eq!(cookie_of(&headers, "use"), None);
+    }
+
+    #[test]
+    fn a_cookie_is_set_only_where_its_ttl_says_so() {
+        let cookie = HttpCookie { name: "user".into(), path: Some("/".into()), ttl: None };
+        assert!(new_cookie(&cookie).is_none());
+        let set = |seconds| {
+            let ttl = Some(Duration::from_secs(seconds));
+            let caller = new_cookie(&HttpCookie { ttl, ..cookie.clone() }).unwrap();
+            caller.cookie.unwrap().to_str().unwrap().to_string()
+        };
+        assert!(set(0).starts_with("user=") && set(0).ends_with("; HttpOnly; Path=/"), "{}", set(0));
+        assert!(set(60).contains("; Max-Age=60"), "{}", set(60));
+    }
+}
