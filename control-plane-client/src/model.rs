@@ -22,7 +22,7 @@ mod policy;
 pub use access::{Access, DefaultAccess};
 pub use balancing::{ConsistentHash, HttpCookie, LoadBalancer, LocalityLbSetting, MAX_RING, Simple, Standing, Warmup};
 pub use health_check::{GrpcCheck, HealthCheck, HttpCheck, Statuses, TcpCheck};
-pub use limits::{ConnectionPool, HttpPool, TcpPool};
+pub use limits::{Concurrency, ConnectionPool, ForEach, HttpPool, RateLimit, TcpPool, TrafficLimits};
 pub use matching::{BadPattern, MAX_PATTERN, Match, PathMatch, Pattern, TextMatch};
 pub use policy::{BackendPolicy, InboundPolicy, OutlierDetection, RulePolicy, Timeouts, Unusable};
 

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use sheetbend_control_plane_client::model::{ServiceName, ServicePort};
 
-use crate::resources::{At, Backend, Folder, Problem, Resource, suggestion};
+use crate::resources::{At, Backend, Folder, Problem, Resource, RouteTarget, suggestion};
 use crate::world::{Inputs, Parts};
 
 /// A folder that was checked.
@@ -120,10 +120,32 @@ fn missing(folder: &Folder, known: &Known) -> Vec<Problem> {
                     lacks("this policy is about nothing", &target.service, None, target.at);
                 }
             }
+            Resource::Limit(limit) => {
+                for target in &limit.services {
+                    lacks("this policy is about nothing", &target.service, None, target.at);
+                }
+                problems.extend(limit.routes.iter().filter_map(|target| lost_route(folder, file, target)));
+            }
             Resource::Service(_) | Resource::Slice(_) | Resource::Settings(_) => {}
         }
     }
     problems
+}
+
+/// A route that a policy is about and nobody wrote.
+fn lost_route(folder: &Folder, file: &Path, target: &RouteTarget) -> Option<Problem> {
+    let is_it = |resource: &Resource| match resource {
+        Resource::Route(route) => route.kind == target.kind && route.name == target.name,
+        _ => false,
+    };
+    let ServiceName { service, namespace } = &target.name;
+    (!folder.resources().any(is_it)).then(|| Problem {
+        file: file.into(),
+        line: target.at.line,
+        column: target.at.column,
+        reason: format!("this policy is about nothing: there is no {} {namespace}/{service}", target.kind),
+        hint: Some("add the route, or name another".to_string()),
+    })
 }
 
 /// BackendPolicies about a Service that another one is about, too.

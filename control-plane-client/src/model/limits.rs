@@ -1,8 +1,11 @@
-//! How much may be under way to a destination at once.
+//! How much may be under way at once, and how much in which time.
+
+use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::Unusable;
+use super::{Unusable, duration};
 
 /// `connectionPool`. What is not said is as it is without a policy; each proxy counts for itself.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -69,6 +72,147 @@ impl ConnectionPool {
                 "with 0 nothing would ever pass: write 1 or more, or leave it out",
             )),
             None => Ok(()),
+        }
+    }
+}
+
+/// What a TrafficLimit says: of a service to the proxies beside it, of a route to the callers' proxies. Each proxy counts
+/// for itself.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct TrafficLimits {
+    /// How many requests in which time; each of them must be kept.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub rates: Vec<RateLimit>,
+    /// How many requests at once.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub concurrency: Option<Concurrency>,
+}
+
+/// A token bucket.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct RateLimit {
+    /// Whose bucket it is: what stays the same while its numbers do is not filled anew.
+    pub name: Arc<str>,
+    /// Tokens that come back in each interval; a request takes one.
+    pub requests: u32,
+    /// The interval.
+    #[serde(with = "duration")]
+    pub interval: Duration,
+    /// Tokens that the bucket holds; as many as `requests` unless said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub burst: Option<u32>,
+    /// Who has a bucket of their own.
+    #[serde(default, skip_serializing_if = "ForEach::is_everybody")]
+    pub for_each: ForEach,
+}
+
+/// Who has a bucket of their own.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ForEach {
+    /// Nobody: there is one for all.
+    #[default]
+    Everybody,
+    /// Every identity that calls; those without one share one.
+    Caller,
+    /// Every value of a header, its name in lower case; requests without it share one.
+    Header(Arc<str>),
+}
+
+/// Requests at once.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Concurrency {
+    /// At once, until the last byte of their answers.
+    pub max_requests: u32,
+    /// Further ones that wait for their turn.
+    #[serde(default)]
+    pub max_pending: u32,
+    /// How long one waits at most.
+    #[serde(with = "duration", default = "a_second")]
+    pub pending_timeout: Duration,
+    /// Paths that are never held up, such as those of health checks.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub exempt_paths: Vec<Arc<str>>,
+}
+
+fn a_second() -> Duration {
+    Duration::from_secs(1)
+}
+
+impl ForEach {
+    fn is_everybody(&self) -> bool {
+        *self == Self::Everybody
+    }
+}
+
+impl RateLimit {
+    /// Tokens that the bucket holds.
+    pub fn burst(&self) -> u32 {
+        self.burst.unwrap_or(self.requests)
+    }
+
+    fn check(&self) -> Result<(), (&'static str, &'static str)> {
+        const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+        if self.requests == 0 {
+            return Err(("requests", "with 0 nothing would ever pass: write 1 or more"));
+        }
+        if self.burst == Some(0) {
+            return Err(("burst", "with 0 nothing would ever pass: write 1 or more"));
+        }
+        if self.interval.is_zero() || self.interval > DAY {
+            return Err(("interval", "it is between 1ms and 24h"));
+        }
+        // One token a nanosecond is the finest there is.
+        if self.interval.as_nanos() < u128::from(self.requests) {
+            return Err(("requests", "more than one in a nanosecond: write fewer, or a longer interval"));
+        }
+        Ok(())
+    }
+}
+
+impl TrafficLimits {
+    pub(super) fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// What both of them want: all rates, and the narrower concurrency.
+    pub fn and(mut self, other: &Self) -> Self {
+        self.rates.extend(other.rates.iter().cloned());
+        let narrower = [self.concurrency.take(), other.concurrency.clone()];
+        self.concurrency = narrower.into_iter().flatten().min_by_key(|one| one.max_requests);
+        self
+    }
+
+    /// Whether it can be obeyed; if not, the field and the reason.
+    pub fn check(&self) -> Result<(), Unusable> {
+        for (number, rate) in self.rates.iter().enumerate() {
+            rate.check().map_err(|(field, reason)| Unusable::new(format!("rates[{number}].{field}"), reason))?;
+        }
+        match &self.concurrency {
+            Some(concurrency) if concurrency.max_requests == 0 => {
+                Err(Unusable::new("concurrency.maxRequests", "with 0 nothing would ever pass: write 1 or more"))
+            }
+            Some(concurrency) if concurrency.max_pending > 0 && concurrency.pending_timeout.is_zero() => {
+                Err(Unusable::new("concurrency.pendingTimeout", "nobody can wait for no time: write 10ms or more"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether callers' proxies can obey it for a route; if not, the field and the reason.
+    pub fn check_of_route(&self) -> Result<(), Unusable> {
+        if let Some(number) = self.rates.iter().position(|rate| rate.for_each == ForEach::Caller) {
+            let why = "a route's limit is kept by each caller's proxy, which has one caller: target the Service";
+            return Err(Unusable::new(format!("rates[{number}].forEach"), why));
+        }
+        match &self.concurrency {
+            Some(of) if of.max_pending > 0 => Err(Unusable::new(
+                "concurrency.maxPending",
+                "a route's overflow is answered at once, by the caller's proxy: take it out, or target the Service",
+            )),
+            _ => Ok(()),
         }
     }
 }

@@ -13,7 +13,7 @@ use super::access::Access;
 use super::balancing::LoadBalancer;
 use super::duration;
 use super::health_check::HealthCheck;
-use super::limits::ConnectionPool;
+use super::limits::{ConnectionPool, TrafficLimits};
 
 /// What a rule wants of the requests that it takes.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -25,6 +25,9 @@ pub struct RulePolicy {
     /// How long a request and its attempts may take.
     #[serde(skip_serializing_if = "Timeouts::is_default")]
     pub timeouts: Timeouts,
+    /// How much of what it takes passes.
+    #[serde(skip_serializing_if = "TrafficLimits::is_default")]
+    pub limits: TrafficLimits,
 }
 
 /// `timeouts` of a Gateway API rule. Zero means none.
@@ -48,6 +51,7 @@ impl Timeouts {
 impl RulePolicy {
     /// Whether it can be obeyed; if not, the field and the reason.
     pub fn check(&self) -> Result<(), Unusable> {
+        self.limits.check().and_then(|()| self.limits.check_of_route())?;
         match (self.timeouts.request, self.timeouts.backend_request) {
             (Some(all), Some(one)) if one > all && !all.is_zero() => {
                 Err(Unusable::new("timeouts.backendRequest", "it is longer than timeouts.request"))
@@ -119,12 +123,16 @@ pub struct InboundPolicy {
     /// Who may call.
     #[serde(skip_serializing_if = "Access::is_default")]
     pub access: Access,
+    /// How much of what they ask for passes.
+    #[serde(skip_serializing_if = "TrafficLimits::is_default")]
+    pub limits: TrafficLimits,
 }
 
 impl InboundPolicy {
     /// Whether it can be obeyed; if not, the field and the reason.
     pub fn check(&self) -> Result<(), Unusable> {
-        self.access.check()
+        self.access.check()?;
+        self.limits.check()
     }
 }
 

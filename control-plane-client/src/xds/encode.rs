@@ -154,7 +154,7 @@ pub fn cluster(cluster: &Cluster, trust_domain: &str, protocol: AppProtocol) -> 
         }))),
         ..cds::Cluster::default()
     };
-    super::balancing::say(&cluster.policy, said)
+    super::limits::say(&cluster.policy, super::balancing::say(&cluster.policy, said))
 }
 
 /// The endpoints of a cluster.

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use envoy_types::pb::envoy::config::listener::v3 as lds;
 use envoy_types::pb::envoy::config::route::v3 as rds;
-use envoy_types::pb::google::protobuf::Any;
+use envoy_types::pb::google::protobuf::{Any, UInt32Value};
 use envoy_types::util::pack_any;
 use proptest::prelude::*;
 use prost::{Message, Name};
@@ -72,10 +72,30 @@ fn condition() -> impl Strategy<Value = Match> {
 /// One that says something for every second rule.
 fn rule_policy(at: usize) -> Arc<RulePolicy> {
     let request = (at % 2 == 1).then_some(Duration::from_millis(1_500));
-    Arc::new(RulePolicy { place: "web.yaml:1".into(), timeouts: Timeouts { request, ..Timeouts::default() } })
+    let rate = RateLimit {
+        name: "default/web#0".into(),
+        requests: 10,
+        interval: Duration::from_secs(1),
+        burst: Some(20),
+        for_each: ForEach::Header("x-key".into()),
+    };
+    let concurrency = Concurrency {
+        max_requests: 5,
+        max_pending: 0,
+        pending_timeout: Duration::from_secs(1),
+        exempt_paths: vec!["/healthz".into()],
+    };
+    let limits = match at.is_multiple_of(2) {
+        true => TrafficLimits { rates: vec![rate], concurrency: Some(concurrency) },
+        false => TrafficLimits::default(),
+    };
+    let timeouts = Timeouts { request, ..Timeouts::default() };
+    Arc::new(RulePolicy { place: "web.yaml:1".into(), timeouts, limits })
 }
 
 fn backend_policy(at: usize) -> Arc<BackendPolicy> {
+    let http = HttpPool { http2_max_requests: Some(7), max_retries: Some(0), ..HttpPool::default() };
+    let pool = ConnectionPool { tcp: TcpPool { max_connections: Some(3) }, http };
     let detection = OutlierDetection { consecutive_5xx_errors: Some(3), ..OutlierDetection::default() };
     let hash = ConsistentHash { http_header_name: Some("x-user".into()), ..ConsistentHash::default() };
     let warmup = Warmup { duration: Duration::from_secs(30), minimum_percent: Some(12.5), aggression: None };
@@ -89,7 +109,7 @@ fn backend_policy(at: usize) -> Arc<BackendPolicy> {
         outlier_detection: (at % 2 == 1).then_some(detection),
         load_balancer: Some(balancer),
         health_check: at.is_multiple_of(2).then_some(check),
-        ..BackendPolicy::default()
+        connection_pool: at.is_multiple_of(2).then_some(pool),
     })
 }
 
@@ -334,4 +354,21 @@ fn web() -> Destination {
         default_cluster: "web.default:80".into(),
         clusters: BTreeMap::from([("web.default:80".into(), Arc::new(empty_cluster()))]),
     }
+}
+
+#[test]
+fn an_envoy_is_told_the_limits_in_its_own_words() {
+    let cluster = Cluster {
+        name: "web.default:80".into(),
+        service: ServicePort { service: ServiceName { service: "web".into(), namespace: "default".into() }, port: 80 },
+        endpoints: Vec::new(),
+        policy: backend_policy(0),
+    };
+    let breakers = encode::cluster(&cluster, "cluster.local", AppProtocol::Http).circuit_breakers.unwrap();
+    let threshold = &breakers.thresholds[0];
+    let number = |found: &Option<_>| found.as_ref().map(|found: &UInt32Value| found.value);
+    assert_eq!(number(&threshold.max_connections), Some(3));
+    assert_eq!(number(&threshold.max_requests), Some(7));
+    assert_eq!(number(&threshold.max_retries), Some(0));
+    assert_eq!(number(&threshold.max_pending_requests), None);
 }

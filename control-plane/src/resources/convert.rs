@@ -17,6 +17,7 @@ mod limits;
 mod policy;
 mod routes;
 
+pub(super) use limits::traffic_limit;
 pub(super) use policy::backend_policy;
 pub(super) use routes::{grpc_route, http_route};
 

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use serde_saphyr::Location;
 use sheetbend_control_plane_client::model::{
-    AppProtocol, BackendPolicy, OutboundPolicy, RulePolicy, ServiceName, Standing, Transport,
+    AppProtocol, BackendPolicy, OutboundPolicy, RulePolicy, ServiceName, Standing, TrafficLimits, Transport,
 };
 
 pub(crate) use folder::Folder;
@@ -34,6 +34,7 @@ pub(crate) enum Resource {
     Slice(Slice),
     Route(Route),
     Backend(Backend),
+    Limit(Limit),
     Settings(Settings),
 }
 
@@ -145,6 +146,26 @@ pub(crate) struct Backend {
     pub(crate) policy: Arc<BackendPolicy>,
 }
 
+/// A TrafficLimit.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Limit {
+    pub(crate) object: ServiceName,
+    /// The Services whose proxies keep it.
+    pub(crate) services: Vec<Parent>,
+    /// The routes whose callers' proxies keep it.
+    pub(crate) routes: Vec<RouteTarget>,
+    pub(crate) limits: TrafficLimits,
+}
+
+/// A route that a policy is about.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct RouteTarget {
+    pub(crate) at: At,
+    /// `HTTPRoute` or `GRPCRoute`.
+    pub(crate) kind: &'static str,
+    pub(crate) name: ServiceName,
+}
+
 /// A MeshSettings.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Settings {
@@ -173,6 +194,10 @@ impl Resource {
                 backend.targets.iter_mut().for_each(|target| target.at.line += before);
                 Arc::make_mut(&mut backend.policy).place = place(before + 1);
             }
+            Self::Limit(limit) => {
+                limit.services.iter_mut().for_each(|target| target.at.line += before);
+                limit.routes.iter_mut().for_each(|target| target.at.line += before);
+            }
             Self::Service(_) | Self::Slice(_) | Self::Settings(_) => {}
         }
     }
@@ -184,6 +209,7 @@ impl Resource {
             Self::Slice(slice) => ("EndpointSlice", &slice.object),
             Self::Route(route) => (route.kind, &route.name),
             Self::Backend(backend) => ("BackendPolicy", &backend.object),
+            Self::Limit(limit) => ("TrafficLimit", &limit.object),
             Self::Settings(settings) => ("MeshSettings", &settings.object),
         };
         format!("{kind} {}/{}", name.namespace, name.service)

@@ -180,7 +180,8 @@ const BYSTANDERS: [&str; 12] = [
     "CronJob",
     "NetworkPolicy",
 ];
-const KINDS: [&str; 6] = ["Service", "EndpointSlice", "HTTPRoute", "GRPCRoute", "BackendPolicy", "MeshSettings"];
+const KINDS: [&str; 7] =
+    ["Service", "EndpointSlice", "HTTPRoute", "GRPCRoute", "BackendPolicy", "TrafficLimit", "MeshSettings"];
 
 /// Mistakes of one document that are told at most.
 const MOST_MISTAKES: usize = 100;
@@ -238,6 +239,9 @@ fn resource(text: &str) -> Checked<Option<Resource>> {
             .map(Some),
         "BackendPolicy" => expect(&["sheetbend.io/v1alpha1"])
             .and_then(|()| convert::backend_policy(read(text)?).map(Resource::Backend))
+            .map(Some),
+        "TrafficLimit" => expect(&["sheetbend.io/v1alpha1"])
+            .and_then(|()| convert::traffic_limit(read(text)?).map(Resource::Limit))
             .map(Some),
         "MeshSettings" => expect(&["sheetbend.io/v1alpha1"])
             .and_then(|()| convert::settings(read(text)?).map(Resource::Settings))

@@ -3,10 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use sheetbend_control_plane_client::model::{Access, DefaultAccess, InboundPolicy, ServiceName, ServicePort};
+use sheetbend_control_plane_client::model::{
+    Access, DefaultAccess, InboundPolicy, ServiceName, ServicePort, TrafficLimits,
+};
 
 use super::parts::{Parts, PortParts};
 use super::reuse;
+use crate::resources::Limit;
 
 /// Every service's policy. One that is not named here has that of its namespace, and of everybody.
 #[derive(Debug, Default)]
@@ -23,7 +26,8 @@ impl Inbound {
             let policy = reuse(parts.inbound(name), former.services.get(name));
             (name.clone(), policy)
         });
-        let everybody = InboundPolicy { access: Access { default: parts.default_access() } };
+        let everybody =
+            InboundPolicy { access: Access { default: parts.default_access() }, ..InboundPolicy::default() };
         Self { services: services.collect(), everybody: reuse(everybody, Some(&former.everybody)) }
     }
 
@@ -34,8 +38,14 @@ impl Inbound {
 
 impl Parts<'_> {
     /// What holds for those who call a service.
-    fn inbound(&self, _service: &ServiceName) -> InboundPolicy {
-        InboundPolicy { access: Access { default: self.default_access() } }
+    fn inbound(&self, service: &ServiceName) -> InboundPolicy {
+        InboundPolicy { access: Access { default: self.default_access() }, limits: self.limits_of(service) }
+    }
+
+    /// All TrafficLimits of a service, which must all be kept.
+    fn limits_of(&self, service: &ServiceName) -> TrafficLimits {
+        let of = |limit: &&&Limit| limit.services.iter().any(|target| target.service == *service);
+        self.limits.iter().filter(of).fold(TrafficLimits::default(), |all, limit| all.and(&limit.limits))
     }
 
     /// The strictest of what is said wins.

@@ -8,12 +8,12 @@ use std::sync::Arc;
 use sheetbend_certs::SpiffeId;
 use sheetbend_control_plane_client::model::{
     AppProtocol, Backend, BackendPolicy, Cluster, ClusterName, Endpoint, Mesh, OutboundPolicy, Rule, ServiceName,
-    ServicePort, Transport,
+    ServicePort, TrafficLimits, Transport,
 };
 
 use super::{ClusterEntry, Inputs, World, reuse};
 use crate::registry::Registered;
-use crate::resources::{Rank, Ranked, Resource, Route, Service, Settings, Slice, in_order_of_age};
+use crate::resources::{Limit, Rank, Ranked, Resource, Route, RouteTarget, Service, Settings, Slice, in_order_of_age};
 
 /// A service port while it is being put together.
 #[derive(Default)]
@@ -32,6 +32,7 @@ pub(crate) struct Parts<'a> {
     pub(super) routes: Vec<&'a Route>,
     /// By the Service that it is about.
     pub(crate) policies: BTreeMap<&'a ServiceName, &'a Arc<BackendPolicy>>,
+    pub(super) limits: Vec<&'a Limit>,
     pub(super) settings: Vec<&'a Settings>,
 }
 
@@ -42,6 +43,7 @@ impl<'a> Parts<'a> {
             slices: Vec::new(),
             routes: Vec::new(),
             policies: BTreeMap::new(),
+            limits: Vec::new(),
             settings: Vec::new(),
         };
         for resource in resources {
@@ -52,6 +54,7 @@ impl<'a> Parts<'a> {
                 Resource::Backend(backend) => {
                     parts.policies.extend(backend.targets.iter().map(|target| (&target.service, &backend.policy)));
                 }
+                Resource::Limit(limit) => parts.limits.push(limit),
                 Resource::Settings(settings) => parts.settings.push(settings),
             }
         }
@@ -162,13 +165,27 @@ impl<'a> Parts<'a> {
         let kind = if here.iter().any(|route| route.kind == "GRPCRoute") { "GRPCRoute" } else { "HTTPRoute" };
         let mut rules = Vec::new();
         for route in in_order_of_age(here.into_iter().filter(|route| route.kind == kind)) {
+            let limits = self.limits_of_route(route);
             for (number, rule) in route.rules.iter().enumerate() {
-                rules.extend(expand(route, number, rule));
+                rules.extend(expand(route, number, rule, &limits));
             }
         }
         // A stable sort: what is alike stays in the order of routes and of their rules.
         rules.sort_by_key(|(order, _)| *order);
         rules.into_iter().map(|(_, rule)| rule).collect()
+    }
+
+    /// All TrafficLimits of a route, which must all be kept. Its buckets are its own: another route that the same policy
+    /// is about has others.
+    fn limits_of_route(&self, route: &Route) -> TrafficLimits {
+        let is_it = |target: &RouteTarget| target.kind == route.kind && target.name == route.name;
+        let here = self.limits.iter().filter(|limit| limit.routes.iter().any(is_it));
+        let mut all = here.fold(TrafficLimits::default(), |all, limit| all.and(&limit.limits));
+        for rate in &mut all.rates {
+            rate.name =
+                format!("{} of {} {}/{}", rate.name, route.kind, route.name.namespace, route.name.service).into();
+        }
+        all
     }
 
     pub(super) fn mesh(&self, inputs: &Inputs<'_>, ports: &BTreeMap<ServicePort, PortParts>) -> Mesh {
@@ -206,7 +223,12 @@ fn set_protocol(parts: &mut PortParts, said: AppProtocol) {
 }
 
 /// One rule a match, so that the matches of several routes can be put in order.
-fn expand(route: &Route, number: usize, rule: &crate::resources::RouteRule) -> Vec<(Reverse<Rank>, Rule)> {
+fn expand(
+    route: &Route,
+    number: usize,
+    rule: &crate::resources::RouteRule,
+    limits: &TrafficLimits,
+) -> Vec<(Reverse<Rank>, Rule)> {
     let backends: Vec<Backend> = rule
         .backends
         .iter()
@@ -217,7 +239,11 @@ fn expand(route: &Route, number: usize, rule: &crate::resources::RouteRule) -> V
         })
         .collect();
     let name: Arc<str> = format!("{}/{}#{number}", route.name.namespace, route.name.service).into();
-    let one = |matches| Rule { name: name.clone(), matches, backends: backends.clone(), policy: rule.policy.clone() };
+    let mut policy = rule.policy.clone();
+    if policy.limits != *limits {
+        Arc::make_mut(&mut policy).limits = limits.clone();
+    }
+    let one = |matches| Rule { name: name.clone(), matches, backends: backends.clone(), policy: policy.clone() };
     match rule.matches.is_empty() {
         true => vec![(Reverse(Ranked::EVERYTHING), one(Vec::new()))],
         false => rule.matches.iter().map(|m| (m.order(), one(vec![m.condition.clone()]))).collect(),

@@ -1,11 +1,16 @@
 //! Limits as they are written, made into what a proxy obeys.
 
-use serde_saphyr::{Location, Spanned};
-use sheetbend_control_plane_client::model;
+use std::sync::Arc;
 
-use super::kinds::limits as kinds;
-use super::policy::refused;
-use crate::resources::parse::Checked;
+use http::HeaderName;
+use serde_saphyr::{Location, Spanned};
+use sheetbend_control_plane_client::model::{self, ForEach, ServiceName, TrafficLimits, Unusable};
+
+use super::kinds::{Reference, limits as kinds};
+use super::policy::{refused, span};
+use super::{label, name_of, to_service};
+use crate::resources::parse::{Checked, mistake};
+use crate::resources::{Limit, Parent, RouteTarget};
 
 /// `connectionPool` of a BackendPolicy.
 pub(super) fn connection_pool(raw: &Spanned<kinds::ConnectionPool>) -> Checked<model::ConnectionPool> {
@@ -39,4 +44,178 @@ fn number(found: Option<&Spanned<u32>>) -> Option<u32> {
 
 fn place(found: Option<&Spanned<u32>>) -> Option<Location> {
     found.map(|found| found.referenced)
+}
+
+/// A TrafficLimit.
+pub(in crate::resources) fn traffic_limit(raw: kinds::TrafficLimit) -> Checked<Limit> {
+    let object = name_of(&raw.metadata)?;
+    let spec = &raw.spec;
+    if spec.target_refs.value.is_empty() {
+        let hint = "name a Service, an HTTPRoute or a GRPCRoute";
+        return mistake(spec.target_refs.referenced, "no targetRef: this policy is about nothing", hint);
+    }
+    if spec.rates.is_empty() && spec.concurrency.is_none() {
+        return mistake(raw.metadata.name.referenced, "this policy limits nothing", "write rates, concurrency or both");
+    }
+    let rates = spec.rates.iter().enumerate().map(|(number, rate)| self::rate(&object, number, rate));
+    let limits = TrafficLimits {
+        rates: rates.collect::<Checked<_>>()?,
+        concurrency: spec.concurrency.as_ref().map(concurrency).transpose()?,
+    };
+    let place = |error: &Unusable| {
+        let number = error.field.strip_prefix("rates[").and_then(|rest| rest.split(']').next()?.parse::<usize>().ok());
+        let rate = number.and_then(|number| spec.rates.get(number)).map(|rate| rate.referenced);
+        rate.or(spec.concurrency.as_ref().map(|found| found.referenced)).unwrap_or(raw.metadata.name.referenced)
+    };
+    limits.check().or_else(|error| refused(&error, place(&error)))?;
+    let (mut services, mut routes) = (Vec::new(), Vec::new());
+    for target in &spec.target_refs.value {
+        let namespace = match route_kind(target) {
+            Some(kind) => {
+                limits.check_of_route().or_else(|error| refused(&error, place(&error)))?;
+                let name = route_name(target, &object)?;
+                let namespace = name.namespace.clone();
+                routes.push(RouteTarget { at: target.name.referenced.into(), kind, name });
+                namespace
+            }
+            None => {
+                let (service, _) = to_service(target, &object, "targetRef")?;
+                let namespace = service.namespace.clone();
+                services.push(Parent { at: target.name.referenced.into(), service, port: None });
+                namespace
+            }
+        };
+        if namespace != object.namespace {
+            let hint = "put the policy into the namespace of its target";
+            return mistake(target.name.referenced, "a policy is about what is in its own namespace", hint);
+        }
+    }
+    Ok(Limit { object, services, routes, limits })
+}
+
+fn route_kind(target: &Reference) -> Option<&'static str> {
+    let kind = target.kind.as_ref()?.value.as_str();
+    ["HTTPRoute", "GRPCRoute"].into_iter().find(|known| *known == kind)
+}
+
+fn route_name(target: &Reference, object: &ServiceName) -> Checked<ServiceName> {
+    const GROUP: &str = "gateway.networking.k8s.io";
+    match target.group.as_ref() {
+        Some(group) if group.value == GROUP => {}
+        Some(group) => {
+            let hint = "write group: gateway.networking.k8s.io";
+            return mistake(group.referenced, format!("a route is not in group `{}`", group.value), hint);
+        }
+        None => {
+            return mistake(
+                target.name.referenced,
+                "a route needs its group",
+                "write group: gateway.networking.k8s.io",
+            );
+        }
+    }
+    let namespace = target.namespace.as_ref().map(label).transpose()?;
+    Ok(ServiceName { service: label(&target.name)?, namespace: namespace.unwrap_or_else(|| object.namespace.clone()) })
+}
+
+fn rate(object: &ServiceName, number: usize, raw: &Spanned<kinds::Rate>) -> Checked<model::RateLimit> {
+    let written = &raw.value;
+    let for_each = match (written.for_each.as_ref().map(|found| found.value.as_str()), &written.header) {
+        (None, None) => ForEach::Everybody,
+        (Some("Caller"), None) => ForEach::Caller,
+        (Some("Header"), Some(header)) => match header.value.parse::<HeaderName>() {
+            Ok(name) => ForEach::Header(name.as_str().into()),
+            Err(_) => return mistake(header.referenced, format!("`{}` is not a header's name", header.value), None),
+        },
+        (Some("Header"), None) => {
+            return mistake(raw.referenced, "forEach: Header without its `header`", "name the header");
+        }
+        (Some(other), _) if !matches!(other, "Caller" | "Header") => {
+            let at = written.for_each.as_ref().map_or(raw.referenced, |found| found.referenced);
+            return mistake(at, format!("forEach `{other}`"), "write Caller or Header, or leave it out");
+        }
+        (_, header) => {
+            let at = header.as_ref().map_or(raw.referenced, |found| found.referenced);
+            return mistake(at, "`header` belongs to forEach: Header", "write forEach: Header");
+        }
+    };
+    Ok(model::RateLimit {
+        name: format!("{}/{}#{number}", object.namespace, object.service).into(),
+        requests: written.requests,
+        interval: span(Some(&written.interval))?.unwrap_or_default(),
+        burst: written.burst,
+        for_each,
+    })
+}
+
+fn concurrency(raw: &Spanned<kinds::Concurrency>) -> Checked<model::Concurrency> {
+    let written = &raw.value;
+    let path = |path: &Spanned<String>| match path.value.starts_with('/') {
+        true => Ok(Arc::from(path.value.as_str())),
+        false => mistake(path.referenced, format!("the path `{}` does not begin with /", path.value), None),
+    };
+    Ok(model::Concurrency {
+        max_requests: written.max_requests,
+        max_pending: written.max_pending,
+        pending_timeout: span(written.pending_timeout.as_ref())?.unwrap_or(std::time::Duration::from_secs(1)),
+        exempt_paths: written.exempt_paths.iter().map(path).collect::<Checked<_>>()?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::resources::Resource;
+    use crate::resources::parse::parse;
+
+    fn limit(targets: &str, rest: &str) -> Result<Limit, String> {
+        let text = format!(
+            "apiVersion: sheetbend.io/v1alpha1\nkind: TrafficLimit\nmetadata: {{name: web}}\nspec:\n  \
+             targetRefs: [{targets}]\n{rest}"
+        );
+        let read = parse(Path::new("web.yaml"), &text);
+        match read.resources.into_iter().next() {
+            Some((_, Resource::Limit(limit))) => Ok(limit),
+            _ => Err(read.problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")),
+        }
+    }
+
+    const SERVICE: &str = "{kind: Service, group: \"\", name: web}";
+    const ROUTE: &str = "{kind: HTTPRoute, group: gateway.networking.k8s.io, name: web}";
+
+    #[test]
+    fn a_traffic_limit_is_of_services_and_of_routes() {
+        let both = format!("{SERVICE}, {ROUTE}");
+        let read = limit(&both, "  rates: [{requests: 10, interval: 1s}]\n  concurrency: {maxRequests: 5}\n").unwrap();
+        assert_eq!((read.services.len(), read.routes.len()), (1, 1));
+        assert_eq!(read.limits.rates[0].burst(), 10);
+        assert_eq!(read.limits.concurrency.unwrap().max_requests, 5);
+        let header = "  rates: [{requests: 10, interval: 1m, burst: 20, forEach: Header, header: X-Key}]\n";
+        let read = limit(SERVICE, header).unwrap();
+        assert_eq!(read.limits.rates[0].for_each, ForEach::Header("x-key".into()));
+    }
+
+    #[test]
+    fn what_cannot_be_kept_is_refused_with_its_place_and_a_reason() {
+        let cases = [
+            (SERVICE, "  rates: [{requests: 0, interval: 1s}]", "web.yaml:6:11: rates[0].requests: with 0 nothing"),
+            (SERVICE, "  rates: [{requests: 1, interval: 0s}]", "rates[0].interval"),
+            (SERVICE, "  rates: [{requests: 1, interval: 1s, forEach: Header}]", "without its `header`"),
+            (SERVICE, "  rates: [{requests: 1, interval: 1s, header: x}]", "belongs to forEach: Header"),
+            (SERVICE, "  rates: [{requests: 1, interval: 1s, forEach: Path}]", "write Caller or Header"),
+            (SERVICE, "  concurrency: {maxRequests: 0}", "concurrency.maxRequests"),
+            (SERVICE, "  concurrency: {maxRequests: 1, maxPending: 1, pendingTimeout: 0s}", "pendingTimeout"),
+            (SERVICE, "  concurrency: {maxRequests: 1, exemptPaths: [health]}", "does not begin with /"),
+            (SERVICE, "", "limits nothing"),
+            (ROUTE, "  rates: [{requests: 1, interval: 1s, forEach: Caller}]", "target the Service"),
+            (ROUTE, "  concurrency: {maxRequests: 1, maxPending: 1}", "answered at once"),
+            ("{kind: HTTPRoute, name: web}", "  concurrency: {maxRequests: 1}", "needs its group"),
+        ];
+        for (targets, rest, reason) in cases {
+            let refused = limit(targets, rest).unwrap_err();
+            assert!(refused.contains(reason), "{rest}: {refused}");
+        }
+    }
 }
