@@ -11,6 +11,7 @@ mod breakers;
 mod certs;
 mod check;
 mod control_plane;
+mod explain;
 mod failure;
 mod graph;
 mod intercept;
@@ -52,6 +53,8 @@ enum Verb {
     Graph(graph::Args),
     /// Show which endpoints are ejected, and why
     Breakers(breakers::Args),
+    /// Tell why a request went the way it did, or would go
+    Explain(explain::Args),
     /// Find what is wrong in a folder of resources
     Check(check::Args),
 }
@@ -68,6 +71,7 @@ fn main() -> ExitCode {
         Verb::Intercept(verb) => intercept::run(verb),
         Verb::Graph(args) => graph::run(args),
         Verb::Breakers(args) => breakers::run(args),
+        Verb::Explain(args) => explain::run(args),
         Verb::Check(args) => check::run(args),
     };
     outcome.unwrap_or_else(|failure| failure.report())

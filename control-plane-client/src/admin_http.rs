@@ -253,26 +253,35 @@ pub enum AskError {
 
 /// Asks `http://HOST:PORT` for a path; gives the body of a 200, 64 MiB at most. Takes 5 s at most.
 pub async fn get(base: &str, path: &str) -> Result<Bytes, AskError> {
+    ask(base, Method::GET, path, Bytes::new()).await
+}
+
+/// The same by a POST, with a body.
+pub async fn post(base: &str, path: &str, body: impl Into<Bytes>) -> Result<Bytes, AskError> {
+    ask(base, Method::POST, path, body.into()).await
+}
+
+async fn ask(base: &str, method: Method, path: &str, body: Bytes) -> Result<Bytes, AskError> {
     let authority = base.strip_prefix("http://").unwrap_or(base).trim_end_matches('/');
     let parsed: http::uri::Authority = authority.parse().map_err(|_| AskError::Url(base.to_string()))?;
     if parsed.port_u16().is_none() || parsed.as_str().contains('@') {
         return Err(AskError::Url(base.to_string()));
     }
-    within(authority, get_once(authority, path)).await
+    within(authority, ask_once(authority, method, path, body)).await
 }
 
 async fn within<T>(who: &str, ask: impl Future<Output = Result<T, AskError>>) -> Result<T, AskError> {
     tokio::time::timeout(Duration::from_secs(5), ask).await.unwrap_or_else(|_| Err(AskError::Timeout(who.to_string())))
 }
 
-async fn get_once(authority: &str, path: &str) -> Result<Bytes, AskError> {
+async fn ask_once(authority: &str, method: Method, path: &str, body: Bytes) -> Result<Bytes, AskError> {
     const MAX_ANSWER: usize = 64 << 20;
     let http = |error| AskError::Http(authority.to_string(), error);
     let stream = TcpStream::connect(authority).await.map_err(|e| AskError::Connect(authority.to_string(), e))?;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(http)?;
     let mut tasks = JoinSet::new();
     tasks.spawn(connection);
-    let request = Request::get(path).header(header::HOST, authority).body(Full::<Bytes>::default());
+    let request = Request::builder().method(method).uri(path).header(header::HOST, authority).body(Full::new(body));
     let request = request.map_err(|_| AskError::Url(authority.to_string()))?;
     let response = sender.send_request(request).await.map_err(http)?;
     let status = response.status();

@@ -60,7 +60,7 @@ fn endpoint_as_json(endpoint: &EndpointState, clock: &Clock) -> Value {
 }
 
 /// The three that an operator knows: one whose share grows is being tried still.
-fn name(state: State) -> &'static str {
+pub(crate) fn name(state: State) -> &'static str {
     match state {
         State::Serving => "Serving",
         State::Ejected { .. } => "Ejected",

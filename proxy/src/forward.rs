@@ -51,6 +51,8 @@ pub(crate) struct Outgoing<'a> {
     pub(crate) deadline: Option<Deadline>,
     /// There is one attempt, which takes the head with it.
     pub(crate) once: bool,
+    /// Whether the latest attempt had a connection that was there before.
+    pub(crate) reused: Option<bool>,
 }
 
 /// The request's body.
@@ -172,7 +174,9 @@ impl Way<'_> {
         outgoing: &mut Outgoing<'_>,
     ) -> Result<(Response<Incoming>, Checkout), Error> {
         let endpoint = &Arc::clone(&lease.endpoint);
-        let (mut sender, checkout) = match self.pool.ready(endpoint, wire, fresh) {
+        let ready = self.pool.ready(endpoint, wire, fresh);
+        outgoing.reused = Some(ready.is_some());
+        let (mut sender, checkout) = match ready {
             Some(ready) => ready,
             // Allocates: a connection's beginning is large, and every request would carry room for it.
             None => {
@@ -216,7 +220,7 @@ impl Way<'_> {
         Ok(request)
     }
 
-    /// Whether a failed attempt is made once more: after which wait.
+    /// Whether a failed attempt is made once more; nothing where there is nothing to make better.
     pub(crate) fn again(
         &self,
         result: &Result<Response<ResponseBody>, Error>,
@@ -224,7 +228,7 @@ impl Way<'_> {
         before: u32,
         from_peer: bool,
         budget: &retry::Budget,
-    ) -> Option<Duration> {
+    ) -> Option<Verdict> {
         let failure = match result {
             Ok(answer) if from_peer && answer.headers().contains_key(UNSENT) => {
                 Failure::Unprocessed(Counter::RetriedPeerConnect)
@@ -251,16 +255,10 @@ impl Way<'_> {
             replayable: outgoing.body.is_whole(),
             left: outgoing.deadline.map(Deadline::left),
         };
-        match retry::decide(&attempt, rand::random(), || budget.take(self.epoch.elapsed())) {
-            Verdict::Retry { after, reason } => {
-                self.telemetry.count(reason);
-                Some(after)
-            }
-            Verdict::GiveUp(counter) => {
-                self.telemetry.count(counter);
-                None
-            }
-        }
+        let verdict = retry::decide(&attempt, rand::random(), || budget.take(self.epoch.elapsed()));
+        let (Verdict::Retry { reason, .. } | Verdict::GiveUp(reason)) = verdict;
+        self.telemetry.count(reason);
+        Some(verdict)
     }
 }
 

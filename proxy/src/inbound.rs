@@ -24,6 +24,7 @@ use crate::http::error::{Error, Refusal};
 use crate::http::exchange::Exchange;
 use crate::http::headers::{self, SENT_VERSION};
 use crate::http::serve::{fault, serve};
+use crate::http::story::Caught;
 use crate::mtls::{self, HANDSHAKE, Inside};
 use crate::policy::authz::{self, Denied};
 use crate::rest::{Rest, splice_for};
@@ -272,6 +273,11 @@ impl Inbound {
         deadline: Option<Deadline>,
         exchange: &mut Exchange,
     ) -> Result<(Response<ResponseBody>, Option<OnUpgrade>), Error> {
+        exchange.story.caught(match (caller.ours, &caller.id) {
+            (true, _) => Caught::Peer,
+            (false, Some(_)) => Caught::MutualTls,
+            (false, None) => Caught::Plain,
+        });
         headers::check_framing(head).map_err(Error::Refused)?;
         let sent_http1 = caller.ours && head.headers.contains_key(SENT_VERSION);
         headers::strip_ours(&mut head.headers);
@@ -289,7 +295,8 @@ impl Inbound {
         let sending = if headers::expects_continue(head) { Sending::WhenAsked } else { Sending::Once };
         let body = Body1::new(head, body, sending, exchange);
         let passed = exchange.request_passed.clone();
-        let mut outgoing = Outgoing { head, authority, sent, body, passed, upgrade, deadline, once: true };
+        let mut outgoing =
+            Outgoing { head, authority, sent, body, passed, upgrade, deadline, once: true, reused: None };
         let app = self.port.app.load_full();
         exchange.attempt(&app);
         let wire = if sent == Version::HTTP_2 { Wire::Http2 } else { Wire::Http1 };
@@ -297,7 +304,9 @@ impl Inbound {
         let shared = &self.shared;
         let identity: &IdentityStore = &shared.identity;
         let way = Way { pool: &self.pool, identity, telemetry: &shared.telemetry, epoch: shared.epoch };
-        let mut answer = way.attempt(Lease::alone(app), wire, fresh, None, &mut outgoing).await?;
+        let answer = way.attempt(Lease::alone(app), wire, fresh, None, &mut outgoing).await;
+        exchange.story.over(outgoing.reused.take());
+        let mut answer = answer?;
         if let Some(rest) = caller.rest.clone().filter(|_| client.is_some()) {
             answer.extensions_mut().insert(rest);
         }

@@ -1,15 +1,18 @@
 //! What a running proxy shows of itself on its admin port, and the levels that are measured when somebody asks.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::SystemTime;
 
+use http::StatusCode;
 use serde_json::json;
 use sheetbend_certs::format_time;
-use sheetbend_control_plane_client::model::Resolution;
+use sheetbend_control_plane_client::model::{Resolution, Target};
 
-use crate::admin::{AdminState, logging};
+use crate::admin::{AdminState, Refused, logging};
 use crate::app::Shared;
+use crate::route::Route;
 use crate::telemetry::{Counter, Gauge};
 use crate::upstream::{Bounded, Bounds, Endpoints, Pooled, Windows};
 
@@ -17,6 +20,7 @@ use crate::upstream::{Bounded, Bounds, Endpoints, Pooled, Windows};
 pub(crate) fn admin_state(shared: &Arc<Shared>) -> AdminState {
     let of = || Arc::clone(shared);
     let (ready, measured, dump, clusters, breakers, certs, info) = (of(), of(), of(), of(), of(), of(), of());
+    let previewed = of();
     AdminState {
         telemetry: Arc::clone(&shared.telemetry),
         ready: Box::new(move || match *ready.inbound_drain.borrow() {
@@ -43,6 +47,7 @@ pub(crate) fn admin_state(shared: &Arc<Shared>) -> AdminState {
             json!({ "clusters": found.collect::<Vec<_>>(), "limits": limits(&clusters.endpoints) })
         }),
         breakers: Box::new(move || crate::breakers::document(&breakers.endpoints)),
+        preview: Box::new(move |described| preview(&previewed, described)),
         certs: Box::new(move || match certs.identity.current() {
             Some(material) => json!({
                 "id": material.identity.id.to_string(),
@@ -78,6 +83,45 @@ fn limits(endpoints: &Endpoints) -> Vec<serde_json::Value> {
         one
     };
     all.iter().map(shown).collect()
+}
+
+/// A request that is described and not sent: `{"to": "web:80", "method": "GET", "path": "/", "headers": {"k": "v"}}`.
+#[derive(serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Described {
+    to: Target,
+    #[serde(default)]
+    method: Option<String>,
+    #[serde(default)]
+    path: Option<String>,
+    #[serde(default)]
+    headers: BTreeMap<String, String>,
+}
+
+/// What would be decided for a request. A destination that is not known yet is asked for: whoever asks again is told.
+fn preview(shared: &Arc<Shared>, described: &[u8]) -> Result<serde_json::Value, Refused> {
+    let wrong = |why: String| (StatusCode::BAD_REQUEST, why);
+    let asked: Described =
+        serde_json::from_slice(described).map_err(|error| wrong(format!("not a request: {error}")))?;
+    let mut request = http::Request::builder()
+        .method(asked.method.as_deref().unwrap_or("GET"))
+        .uri(asked.path.as_deref().unwrap_or("/"))
+        .header(http::header::HOST, asked.to.to_string());
+    for (name, value) in &asked.headers {
+        request = request.header(name, value);
+    }
+    let (head, ()) = request.body(()).map_err(|error| wrong(error.to_string()))?.into_parts();
+    let decided = match shared.discovery.lookup(&asked.to) {
+        Some(Resolution::Mesh(destination)) => Route::preview(asked.to.clone(), destination, &shared.endpoints, &head),
+        Some(Resolution::NotMesh) => json!({ "destination": null }),
+        None => {
+            let (shared, target) = (Arc::clone(shared), asked.to.clone());
+            tokio::spawn(async move { drop(shared.discovery.resolve(&target).await) });
+            let why = format!("the control plane is asked where {} is; ask again", asked.to);
+            return Err((StatusCode::SERVICE_UNAVAILABLE, why));
+        }
+    };
+    Ok(json!({ "to": asked.to.to_string(), "decided": decided }))
 }
 
 /// Levels that somebody else keeps, taken over when they are asked for: nothing is paid for them on a request's way.

@@ -24,6 +24,7 @@ use crate::http::error::{Error, Refusal};
 use crate::http::exchange::Exchange;
 use crate::http::headers::{self, X_REQUEST_ID};
 use crate::http::serve::{PATIENCE, fault, serve};
+use crate::http::story::Caught;
 use crate::http::upgrade;
 use crate::refuse::refuse;
 use crate::rest::{Rest, splice_for};
@@ -32,7 +33,7 @@ use crate::route::{Caller, Candidates, Route, Routes};
 use crate::tcp::Abort;
 use crate::telemetry::{Counter, Protocol, Reporter};
 use crate::traffic::limit::Limit;
-use crate::traffic::retry::Retrying;
+use crate::traffic::retry::{Retrying, Verdict};
 use crate::upstream::{BoxIo, EndpointState, Permit, Pool, Wire, dial};
 use crate::worker::Live;
 
@@ -44,6 +45,8 @@ pub(crate) struct Outbound {
     pub(crate) routes: Arc<Routes>,
     /// The connection counts for as long as this is held, by a tunnel within it too.
     pub(crate) live: Arc<Live>,
+    /// How the connection came here.
+    pub(crate) caught: Caught,
 }
 
 impl Outbound {
@@ -166,6 +169,7 @@ impl Outbound {
         deadline: Option<Deadline>,
         exchange: &mut Exchange,
     ) -> Result<(Response<ResponseBody>, Option<OnUpgrade>), Error> {
+        exchange.story.caught(self.caught);
         headers::check_framing(head).map_err(Error::Refused)?;
         headers::strip_ours(&mut head.headers);
         if head.method == Method::CONNECT && target.is_none() {
@@ -184,6 +188,7 @@ impl Outbound {
         };
         let route = self.route(&target).await?;
         let (rule, endpoints) = route.choose(head);
+        exchange.story.routed(&target, rule);
         let mut caller = endpoints.caller(Some(&head.headers), peer);
         let protocol = protocol(head);
         let now = self.shared.epoch.elapsed();
@@ -209,7 +214,7 @@ impl Outbound {
         let of_route = of_route.filter(|route| deadline.is_none_or(|callers| route.at() < callers.at()));
         let deadline = of_route.or(deadline);
         let sent = head.version;
-        let outgoing = Outgoing { head, authority, sent, body, passed, upgrade, deadline, once: false };
+        let outgoing = Outgoing { head, authority, sent, body, passed, upgrade, deadline, once: false, reused: None };
         let time = timeouts.and_then(|timeouts| timeouts.backend_request).filter(|time| !time.is_zero());
         let attempts = Attempts { route: &route, endpoints, caller: &caller, protocol, expects, time };
         let mut answer = within(of_route, pin!(self.attempts(attempts, outgoing, exchange))).await?;
@@ -233,7 +238,11 @@ impl Outbound {
         let mut retrying: Option<(Retrying<'_>, Permit)> = None;
         loop {
             let idempotent = headers::is_idempotent(outgoing.head);
-            let lease = route.pick(endpoints, caller, &tried, idempotent, self.shared.epoch.elapsed())?;
+            let now = self.shared.epoch.elapsed();
+            exchange.story.picking(now, || endpoints.as_json(now));
+            let lease = route
+                .pick(endpoints, caller, &tried, idempotent, now)
+                .inspect_err(|_| exchange.story.nobody(|| endpoints.as_json(now)))?;
             let endpoint = Arc::clone(&lease.endpoint);
             exchange.on(Arc::clone(endpoint.edge(&self.shared.telemetry, protocol)));
             exchange.attempt(&endpoint);
@@ -241,15 +250,22 @@ impl Outbound {
             // What must not be sent twice takes no connection that may have closed in the meantime.
             let fresh = outgoing.upgrade || expects || before > 0 || !idempotent;
             let result = way.attempt(lease, wire, fresh, time, &mut outgoing).await;
-            let again = way.again(&result, &outgoing, before, endpoint.is_ours(), &route.budget);
-            let Some(after) = again else { return result };
-            drop(retrying.take());
-            let taken = Retrying(&route.budget);
-            let Some(permit) = endpoint.bounds.take(Limit::Retries) else {
-                self.shared.telemetry.count(Counter::OverflowRetries);
-                return result;
-            };
-            drop(retrying.replace((taken, permit)));
+            let mut again = way.again(&result, &outgoing, before, endpoint.is_ours(), &route.budget);
+            let mut after = None;
+            if let Some(Verdict::Retry { after: wait, .. }) = again {
+                drop(retrying.take());
+                let taken = Retrying(&route.budget);
+                match endpoint.bounds.take(Limit::Retries) {
+                    Some(permit) => (retrying, after) = (Some((taken, permit)), Some(wait)),
+                    None => {
+                        self.shared.telemetry.count(Counter::OverflowRetries);
+                        again = Some(Verdict::GiveUp(Counter::OverflowRetries));
+                    }
+                }
+            }
+            exchange.story.over(outgoing.reused.take());
+            exchange.story.tried(&endpoint, again.as_ref(), &result, || endpoints.as_json(endpoint.now()));
+            let Some(after) = after else { return result };
             drop(result);
             tokio::time::sleep(after).await;
             before += 1;
@@ -267,7 +283,7 @@ impl Outbound {
         };
         self.check_loop(&target)?;
         self.shared.telemetry.count(Counter::ConnectsTunnelled);
-        let this = self.clone();
+        let this = Self { caught: Caught::Tunnel, ..self.clone() };
         tokio::spawn(async move {
             if let Ok(upgraded) = hyper::upgrade::on(Request::from_parts(head, body)).await {
                 let within: std::pin::Pin<Box<dyn Future<Output = ()> + Send>> =

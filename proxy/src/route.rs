@@ -7,8 +7,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use http::request;
+use serde_json::{Value, json};
 use sheetbend_control_plane_client::discovery::Discovery;
-use sheetbend_control_plane_client::model::{Cluster, ClusterName, Destination, Resolution, Rule, Target, Transport};
+use sheetbend_control_plane_client::model::{
+    Backend, Cluster, ClusterName, Destination, Resolution, Rule, Target, Transport,
+};
 
 mod candidates;
 
@@ -91,6 +94,34 @@ impl Route {
     /// The endpoints of an opaque connection.
     pub fn opaque(&self) -> &Candidates {
         self.destination.as_ref().map_or(&self.elsewhere, |destination| self.of(&destination.default_cluster))
+    }
+
+    /// What would be decided for a request, without sending it.
+    pub fn preview(
+        target: Target,
+        destination: Arc<Destination>,
+        endpoints: &Endpoints,
+        head: &request::Parts,
+    ) -> Value {
+        let now = endpoints.epoch.elapsed();
+        let route = Self::mesh(target, Arc::clone(&destination), endpoints, None);
+        let rule = route.index.find(head).and_then(|at| destination.rules.get(at));
+        let whole = [Backend { cluster: destination.default_cluster.clone(), weight: 1 }];
+        let backends = rule.map_or(&whole[..], |rule| &rule.backends);
+        let weights: u64 = backends.iter().map(|backend| u64::from(backend.weight)).sum();
+        let backend = |backend: &Backend| {
+            json!({
+                "backend": &*backend.cluster,
+                "percent": (10_000.0 * f64::from(backend.weight) / weights.max(1) as f64).round() / 100.0,
+                "policy": destination.clusters.get(&backend.cluster).map(|cluster| &*cluster.policy),
+                "candidates": route.of(&backend.cluster).as_json(now),
+            })
+        };
+        json!({
+            "destination": destination.name.to_string(),
+            "rule": rule.map(|rule| json!({ "name": &*rule.name, "place": &*rule.policy.place, "policy": &*rule.policy })),
+            "backends": backends.iter().map(backend).collect::<Vec<_>>(),
+        })
     }
 
     /// Those of a cluster. Of the mesh, and therefore never elsewhere: that is empty here.

@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 
 use crate::app::Shared;
 use crate::http::error::Error;
+use crate::http::story::Caught;
 use crate::inbound::{Inbound, Port};
 use crate::listen::{Accepted, Listener, original_destination};
 use crate::outbound::Outbound;
@@ -72,6 +73,15 @@ pub(crate) enum Job {
 }
 
 impl Job {
+    /// How the requests on such a connection come to this proxy.
+    fn caught(&self) -> Caught {
+        match self {
+            Self::Explicit(_) => Caught::Explicit,
+            Self::Fixed(..) => Caught::LocalPort,
+            Self::Transparent(_) | Self::Redirected(_) | Self::Inbound(..) => Caught::Redirected,
+        }
+    }
+
     fn is_inbound(&self) -> bool {
         matches!(self, Self::Inbound(..) | Self::Redirected(..))
     }
@@ -108,7 +118,9 @@ impl Workers {
                         tokio::select! {
                             job = jobs.recv() => {
                                 let Some((job, live)) = job else { return };
+                                let caught = job.caught();
                                 let outbound = Outbound {
+                                    caught,
                                     shared: Arc::clone(&shared),
                                     pool: Arc::clone(&pool),
                                     routes: Arc::clone(&routes),

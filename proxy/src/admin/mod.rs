@@ -1,6 +1,6 @@
 //! The admin port: what an operator may ask a proxy.
 //!
-//! On loopback: `/ready /live /metrics /config_dump /clusters /breakers /certs /logging /server_info /graph`. A second listener
+//! On loopback: `/ready /live /metrics /config_dump /clusters /breakers /explain /certs /logging /server_info /graph`. A second listener
 //! that others can reach (15120) has `/ready /live /metrics` alone. Nothing here is on the way of a request.
 
 #[cfg(test)]
@@ -48,6 +48,8 @@ pub struct AdminState {
     pub clusters: Document,
     /// `/breakers`: which endpoints are ejected, and why.
     pub breakers: Document,
+    /// `POST /explain`: what would be decided for a request, described in JSON.
+    pub preview: Preview,
     /// `/certs`: the certificate chain, the trust bundle, when each expires.
     pub certs: Document,
     /// `/server_info`: version, uptime, state.
@@ -57,6 +59,12 @@ pub struct AdminState {
     /// Replaces the log filter, or says what is wrong with the new one.
     pub set_log_filter: SetLogFilter,
 }
+
+/// Says what would be decided for a request that is described.
+pub type Preview = Box<dyn Fn(&[u8]) -> Result<serde_json::Value, Refused> + Send + Sync>;
+
+/// Why a request that was only described gets no answer: a status, and the reason.
+pub type Refused = (StatusCode, String);
 
 /// Which paths a listener has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,13 +99,14 @@ impl Admin {
     }
 }
 
-const EVERYTHING: &str = "/ready /live /metrics /config_dump /clusters /breakers /certs /logging /server_info /graph[?format=json|dot|mermaid|table|html]";
+const EVERYTHING: &str = "/ready /live /metrics /config_dump /clusters /breakers /explain[/REQUEST-ID][?format=text] /certs /logging /server_info /graph[?format=json|dot|mermaid|table|html]";
 
 fn answer(state: &AdminState, scope: Scope, rendered: &Rendered, asked: &Asked) -> Answer {
     let get = asked.method == Method::GET;
     match (asked.path.as_str(), scope) {
         ("/logging", Scope::Everything) => logging::answer(asked, &state.log_filter, &state.set_log_filter),
-        _ if !get => Answer::text(StatusCode::METHOD_NOT_ALLOWED, "Only /logging takes a POST.\n"),
+        (path, Scope::Everything) if path == "/explain" || path.starts_with("/explain/") => explain(state, asked),
+        _ if !get => Answer::text(StatusCode::METHOD_NOT_ALLOWED, "Only /logging and /explain take a POST.\n"),
         ("/live", _) => Answer::text(StatusCode::OK, "live\n"),
         ("/ready", _) => match (state.ready)() {
             Ok(()) => Answer::text(StatusCode::OK, "ready\n"),
@@ -120,6 +129,41 @@ fn answer(state: &AdminState, scope: Scope, rendered: &Rendered, asked: &Asked) 
         ("/graph", _) => Answer::graph(asked, &state.telemetry.graph()),
         ("/", _) => Answer::text(StatusCode::OK, format!("{EVERYTHING}\n")),
         _ => Answer::not_found(EVERYTHING),
+    }
+}
+
+/// `/explain` lists the requests that are told, `/explain/REQUEST-ID` tells one. A POST to `/explain?keep_one_in=N` sets how
+/// many successes are kept; one with a request in its body says what would be decided for it.
+fn explain(state: &AdminState, asked: &Asked) -> Answer {
+    let explained = state.telemetry.explained();
+    let id = asked.path.strip_prefix("/explain/");
+    if asked.method == Method::POST {
+        return match (id, asked.parameter("keep_one_in")) {
+            (None, Some(number)) => match number.parse() {
+                Ok(number) => {
+                    explained.keep_one_in(number);
+                    Answer::text(StatusCode::OK, format!("one success in {number} is kept\n"))
+                }
+                Err(_) => Answer::text(StatusCode::BAD_REQUEST, "keep_one_in takes a number; 0 keeps no success\n"),
+            },
+            (None, None) => match (state.preview)(&asked.body) {
+                Ok(preview) => Answer::json(&preview),
+                Err((status, why)) => Answer::text(status, format!("{why}\n")),
+            },
+            (Some(_), _) => Answer::text(StatusCode::METHOD_NOT_ALLOWED, "What was decided cannot be changed.\n"),
+        };
+    }
+    let Some(id) = id else { return Answer::json(&explained.list()) };
+    let records = explained.of(id);
+    match records.is_empty() {
+        true => {
+            let why = "all failures are kept for a while, and of successes one in";
+            Answer::text(StatusCode::NOT_FOUND, format!("nothing is kept of {id}: {why} {}\n", explained.one_in()))
+        }
+        false if asked.parameter("format") == Some("text") => {
+            Answer::text(StatusCode::OK, records.iter().map(crate::telemetry::explain::text).collect::<String>())
+        }
+        false => Answer::json(&serde_json::json!({ "request_id": id, "records": records })),
     }
 }
 

@@ -29,6 +29,10 @@ fn state(ready: &Arc<AtomicBool>) -> AdminState {
         config_dump: Box::new(|| json!({"listen": "127.0.0.1:1"})),
         clusters: Box::new(|| json!([])),
         breakers: Box::new(|| json!({"endpoints": []})),
+        preview: Box::new(|described| match described {
+            b"{}" => Ok(json!({ "decided": true })),
+            _ => Err((StatusCode::BAD_REQUEST, "not a request".to_string())),
+        }),
         certs: Box::new(|| json!({"chain": []})),
         server_info: Box::new(|| json!({"version": "0"})),
         log_filter: Box::new(move || current.lock().unwrap().clone()),

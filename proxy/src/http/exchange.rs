@@ -5,11 +5,12 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use http::{HeaderValue, Method, Uri, Version, request};
-use sheetbend_certs::SpiffeId;
+use sheetbend_certs::{SpiffeId, format_time};
 
 use super::body::{BodyError, Passed};
 use super::error::{Causes, Error, h2_reason};
 use super::headers::X_REQUEST_ID;
+use super::story::{Story, millis};
 use crate::telemetry::{AccessEntry, Edge, Flags, Outcome, Reporter, Telemetry};
 use crate::traffic::retry::Budget;
 use crate::upstream::{EndpointState, Permit};
@@ -43,6 +44,8 @@ pub struct Exchange {
     /// What it takes up of its limits: of the destination, and of the route.
     permits: Permits,
     ended: bool,
+    /// What is decided for it.
+    pub story: Story,
 }
 
 /// What the access log shows of a request. Cheap to keep: names and targets are shared, not copied.
@@ -90,6 +93,7 @@ impl Exchange {
             budget: None,
             permits: Permits::default(),
             ended: false,
+            story: Story::new(telemetry.explained().samples()),
         })
     }
 
@@ -193,10 +197,60 @@ impl Drop for Exchange {
         if self.telemetry.access_log().wants(failed) {
             self.log(&outcome, now);
         }
+        if failed || self.story.is_kept() {
+            self.explain(&outcome);
+        }
     }
 }
 
 impl Exchange {
+    /// Keeps what was decided, for `/explain`.
+    #[cold]
+    fn explain(&mut self, outcome: &Outcome) {
+        let id = self.facts.request_id.as_ref().and_then(|id| id.to_str().ok()).unwrap_or_default().to_string();
+        let began = SystemTime::now() - outcome.latency;
+        let ended_by = self.ended_by(outcome);
+        let mut record = self.story.end(self.attempts, self.endpoint.as_deref(), ended_by.clone(), outcome.latency);
+        let facts = &self.facts;
+        let more = serde_json::json!({
+            "request_id": id,
+            "at": format_time(began),
+            "side": if facts.reporter == Reporter::Source { "outbound" } else { "inbound" },
+            "method": facts.method.as_str(),
+            // Without its query, where secrets travel.
+            "path": facts.uri.path(),
+            "downstream": facts.downstream.to_string(),
+            "source": facts.source.as_ref().map(ToString::to_string),
+            "detected": if facts.version >= Version::HTTP_2 { "HTTP/2" } else { "HTTP/1.1" },
+            "destination": self.edge.as_deref().map(|edge| &*edge.key().destination),
+            "status": outcome.status,
+            "grpc_status": outcome.grpc_status,
+            "flags": outcome.flags.to_string(),
+            "ms": millis(outcome.latency),
+            "ended_by": ended_by,
+        });
+        if let (Some(record), serde_json::Value::Object(more)) = (record.as_object_mut(), more) {
+            record.extend(more);
+        }
+        let at = began.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
+        self.telemetry.explained().keep(&id, at, &record);
+    }
+
+    /// The timer or the side that ended it, in words.
+    fn ended_by(&self, outcome: &Outcome) -> String {
+        let headed = self.answered.is_some();
+        if outcome.flags.contains(Flags::DOWNSTREAM_CLOSED) {
+            let when = if headed { "in the middle of the answer" } else { "before there was an answer" };
+            return format!("the caller went away {when}");
+        }
+        match (self.detail.is_empty(), headed) {
+            (false, true) => format!("after the answer's head, {}", self.detail),
+            (false, false) => format!("this proxy: {}", self.detail),
+            (true, true) => "the answer's end".to_string(),
+            (true, false) => "this proxy".to_string(),
+        }
+    }
+
     /// Off the usual way: a failure, or a log that wants everything.
     #[cold]
     fn log(&self, outcome: &Outcome, now: Instant) {

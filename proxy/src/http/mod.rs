@@ -8,5 +8,6 @@ pub mod expect;
 mod head_clock;
 pub mod headers;
 pub mod serve;
+pub mod story;
 mod turns;
 pub mod upgrade;

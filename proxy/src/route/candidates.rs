@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::{HeaderMap, HeaderValue, header};
+use serde_json::{Value, json};
 use sheetbend_control_plane_client::model::{Cluster, ConsistentHash, HttpCookie, LoadBalancer, Standing, Warmup};
 
 use crate::traffic::balance::levels::Shares;
@@ -92,6 +93,23 @@ impl Candidates {
     /// How many there are.
     pub fn len(&self) -> usize {
         self.endpoints.len()
+    }
+
+    /// Who they are and how they stand, for `/explain`; of very many the first few.
+    #[cold]
+    pub fn as_json(&self, now: Duration) -> Value {
+        const SHOWN: usize = 16;
+        let one = |(at, endpoint): (usize, &Arc<EndpointState>)| {
+            let cost = self.load(at, &[], 1.0, now).map(|load| load.cost(now) / 1e6);
+            json!({
+                "endpoint": endpoint.place.to_string(),
+                "state": crate::breakers::name(endpoint.vitals.state()),
+                // Expected milliseconds times requests, with one more; nothing where it may not be picked.
+                "score": cost.map(|cost| (cost * 100.0).round() / 100.0),
+            })
+        };
+        let shown: Vec<Value> = self.endpoints.iter().enumerate().take(SHOWN).map(one).collect();
+        json!({ "total": self.len(), "endpoints": shown })
     }
 
     /// Whether there is none.

@@ -149,6 +149,12 @@ impl Counter {
         }
     }
 
+    /// The reason that it counts, as its metric has it; nothing where it counts no reasons.
+    pub fn reason(self) -> &'static str {
+        let (_, _, labels) = self.describe();
+        labels.iter().find(|(name, _)| *name == "reason").map_or("", |(_, reason)| reason)
+    }
+
     pub(super) fn register(self, recorder: &dyn Recorder) -> metrics::Counter {
         let (name, help, labels) = self.describe();
         recorder.describe_counter(name.into(), None, help.into());

@@ -10,6 +10,7 @@
 mod access_log;
 mod counters;
 mod edge;
+pub mod explain;
 mod flags;
 mod labels;
 mod local_graph;
@@ -35,6 +36,7 @@ use crate::first_bytes::FirstBytes;
 pub use access_log::{AccessEntry, AccessLog, AccessLogFormat, AccessLogOutput, AccessLogSettings};
 pub use counters::{Counter, Gauge};
 pub use edge::{ConnectionGuard, Edge, EdgeKey, Outcome, Peer, Protocol, Reporter};
+use explain::Explained;
 pub use flags::{Flags, Words};
 use local_graph::Cursors;
 use series::Series;
@@ -73,6 +75,7 @@ pub struct Telemetry {
     prometheus: PrometheusHandle,
     series: Arc<Series>,
     access_log: AccessLog,
+    explained: Explained,
     started: Instant,
     graph: Mutex<OwnGraph>,
     reported: Mutex<Cursors>,
@@ -107,6 +110,7 @@ impl Telemetry {
             prometheus,
             series,
             access_log: AccessLog::new(settings.access_log, dropped),
+            explained: Explained::default(),
             started: Instant::now(),
             graph: Mutex::new(OwnGraph { merged, read: Cursors::default() }),
             reported: Mutex::default(),
@@ -138,6 +142,11 @@ impl Telemetry {
     /// The access log.
     pub fn access_log(&self) -> &AccessLog {
         &self.access_log
+    }
+
+    /// Why requests went the way they did.
+    pub fn explained(&self) -> &Explained {
+        &self.explained
     }
 
     /// Counts one event.
