@@ -14,6 +14,8 @@ use sheetbend_certs::SpiffeId;
 mod access;
 mod balancing;
 pub mod duration;
+mod faults;
+mod filters;
 mod health_check;
 mod limits;
 mod matching;
@@ -21,6 +23,8 @@ mod policy;
 
 pub use access::{Access, DefaultAccess};
 pub use balancing::{ConsistentHash, HttpCookie, LoadBalancer, LocalityLbSetting, MAX_RING, Simple, Standing, Warmup};
+pub use faults::{Abort, Delay, Fault};
+pub use filters::{Filters, HeaderEdit, HeaderEdits, PathEdit, REDIRECTS, Redirect, Rewrite};
 pub use health_check::{GrpcCheck, HealthCheck, HttpCheck, Statuses, TcpCheck};
 pub use limits::{Concurrency, ConnectionPool, ForEach, HttpPool, RateLimit, TcpPool, TrafficLimits};
 pub use matching::{BadPattern, MAX_PATTERN, Match, PathMatch, Pattern, TextMatch};
@@ -262,7 +266,8 @@ pub struct Rule {
     pub name: Arc<str>,
     /// Any of these; none means every request.
     pub matches: Vec<Match>,
-    /// Weighted backends; the weights' sum is above zero and fits in u32.
+    /// Weighted backends; the weights' sum is above zero and fits in u32. None: it redirects, or else there is nothing for
+    /// its requests, which is answered with 404.
     pub backends: Vec<Backend>,
     /// What it wants of its requests beside.
     #[serde(default)]
@@ -276,6 +281,9 @@ pub struct Backend {
     pub cluster: ClusterName,
     /// Its share among the rule's backends.
     pub weight: u32,
+    /// Edits for what goes to this one.
+    #[serde(default)]
+    pub headers: HeaderEdits,
 }
 
 /// A set of endpoints among which a request is balanced.

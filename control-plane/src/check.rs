@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use sheetbend_control_plane_client::model::{ServiceName, ServicePort};
 
-use crate::resources::{At, Backend, Folder, Problem, Resource, RouteTarget, suggestion};
+use crate::resources::{At, Backend, FaultTarget, Folder, Problem, Resource, RouteTarget, suggestion};
 use crate::world::{Inputs, Parts};
 
 /// A folder that was checked.
@@ -125,6 +125,19 @@ fn missing(folder: &Folder, known: &Known) -> Vec<Problem> {
                     lacks("this policy is about nothing", &target.service, None, target.at);
                 }
                 problems.extend(limit.routes.iter().filter_map(|target| lost_route(folder, file, target)));
+            }
+            Resource::Faults(faults) => {
+                for target in &faults.targets {
+                    match target {
+                        FaultTarget::Service(of) => lacks("this fault happens nowhere", &of.service, of.port, of.at),
+                        FaultTarget::Route(_) => {}
+                    }
+                }
+                let routes = faults.targets.iter().filter_map(|target| match target {
+                    FaultTarget::Route(route) => Some(route),
+                    FaultTarget::Service(_) => None,
+                });
+                problems.extend(routes.filter_map(|target| lost_route(folder, file, target)));
             }
             Resource::Service(_) | Resource::Slice(_) | Resource::Settings(_) => {}
         }

@@ -55,7 +55,7 @@ fn matching(c: &mut Criterion) {
     let rule = |path| Rule {
         name: "default/web#0".into(),
         matches: vec![Match { path: Some(path), ..Match::default() }],
-        backends: vec![Backend { cluster: "web.default:80".into(), weight: 1 }],
+        backends: vec![Backend { cluster: "web.default:80".into(), weight: 1, headers: Default::default() }],
         policy: Arc::default(),
     };
     let path = |n: usize| format!("/shop/{}/products/{n}", n % 7);
@@ -65,7 +65,7 @@ fn matching(c: &mut Criterion) {
     for (name, rules, below) in [("1,000 exact paths", exact, ""), ("1,000 prefixes", prefixes, "/reviews/12?page=2")] {
         let index = Index::new(&rules);
         let head = Request::get(format!("{}{below}", path(997))).body(()).expect("a request").into_parts().0;
-        assert_eq!(index.find(&head), Some(997));
+        assert_eq!(index.find(&head).map(|found| found.rule), Some(997));
         group.bench_function(name, |b| b.iter(|| index.find(black_box(&head))));
     }
 }
@@ -95,8 +95,9 @@ fn routing(c: &mut Criterion) {
     let route = routes.known(&target, &discovery, false).expect("a known target");
     group.bench_function(format!("endpoint of {ENDPOINTS}"), |b| {
         b.iter(|| {
+            let choice = route.choose(black_box(&head));
             route
-                .pick(route.choose(black_box(&head)).1, &Caller::default(), &[], true, Duration::from_secs(5))
+                .pick(choice.endpoints.expect("endpoints"), &Caller::default(), &[], true, Duration::from_secs(5))
                 .map(drop)
         });
     });

@@ -37,7 +37,7 @@
 //! | `here`, `in_process`, `refuse` | what leads back to ourselves: handed over within the process, or refused |
 //! | `mtls`, [`rest`] | who calls, by mutual TLS; the end of what rests on a dropped root |
 //! | `inbound_rules` | who may call, as the control plane says it now |
-//! | `forward`, [`http`] | attempts and retries; hyper, and the one table from an error to an answer |
+//! | `forward`, [`http`], `faults` | attempts and retries; hyper, and the one table from an error to an answer |
 //! | [`route`], [`policy`] | what the control plane said, ready for requests |
 //! | [`traffic`] | pure: state and `now` in, a decision out: balancing, retries |
 //! | [`upstream`] | endpoints that outlive a change of configuration, connections to them, mutual TLS |
@@ -56,6 +56,7 @@ pub mod app;
 mod breakers;
 pub mod client_hello;
 pub mod detect;
+mod faults;
 pub mod first_bytes;
 mod forward;
 mod here;

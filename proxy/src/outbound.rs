@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytes::BytesMut;
 use futures_util::FutureExt;
 use http::header::SET_COOKIE;
-use http::{Method, Request, Response, Version, request};
+use http::{HeaderValue, Method, Request, Response, StatusCode, Version, request};
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 use sheetbend_certs::MeshAlpn;
@@ -16,6 +16,7 @@ use sheetbend_control_plane_client::model::{AppProtocol, OutboundPolicy, Target,
 
 use crate::app::Shared;
 use crate::detect::{Detected, is_known_opaque};
+use crate::faults::suffer;
 use crate::first_bytes::{FirstBytes, Patience, Speaker, read_first, who_speaks_first};
 use crate::forward::{Body1, Outgoing, Sending, Way, finish, protocol, strip, within};
 use crate::http::body::ResponseBody;
@@ -26,10 +27,11 @@ use crate::http::headers::{self, X_REQUEST_ID};
 use crate::http::serve::{PATIENCE, fault, serve};
 use crate::http::story::Caught;
 use crate::http::upgrade;
+use crate::policy::{Filtered, inject};
 use crate::refuse::refuse;
 use crate::rest::{Rest, splice_for};
 use crate::rewind::Rewind;
-use crate::route::{Caller, Candidates, Route, Routes};
+use crate::route::{Caller, Candidates, Choice, Route, Routes};
 use crate::tcp::Abort;
 use crate::telemetry::{Counter, Protocol, Reporter};
 use crate::traffic::limit::Limit;
@@ -182,23 +184,27 @@ impl Outbound {
                 .map_err(|_| Error::Refused(Refusal::Malformed("the authority is not a host and a port")))?,
             (None, None) => return Err(Error::Refused(Refusal::Malformed("no authority"))),
         };
-        let authority = match named {
+        let mut authority = match named {
             Some(authority) => authority,
             None => target.to_string().parse().map_err(|_| Error::Refused(Refusal::Malformed("no authority")))?,
         };
         let route = self.route(&target).await?;
-        let (rule, endpoints) = route.choose(head);
+        let Choice { rule, endpoints, changes, faults } = route.choose(head);
         exchange.story.routed(&target, rule);
-        let mut caller = endpoints.caller(Some(&head.headers), peer);
+        let fault = if faults.is_empty() { None } else { inject(faults, head, rand::random) };
         let protocol = protocol(head);
+        let (upgrade, expects) = (headers::asks_upgrade(head), headers::expects_continue(head));
+        let client = strip(head, upgrade);
+        if let Filtered::Answer(status, location) = changes.apply(head, &mut authority) {
+            self.shared.telemetry.count(Counter::Redirected);
+            return Ok((redirect(status, location), None));
+        }
+        let endpoints = endpoints.ok_or_else(|| Error::NoRule(target.clone()))?;
+        let mut caller = endpoints.caller(Some(&head.headers), peer);
         let now = self.shared.epoch.elapsed();
         let overflow = || Error::overflow(Limit::Requests, &target);
         exchange.holding(endpoints.bounds.take(Limit::Requests).ok_or_else(overflow)?);
         exchange.within(&route.budget, now);
-
-        let upgrade = headers::asks_upgrade(head);
-        let expects = headers::expects_continue(head);
-        let client = strip(head, upgrade);
         let sending = match (upgrade, expects) {
             (_, true) => Sending::WhenAsked,
             (true, false) => Sending::Once,
@@ -213,6 +219,11 @@ impl Outbound {
         // The caller's own is kept further up.
         let of_route = of_route.filter(|route| deadline.is_none_or(|callers| route.at() < callers.at()));
         let deadline = of_route.or(deadline);
+        if let Some(fault) = fault {
+            // Allocates: seldom, and every request would carry room for it.
+            let suffered = suffer(fault, &self.routes.delayed, &self.shared.telemetry, exchange).boxed();
+            within(of_route, pin!(suffered)).await?;
+        }
         let sent = head.version;
         let outgoing = Outgoing { head, authority, sent, body, passed, upgrade, deadline, once: false, reused: None };
         let time = timeouts.and_then(|timeouts| timeouts.backend_request).filter(|time| !time.is_zero());
@@ -221,6 +232,7 @@ impl Outbound {
         if let Some(cookie) = caller.cookie.take() {
             answer.headers_mut().append(SET_COOKIE, *cookie);
         }
+        changes.answer(answer.headers_mut());
         Ok((answer, client))
     }
 
@@ -395,6 +407,16 @@ fn wire(endpoint: &EndpointState, outgoing: &Outgoing<'_>, expects: bool) -> Wir
         false if outgoing.sent == Version::HTTP_2 => Wire::Http2,
         false => Wire::Http1,
     }
+}
+
+/// Where to go instead.
+fn redirect(status: StatusCode, location: HeaderValue) -> Response<ResponseBody> {
+    let mut answer = Response::new(ResponseBody::empty());
+    *answer.status_mut() = status;
+    answer.headers_mut().insert(http::header::LOCATION, location);
+    let ours = HeaderValue::from_static("sheetbend; error=proxy_internal_response; details=\"RequestRedirect\"");
+    answer.headers_mut().insert(headers::PROXY_STATUS, ours);
+    answer
 }
 
 /// A host of a URI, without the brackets of an IPv6 address.

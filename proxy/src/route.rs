@@ -10,15 +10,16 @@ use http::request;
 use serde_json::{Value, json};
 use sheetbend_control_plane_client::discovery::Discovery;
 use sheetbend_control_plane_client::model::{
-    Backend, Cluster, ClusterName, Destination, Resolution, Rule, Target, Transport,
+    Backend, Cluster, ClusterName, Destination, HeaderEdits, Resolution, Rule, Target, Transport,
 };
 
 mod candidates;
 
 pub use candidates::{Caller, Candidates};
 
+use crate::faults::Delayed;
 use crate::http::error::Error;
-use crate::policy::{self, Index};
+use crate::policy::{Changes, Fault, Rules};
 use crate::telemetry::{Counter, Telemetry};
 use crate::traffic::retry::Budget;
 use crate::upstream::{Bounded, EndpointState, Endpoints, Lease, Place};
@@ -27,7 +28,7 @@ use crate::upstream::{Bounded, EndpointState, Endpoints, Lease, Place};
 pub struct Route {
     target: Target,
     destination: Option<Arc<Destination>>,
-    index: Index,
+    rules: Rules,
     clusters: BTreeMap<ClusterName, Arc<Candidates>>,
     /// Where it goes when it is no part of the mesh, and where it goes when there is nowhere to go.
     elsewhere: Candidates,
@@ -35,6 +36,19 @@ pub struct Route {
     pub budget: Arc<Budget>,
     /// Whether its successor is being made ready.
     renewing: AtomicBool,
+}
+
+/// What is to be done with a request.
+#[derive(Clone, Copy)]
+pub struct Choice<'a> {
+    /// The rule that takes it, if one does.
+    pub rule: Option<&'a Rule>,
+    /// Who may answer it; `None` where there is nothing for it.
+    pub endpoints: Option<&'a Candidates>,
+    /// What is done to it and to its answer.
+    pub changes: Changes<'a>,
+    /// What may go wrong on purpose.
+    pub faults: &'a [Fault],
 }
 
 impl Route {
@@ -47,12 +61,12 @@ impl Route {
             (name.clone(), candidates)
         });
         let clusters = clusters.collect();
-        let index = Index::new(&destination.rules);
+        let rules = Rules::new(&destination.rules);
         let budget = old.map(|old| Arc::clone(&old.budget)).unwrap_or_default();
         let elsewhere = Candidates::default();
         Self {
             target,
-            index,
+            rules,
             clusters,
             destination: Some(destination),
             elsewhere,
@@ -66,7 +80,7 @@ impl Route {
         Self {
             target,
             destination: None,
-            index: Index::default(),
+            rules: Rules::default(),
             clusters: BTreeMap::new(),
             elsewhere: Candidates::alone(endpoints.at(place, Transport::Plain, None, None)),
             budget: Arc::default(),
@@ -84,11 +98,14 @@ impl Route {
         &self.target
     }
 
-    /// The rule that takes a request, if one does, and the endpoints that may answer it.
-    pub fn choose(&self, head: &request::Parts) -> (Option<&Rule>, &Candidates) {
-        let Some(destination) = &self.destination else { return (None, &self.elsewhere) };
-        let chosen = policy::choose(destination, &self.index, head, rand::random());
-        (chosen.rule, self.of(chosen.cluster))
+    /// What is to be done with a request.
+    pub fn choose(&self, head: &request::Parts) -> Choice<'_> {
+        let Some(destination) = &self.destination else {
+            return Choice { rule: None, endpoints: Some(&self.elsewhere), changes: Changes::default(), faults: &[] };
+        };
+        let chosen = self.rules.choose(destination, head, rand::random());
+        let endpoints = chosen.cluster.map(|cluster| self.of(cluster));
+        Choice { rule: chosen.rule, endpoints, changes: chosen.changes, faults: chosen.faults }
     }
 
     /// The endpoints of an opaque connection.
@@ -105,8 +122,9 @@ impl Route {
     ) -> Value {
         let now = endpoints.epoch.elapsed();
         let route = Self::mesh(target, Arc::clone(&destination), endpoints, None);
-        let rule = route.index.find(head).and_then(|at| destination.rules.get(at));
-        let whole = [Backend { cluster: destination.default_cluster.clone(), weight: 1 }];
+        let rule = route.rules.choose(&destination, head, 0).rule;
+        let headers = HeaderEdits::default();
+        let whole = [Backend { cluster: destination.default_cluster.clone(), weight: 1, headers }];
         let backends = rule.map_or(&whole[..], |rule| &rule.backends);
         let weights: u64 = backends.iter().map(|backend| u64::from(backend.weight)).sum();
         let backend = |backend: &Backend| {
@@ -166,6 +184,8 @@ fn candidates(
 /// The routes of one worker. The lock is never contended: one thread uses it.
 #[derive(Default)]
 pub struct Routes {
+    /// How many requests wait on purpose.
+    pub(crate) delayed: Delayed,
     known: Arc<Mutex<HashMap<Target, Arc<Route>>>>,
 }
 

@@ -67,7 +67,7 @@ fn measured() -> BTreeMap<&'static str, u64> {
         policy: Default::default(),
     });
     let (index, asking) = (Index::new(&rules), request_head());
-    assert_eq!(index.find(&asking), Some(1));
+    assert_eq!(index.find(&asking).map(|found| found.rule), Some(1));
     let mut heads = vec![request_head(), request_head()];
     BTreeMap::from([
         (

@@ -72,7 +72,8 @@ impl World {
         let leads_to = self.services.get(service)?;
         let clusters: BTreeMap<ClusterName, Arc<Cluster>> =
             leads_to.iter().map(|to| self.cluster(to)).map(|c| (c.name.clone(), Arc::new(c))).collect();
-        let backends = clusters.keys().map(|name| Backend { cluster: name.clone(), weight: 1 });
+        let backends =
+            clusters.keys().map(|name| Backend { cluster: name.clone(), weight: 1, headers: HeaderEdits::default() });
         Some(Destination {
             name: port(service),
             trust_domain: "cluster.local".into(),

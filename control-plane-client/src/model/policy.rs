@@ -11,9 +11,9 @@ use serde::{Deserialize, Serialize};
 
 use super::access::Access;
 use super::balancing::LoadBalancer;
-use super::duration;
 use super::health_check::HealthCheck;
 use super::limits::{ConnectionPool, TrafficLimits};
+use super::{Fault, Filters, duration};
 
 /// What a rule wants of the requests that it takes.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -28,6 +28,12 @@ pub struct RulePolicy {
     /// How much of what it takes passes.
     #[serde(skip_serializing_if = "TrafficLimits::is_default")]
     pub limits: TrafficLimits,
+    /// What it does to requests and answers.
+    #[serde(skip_serializing_if = "Filters::is_none")]
+    pub filters: Filters,
+    /// What goes wrong on purpose.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub faults: Vec<Fault>,
 }
 
 /// `timeouts` of a Gateway API rule. Zero means none.
@@ -52,6 +58,8 @@ impl RulePolicy {
     /// Whether it can be obeyed; if not, the field and the reason.
     pub fn check(&self) -> Result<(), Unusable> {
         self.limits.check().and_then(|()| self.limits.check_of_route())?;
+        self.filters.check()?;
+        self.faults.iter().try_for_each(Fault::check)?;
         match (self.timeouts.request, self.timeouts.backend_request) {
             (Some(all), Some(one)) if one > all && !all.is_zero() => {
                 Err(Unusable::new("timeouts.backendRequest", "it is longer than timeouts.request"))

@@ -28,7 +28,7 @@ use sheetbend_certs::SpiffeId;
 
 use super::metadata::to_struct;
 use super::words::{ClusterWords, DEFAULT_ROUTE, EndpointWords, ListenerWords, Wire};
-use super::{OWN_CERTIFICATE, ROOT_CA, WORDS};
+use super::{OWN_CERTIFICATE, ROOT_CA, WORDS, filters};
 use crate::model::{
     AppProtocol, Cluster, Destination, Endpoint, InboundPolicy, Match, Mesh, PathMatch, Pattern, Rule, RulePolicy,
     ServicePort, Target, TextMatch, Transport,
@@ -186,8 +186,34 @@ fn routes_of_rule(rule: &Rule) -> Vec<rds::Route> {
     let every_request = [Match::default()];
     let matches = if rule.matches.is_empty() { &every_request[..] } else { &rule.matches[..] };
     let metadata = (*rule.policy != RulePolicy::default()).then(|| words(to_struct(&rule.policy)));
-    let one = |m| rds::Route { metadata: metadata.clone(), ..route(&rule.name, route_match(m), action(rule)) };
+    let headers = &rule.policy.filters.headers;
+    let (request_headers_to_add, request_headers_to_remove) = filters::edit(&headers.request);
+    let (response_headers_to_add, response_headers_to_remove) = filters::edit(&headers.response);
+    let edited = rds::Route {
+        metadata,
+        request_headers_to_add,
+        request_headers_to_remove,
+        response_headers_to_add,
+        response_headers_to_remove,
+        ..rds::Route::default()
+    };
+    let one = |condition: &Match| rds::Route {
+        name: rule.name.to_string(),
+        r#match: Some(route_match(condition)),
+        action: Some(action(rule, condition)),
+        ..edited.clone()
+    };
     matches.iter().map(one).collect()
+}
+
+/// What becomes of a rule's requests.
+fn action(rule: &Rule, condition: &Match) -> rds::route::Action {
+    let nothing = rds::DirectResponseAction { status: 404, ..rds::DirectResponseAction::default() };
+    match &rule.policy.filters.redirect {
+        Some(redirect) => rds::route::Action::Redirect(filters::redirect(redirect, condition)),
+        None if rule.backends.is_empty() => rds::route::Action::DirectResponse(nothing),
+        None => rds::route::Action::Route(forward(rule, condition)),
+    }
 }
 
 fn route(name: &str, condition: rds::RouteMatch, action: rds::RouteAction) -> rds::Route {
@@ -253,15 +279,26 @@ fn exactly(value: &str) -> StringMatcher {
     StringMatcher { match_pattern: Some(string_matcher::MatchPattern::Exact(value.to_string())), ignore_case: false }
 }
 
-fn action(rule: &Rule) -> rds::RouteAction {
-    let clusters = rule.backends.iter().map(|backend| rds::weighted_cluster::ClusterWeight {
-        name: backend.cluster.to_string(),
-        weight: Some(UInt32Value { value: backend.weight }),
-        ..rds::weighted_cluster::ClusterWeight::default()
+fn forward(rule: &Rule, condition: &Match) -> rds::RouteAction {
+    let clusters = rule.backends.iter().map(|backend| {
+        let (request_headers_to_add, request_headers_to_remove) = filters::edit(&backend.headers.request);
+        let (response_headers_to_add, response_headers_to_remove) = filters::edit(&backend.headers.response);
+        rds::weighted_cluster::ClusterWeight {
+            name: backend.cluster.to_string(),
+            weight: Some(UInt32Value { value: backend.weight }),
+            request_headers_to_add,
+            request_headers_to_remove,
+            response_headers_to_add,
+            response_headers_to_remove,
+            ..rds::weighted_cluster::ClusterWeight::default()
+        }
     });
     let clusters = rds::WeightedCluster { clusters: clusters.collect(), ..rds::WeightedCluster::default() };
     let mut action = forward_to(rds::route_action::ClusterSpecifier::WeightedClusters(clusters));
     action.timeout = rule.policy.timeouts.request.map(duration).or(action.timeout);
+    if let Some(rewrite) = &rule.policy.filters.rewrite {
+        filters::rewrite(&mut action, rewrite, condition);
+    }
     action
 }
 

@@ -20,6 +20,7 @@ mod balancing;
 pub mod decode;
 pub mod encode;
 mod error;
+mod filters;
 mod limits;
 pub mod metadata;
 #[cfg(test)]

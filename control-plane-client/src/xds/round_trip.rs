@@ -90,7 +90,39 @@ fn rule_policy(at: usize) -> Arc<RulePolicy> {
         false => TrafficLimits::default(),
     };
     let timeouts = Timeouts { request, ..Timeouts::default() };
-    Arc::new(RulePolicy { place: "web.yaml:1".into(), timeouts, limits })
+    Arc::new(RulePolicy { place: "web.yaml:1".into(), timeouts, limits, filters: filters(at), faults: faults(at) })
+}
+
+fn edits(at: usize) -> HeaderEdits {
+    let pair = |name: &str| vec![(name.into(), "50% of it".into())];
+    let edit = HeaderEdit { set: pair("x-set"), add: pair("x-add"), remove: vec!["x-remove".into()] };
+    HeaderEdits { request: if at.is_multiple_of(2) { edit.clone() } else { HeaderEdit::default() }, response: edit }
+}
+
+fn filters(at: usize) -> Filters {
+    let path = match at.is_multiple_of(2) {
+        true => PathEdit::ReplaceFullPath("/new".into()),
+        false => PathEdit::ReplacePrefixMatch("/".into()),
+    };
+    let rewrite = Rewrite { hostname: Some("other.example".into()), path: Some(path.clone()) };
+    let redirect =
+        Redirect { scheme: Some("https".into()), hostname: None, path: Some(path), port: Some(444), status_code: 308 };
+    match at % 3 {
+        0 => Filters::default(),
+        1 => Filters { headers: edits(at), rewrite: Some(rewrite), redirect: None },
+        _ => Filters { headers: edits(at), rewrite: None, redirect: Some(redirect) },
+    }
+}
+
+fn faults(at: usize) -> Vec<Fault> {
+    let fault = Fault {
+        name: "default/chaos".into(),
+        place: "chaos.yaml:1".into(),
+        headers: vec![("x-chaos".into(), TextMatch::Regex("a.*".parse().unwrap()))],
+        delay: Some(Delay { percentage: 12.5, fixed_delay: Duration::from_millis(1_500) }),
+        abort: Some(Abort { percentage: 0.1, http_status: Some(418), grpc_status: None }),
+    };
+    if at.is_multiple_of(2) { vec![fault] } else { Vec::new() }
 }
 
 fn backend_policy(at: usize) -> Arc<BackendPolicy> {
@@ -113,6 +145,12 @@ fn backend_policy(at: usize) -> Arc<BackendPolicy> {
     })
 }
 
+/// With edits for some; and none at all for some rules, which answer 404.
+fn to(cluster: &ClusterName, weight: u32) -> Backend {
+    let headers = if weight.is_multiple_of(2) { edits(1) } else { HeaderEdits::default() };
+    Backend { cluster: cluster.clone(), weight, headers }
+}
+
 /// Which of the clusters, and its weight.
 type Choice = (prop::sample::Index, u32);
 
@@ -120,7 +158,7 @@ fn destination() -> impl Strategy<Value = Destination> {
     use AppProtocol::*;
     let protocol = prop::sample::select(vec![Detect, Http, Http2, Grpc, Tcp, Tls]);
     let clusters = prop::collection::btree_map(name(), (service_port(), endpoints()), 1..4);
-    let choices = prop::collection::vec((any::<prop::sample::Index>(), 1..=u32::MAX / 8), 1..4);
+    let choices = prop::collection::vec((any::<prop::sample::Index>(), 1..=u32::MAX / 8), 0..4);
     let rules = prop::collection::vec((prop::collection::vec(condition(), 0..3), choices), 0..4);
     (service_port(), name(), protocol, rules, clusters).prop_map(|(name, trust_domain, protocol, rules, clusters)| {
         let names: Vec<ClusterName> = clusters.keys().cloned().collect();
@@ -128,10 +166,10 @@ fn destination() -> impl Strategy<Value = Destination> {
         let rule = |(at, (matches, backends)): (usize, (Vec<Match>, Vec<Choice>))| Rule {
             name: format!("default/route#{at}").into(),
             matches,
-            backends: backends
-                .into_iter()
-                .map(|(which, weight)| Backend { cluster: which.get(&names).clone(), weight })
-                .collect(),
+            backends: match filters(at).redirect {
+                Some(_) => Vec::new(),
+                None => backends.into_iter().map(|(which, weight)| to(which.get(&names), weight)).collect(),
+            },
             policy: rule_policy(at),
         };
         let cluster = |(name, (service, endpoints)): (ClusterName, (ServicePort, Vec<Endpoint>))| {
@@ -307,7 +345,7 @@ fn a_condition_that_is_not_known_is_refused_rather_than_left_out() {
 
 #[test]
 fn weights_that_are_all_zero_are_refused() {
-    let backends = vec![Backend { cluster: "web.default:80".into(), weight: 0 }];
+    let backends = vec![to(&"web.default:80".into(), 0)];
     let rule = Rule { name: "default/r#0".into(), matches: vec![], backends, policy: Arc::default() };
     let error = decode::routes(&encode::route_configuration(&Destination { rules: vec![rule], ..web() })).unwrap_err();
     assert!(error.to_string().contains("no backend has any weight"), "{error}");
@@ -338,7 +376,7 @@ fn web_port() -> ServicePort {
 }
 
 fn to_web() -> Vec<Backend> {
-    vec![Backend { cluster: "web.default:80".into(), weight: 1 }]
+    vec![to(&"web.default:80".into(), 1)]
 }
 
 fn empty_cluster() -> Cluster {

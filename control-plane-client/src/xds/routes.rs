@@ -6,12 +6,12 @@ use envoy_types::pb::envoy::config::route::v3 as rds;
 use envoy_types::pb::envoy::r#type::matcher::v3::string_matcher::MatchPattern;
 use envoy_types::pb::envoy::r#type::matcher::v3::{RegexMatcher, StringMatcher};
 
-use super::DecodeError;
 use super::WORDS;
 use super::decode::{MAX_TEXT, at_most, text, unusable};
 use super::metadata::from_struct;
 use super::words::DEFAULT_ROUTE;
-use crate::model::{Backend, ClusterName, Match, PathMatch, Pattern, Rule, RulePolicy, TextMatch};
+use super::{DecodeError, filters};
+use crate::model::{Backend, ClusterName, HeaderEdits, Match, PathMatch, Pattern, Rule, RulePolicy, TextMatch};
 
 /// Routes of one destination: conditions, counted over all its rules.
 pub const MAX_ROUTES: usize = 2_000;
@@ -68,6 +68,10 @@ pub fn routes(message: &rds::RouteConfiguration) -> Result<Routes, DecodeError> 
 fn add_route(rules: &mut Vec<Rule>, route: &rds::Route) -> Result<(), DecodeError> {
     let name = text("routes.name", &route.name)?;
     let (condition, backends, policy) = (condition(route)?, backends(route)?, policy(route)?);
+    let redirects = matches!(route.action, Some(rds::route::Action::Redirect(_)));
+    if redirects != policy.filters.redirect.is_some() {
+        return Err(DecodeError::invalid("routes.redirect", "a redirect is said in our own words too, or not at all"));
+    }
     match rules.last_mut() {
         Some(rule) if rule.name == name && rule.backends == backends && *rule.policy == policy => {
             rule.matches.push(condition);
@@ -174,12 +178,17 @@ fn pattern(found: &RegexMatcher) -> Result<Pattern, DecodeError> {
 
 fn backends(route: &rds::Route) -> Result<Vec<Backend>, DecodeError> {
     use rds::route_action::ClusterSpecifier;
-    let Some(rds::route::Action::Route(action)) = &route.action else {
-        return Err(DecodeError::invalid("routes.action", "only forwarding is known here"));
+    let action = match &route.action {
+        Some(rds::route::Action::Route(action)) => action,
+        // Where to, our own words say.
+        Some(rds::route::Action::Redirect(_)) => return Ok(Vec::new()),
+        Some(rds::route::Action::DirectResponse(answer)) if answer.status == 404 => return Ok(Vec::new()),
+        _ => return Err(DecodeError::invalid("routes.action", "only forwarding, redirects and 404 are known here")),
     };
     let backends = match &action.cluster_specifier {
         Some(ClusterSpecifier::Cluster(cluster)) => {
-            vec![Backend { cluster: text("routes.cluster", cluster)?, weight: 1 }]
+            let cluster = text("routes.cluster", cluster)?;
+            vec![Backend { cluster, weight: 1, headers: HeaderEdits::default() }]
         }
         Some(ClusterSpecifier::WeightedClusters(weighted)) => {
             at_most("backends of a rule", weighted.clusters.len(), MAX_BACKENDS)?;
@@ -199,5 +208,10 @@ fn backends(route: &rds::Route) -> Result<Vec<Backend>, DecodeError> {
 
 fn backend(found: &rds::weighted_cluster::ClusterWeight) -> Result<Backend, DecodeError> {
     let weight = found.weight.as_ref().ok_or(DecodeError::Missing("routes.weighted_clusters.weight"))?;
-    Ok(Backend { cluster: text("routes.weighted_clusters.name", &found.name)?, weight: weight.value })
+    let headers = HeaderEdits {
+        request: filters::edit_of(&found.request_headers_to_add, &found.request_headers_to_remove)?,
+        response: filters::edit_of(&found.response_headers_to_add, &found.response_headers_to_remove)?,
+    };
+    headers.check().map_err(unusable)?;
+    Ok(Backend { cluster: text("routes.weighted_clusters.name", &found.name)?, weight: weight.value, headers })
 }

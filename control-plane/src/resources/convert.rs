@@ -13,10 +13,13 @@ use super::{Backend, Parent, RouteBackend, Service, ServicePort, Settings, Slice
 
 mod access;
 mod balancing;
+mod faults;
+mod filters;
 mod limits;
 mod policy;
 mod routes;
 
+pub(super) use faults::fault_injection;
 pub(super) use limits::traffic_limit;
 pub(super) use policy::backend_policy;
 pub(super) use routes::{grpc_route, http_route};
@@ -116,7 +119,8 @@ fn parents_of(meta: &kinds::Meta, refs: &Spanned<Vec<Reference>>) -> Checked<(Se
     Ok((name, parents))
 }
 
-fn backends(refs: &[Reference], route: &ServiceName, rule: Location) -> Checked<Vec<RouteBackend>> {
+/// The backends of a rule. `at` is where the rule is, as far as that is known.
+fn backends(refs: &[Reference], route: &ServiceName, at: Location) -> Checked<Vec<RouteBackend>> {
     let mut backends = Vec::new();
     for reference in refs {
         let (service, port) = to_service(reference, route, "backendRef")?;
@@ -127,12 +131,13 @@ fn backends(refs: &[Reference], route: &ServiceName, rule: Location) -> Checked<
         if let Some(wrong) = reference.weight.as_ref().filter(|w| w.value > 1_000_000) {
             return mistake(wrong.referenced, format!("weight {} is above 1000000", wrong.value), None);
         }
-        backends.push(RouteBackend { at: reference.name.referenced.into(), service, port, weight });
+        let (at, headers) = (reference.name.referenced.into(), filters::edits(&reference.filters)?);
+        backends.push(RouteBackend { at, service, port, weight, headers });
     }
-    if backends.iter().all(|backend| backend.weight == 0) {
-        let Some(first) = refs.first() else {
-            return mistake(rule, "a rule without a backend answers nothing", "name a Service and its port");
-        };
+    if refs.is_empty() {
+        return mistake(at, "a rule without a backend answers nothing", "name a Service and its port in backendRefs");
+    }
+    if let Some(first) = refs.first().filter(|_| backends.iter().all(|backend| backend.weight == 0)) {
         return mistake(
             first.name.referenced,
             "the weights of this rule's backends sum to zero: it answers nothing",
@@ -143,6 +148,9 @@ fn backends(refs: &[Reference], route: &ServiceName, rule: Location) -> Checked<
 }
 
 fn to_service(reference: &Reference, route: &ServiceName, what: &str) -> Checked<(ServiceName, Option<u16>)> {
+    if let Some(filter) = reference.filters.first().filter(|_| what != "backendRef") {
+        return mistake(filter.r#type.referenced, format!("a {what} has no filters"), "write them at the rule");
+    }
     let kind = reference.kind.as_ref();
     // A parentRef without a kind means a Gateway, a backendRef without one a Service.
     let is_service = kind.map_or(what == "backendRef", |kind| kind.value == "Service");

@@ -266,8 +266,8 @@ mod tests {
     #[test]
     fn a_field_that_is_not_obeyed_is_refused_rather_than_ignored() {
         let route = "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: web}\nspec:\n  parentRefs: [{kind: Service, name: web}]\n  rules:\n";
-        let text = refused(&format!("{route}  - filters: []\n"));
-        assert!(text.starts_with(":7:5: unknown field `filters`; the Gateway API has this field"), "{text}");
+        let text = refused(&format!("{route}  - sessionPersistence: {{}}\n"));
+        assert!(text.starts_with(":7:5: unknown field `sessionPersistence`; the Gateway API has this field"), "{text}");
     }
 
     #[test]
@@ -302,6 +302,80 @@ mod tests {
         for (route, condition, wanted) in cases {
             let text = refused(&format!("{route}{condition}\n"));
             assert!(text.contains(wanted), "{condition}: {text}");
+        }
+    }
+
+    #[test]
+    fn what_the_specification_forbids_of_filters_and_backends_is_refused_at_its_place_with_a_hint() {
+        let http = "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: web}\nspec:\n  parentRefs: [{kind: Service, name: web}]\n  rules:\n  - ";
+        let to = "backendRefs: [{name: web, port: 80}]\n    ";
+        let redirect = "{type: RequestRedirect, requestRedirect: {hostname: a.example}}";
+        let rewrite = "{type: URLRewrite, urlRewrite: {hostname: a.example}}";
+        let set = |name: &str| {
+            format!("{{type: RequestHeaderModifier, requestHeaderModifier: {{set: [{{name: {name}, value: b}}]}}}}")
+        };
+        let prefix = "{type: URLRewrite, urlRewrite: {path: {type: ReplacePrefixMatch, replacePrefixMatch: /a}}}";
+        let cases = [
+            (format!("{to}filters: [{redirect}]"), ":7:26: a redirected request is not forwarded; take the"),
+            (format!("filters: [{redirect}, {rewrite}]"), "RequestRedirect and URLRewrite cannot both be obeyed"),
+            (format!("{to}filters: [{rewrite}, {rewrite}]"), "two filters of type URLRewrite; write what both say"),
+            (format!("{to}filters: [{{type: RequestMirror}}]"), "a filter of type `RequestMirror` is not obeyed here"),
+            (format!("{to}filters: [{{type: URLRewrite}}]"), "has not its own field"),
+            (format!("{to}filters: [{}]", set("Host")), ":8:82: `host` is not edited as a header: write a filter"),
+            (format!("{to}filters: [{}]", set("Connection")), "is of the connection, not of the message"),
+            (format!("{to}filters: [{}]", set("sheetbend-unsent")), "is of the connection, not of the message"),
+            (format!("{to}filters: [{}]", set("'a b'")), "`a b` is not a header's name"),
+            (format!("{to}filters: [{prefix}]"), "and no single prefix that the rule matches; write one match"),
+            (
+                format!("{to}filters: [{prefix}]\n    matches: [{{path: {{type: Exact, value: /b}}}}]"),
+                "no single prefix",
+            ),
+            (
+                "filters: [{type: RequestRedirect, requestRedirect: {statusCode: 304}}]".into(),
+                "304 sends nobody elsewhere",
+            ),
+            ("filters: [{type: RequestRedirect, requestRedirect: {scheme: ftp}}]".into(), "write http or https"),
+            (
+                "backendRefs: [{name: web, port: 80, weight: 0}]".into(),
+                ":7:26: the weights of this rule's backends sum to zero",
+            ),
+            ("backendRefs: []".into(), "a rule without a backend answers nothing"),
+            (
+                format!("backendRefs: [{{name: web, port: 80, filters: [{redirect}]}}]"),
+                "`RequestRedirect` is not obeyed here",
+            ),
+        ];
+        for (rule, wanted) in cases {
+            let text = refused(&format!("{http}{rule}\n"));
+            assert!(text.contains(wanted), "{rule}: {text}");
+        }
+    }
+
+    #[test]
+    fn a_fault_that_cannot_happen_is_refused_at_its_place_with_a_hint() {
+        let fault = "apiVersion: sheetbend.io/v1alpha1\nkind: FaultInjection\nmetadata: {name: chaos}\nspec:\n  ";
+        let to = "targetRefs: [{kind: Service, name: web}]\n  ";
+        let cases = [
+            (String::new() + to, "neither a delay nor an abort"),
+            ("targetRefs: []\n  abort: {percentage: {value: 1}, httpStatus: 503}".into(), ":5:15: no targetRef"),
+            (
+                format!("{to}abort: {{httpStatus: 503}}"),
+                ":6:10: no percentage: of how many requests?; write percentage:",
+            ),
+            (format!("{to}abort: {{percentage: {{value: 101}}, httpStatus: 503}}"), "101 is not between 0 and 100"),
+            (format!("{to}abort: {{percentage: {{value: 1}}}}"), "no status: write httpStatus or grpcStatus"),
+            (format!("{to}abort: {{percentage: {{value: 1}}, httpStatus: 99}}"), "99 is not a status"),
+            (format!("{to}abort: {{percentage: {{value: 1}}, grpcStatus: BUSY}}"), "`BUSY` is no gRPC status"),
+            (format!("{to}delay: {{percentage: {{value: 1}}, fixedDelay: 0s}}"), "write one between 1ms and 1h"),
+            (format!("{to}delay: {{percentage: {{value: 1}}, fixedDelay: -1s}}"), "is not a duration"),
+            (
+                format!("{to}delays: {{}}\n  abort: {{percentage: {{value: 1}}, httpStatus: 503}}"),
+                "unknown field `delays`; did you mean `delay`?",
+            ),
+        ];
+        for (spec, wanted) in cases {
+            let text = refused(&format!("{fault}{spec}\n"));
+            assert!(text.contains(wanted), "{spec}: {text}");
         }
     }
 

@@ -9,9 +9,11 @@ use serde::{Deserialize, Deserializer};
 use serde_saphyr::Spanned;
 
 pub(super) mod balancing;
+mod filters;
 pub(super) mod limits;
 mod routes;
 
+pub(super) use filters::*;
 pub(super) use routes::*;
 
 #[derive(Debug, Deserialize)]
@@ -143,6 +145,9 @@ pub(super) struct Reference {
     pub(super) namespace: Option<Spanned<String>>,
     pub(super) port: Option<Spanned<u16>>,
     pub(super) weight: Option<Spanned<u32>>,
+    /// Of a backendRef.
+    #[serde(default)]
+    pub(super) filters: Vec<Filter>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -152,6 +157,8 @@ pub(super) struct HttpRule {
     _name: Option<String>,
     #[serde(default)]
     pub(super) matches: Vec<HttpMatch>,
+    #[serde(default)]
+    pub(super) filters: Vec<Filter>,
     #[serde(default)]
     pub(super) backend_refs: Vec<Reference>,
     pub(super) timeouts: Option<Timeouts>,
@@ -171,6 +178,8 @@ pub(super) struct GrpcRule {
     _name: Option<String>,
     #[serde(default)]
     pub(super) matches: Vec<GrpcMatch>,
+    #[serde(default)]
+    pub(super) filters: Vec<Filter>,
     #[serde(default)]
     pub(super) backend_refs: Vec<Reference>,
 }

@@ -19,7 +19,8 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use serde_saphyr::Location;
 use sheetbend_control_plane_client::model::{
-    AppProtocol, BackendPolicy, OutboundPolicy, RulePolicy, ServiceName, Standing, TrafficLimits, Transport,
+    AppProtocol, BackendPolicy, Fault, HeaderEdits, OutboundPolicy, RulePolicy, ServiceName, Standing, TrafficLimits,
+    Transport,
 };
 
 pub(crate) use folder::Folder;
@@ -35,6 +36,7 @@ pub(crate) enum Resource {
     Route(Route),
     Backend(Backend),
     Limit(Limit),
+    Faults(Faults),
     Settings(Settings),
 }
 
@@ -135,6 +137,22 @@ pub(crate) struct RouteBackend {
     pub(crate) service: ServiceName,
     pub(crate) port: u16,
     pub(crate) weight: u32,
+    pub(crate) headers: HeaderEdits,
+}
+
+/// A FaultInjection.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Faults {
+    pub(crate) object: ServiceName,
+    pub(crate) targets: Vec<FaultTarget>,
+    pub(crate) fault: Fault,
+}
+
+/// Where faults happen: on every request to a Service (or one port of it), or on those that a route takes.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum FaultTarget {
+    Service(Parent),
+    Route(RouteTarget),
 }
 
 /// A BackendPolicy.
@@ -190,6 +208,13 @@ impl Resource {
                     Arc::make_mut(&mut rule.policy).place = place(rule.at.line);
                 }
             }
+            Self::Faults(faults) => {
+                for target in &mut faults.targets {
+                    let (FaultTarget::Service(Parent { at, .. }) | FaultTarget::Route(RouteTarget { at, .. })) = target;
+                    at.line += before;
+                }
+                faults.fault.place = place(before + 1);
+            }
             Self::Backend(backend) => {
                 backend.targets.iter_mut().for_each(|target| target.at.line += before);
                 Arc::make_mut(&mut backend.policy).place = place(before + 1);
@@ -208,6 +233,7 @@ impl Resource {
             Self::Service(service) => ("Service", &service.name),
             Self::Slice(slice) => ("EndpointSlice", &slice.object),
             Self::Route(route) => (route.kind, &route.name),
+            Self::Faults(faults) => ("FaultInjection", &faults.object),
             Self::Backend(backend) => ("BackendPolicy", &backend.object),
             Self::Limit(limit) => ("TrafficLimit", &limit.object),
             Self::Settings(settings) => ("MeshSettings", &settings.object),

@@ -180,8 +180,16 @@ const BYSTANDERS: [&str; 12] = [
     "CronJob",
     "NetworkPolicy",
 ];
-const KINDS: [&str; 7] =
-    ["Service", "EndpointSlice", "HTTPRoute", "GRPCRoute", "BackendPolicy", "TrafficLimit", "MeshSettings"];
+const KINDS: [&str; 8] = [
+    "Service",
+    "EndpointSlice",
+    "HTTPRoute",
+    "GRPCRoute",
+    "BackendPolicy",
+    "TrafficLimit",
+    "FaultInjection",
+    "MeshSettings",
+];
 
 /// Mistakes of one document that are told at most.
 const MOST_MISTAKES: usize = 100;
@@ -243,6 +251,9 @@ fn resource(text: &str) -> Checked<Option<Resource>> {
         "TrafficLimit" => expect(&["sheetbend.io/v1alpha1"])
             .and_then(|()| convert::traffic_limit(read(text)?).map(Resource::Limit))
             .map(Some),
+        "FaultInjection" => expect(&["sheetbend.io/v1alpha1"])
+            .and_then(|()| convert::fault_injection(read(text)?).map(Resource::Faults))
+            .map(Some),
         "MeshSettings" => expect(&["sheetbend.io/v1alpha1"])
             .and_then(|()| convert::settings(read(text)?).map(Resource::Settings))
             .map(Some),
@@ -277,7 +288,8 @@ fn read<T: DeserializeOwned>(text: &str) -> Checked<T> {
 }
 
 /// Words of the Gateway API that change what traffic does, and which nothing here obeys yet.
-const NOT_YET: [&str; 5] = ["filters", "retry", "sessionPersistence", "sectionName", "useDefaultGateways"];
+const NOT_YET: [&str; 7] =
+    ["requestMirror", "cors", "extensionRef", "retry", "sessionPersistence", "sectionName", "useDefaultGateways"];
 
 /// The parser's messages end with a place that stands in front of ours already.
 fn one_line(message: &str) -> String {

@@ -7,13 +7,16 @@ use std::sync::Arc;
 
 use sheetbend_certs::SpiffeId;
 use sheetbend_control_plane_client::model::{
-    AppProtocol, Backend, BackendPolicy, Cluster, ClusterName, Endpoint, Mesh, OutboundPolicy, Rule, ServiceName,
-    ServicePort, TrafficLimits, Transport,
+    AppProtocol, Backend, BackendPolicy, Cluster, ClusterName, Endpoint, Fault, HeaderEdits, Match, Mesh,
+    OutboundPolicy, Rule, RulePolicy, ServiceName, ServicePort, TrafficLimits, Transport,
 };
 
 use super::{ClusterEntry, Inputs, World, reuse};
 use crate::registry::Registered;
-use crate::resources::{Limit, Rank, Ranked, Resource, Route, RouteTarget, Service, Settings, Slice, in_order_of_age};
+use crate::resources::{
+    FaultTarget, Faults, Limit, Parent, Rank, Ranked, Resource, Route, RouteRule, RouteTarget, Service, Settings,
+    Slice, in_order_of_age,
+};
 
 /// A service port while it is being put together.
 #[derive(Default)]
@@ -30,6 +33,8 @@ pub(crate) struct Parts<'a> {
     pub(super) services: BTreeMap<&'a ServiceName, &'a Service>,
     pub(super) slices: Vec<&'a Slice>,
     pub(super) routes: Vec<&'a Route>,
+    /// By name.
+    pub(super) faults: BTreeMap<&'a ServiceName, &'a Faults>,
     /// By the Service that it is about.
     pub(crate) policies: BTreeMap<&'a ServiceName, &'a Arc<BackendPolicy>>,
     pub(super) limits: Vec<&'a Limit>,
@@ -42,6 +47,7 @@ impl<'a> Parts<'a> {
             services: BTreeMap::new(),
             slices: Vec::new(),
             routes: Vec::new(),
+            faults: BTreeMap::new(),
             policies: BTreeMap::new(),
             limits: Vec::new(),
             settings: Vec::new(),
@@ -51,6 +57,7 @@ impl<'a> Parts<'a> {
                 Resource::Service(service) => drop(parts.services.insert(&service.name, service)),
                 Resource::Slice(slice) => parts.slices.push(slice),
                 Resource::Route(route) => parts.routes.push(route),
+                Resource::Faults(faults) => drop(parts.faults.insert(&faults.object, faults)),
                 Resource::Backend(backend) => {
                     parts.policies.extend(backend.targets.iter().map(|target| (&target.service, &backend.policy)));
                 }
@@ -163,16 +170,49 @@ impl<'a> Parts<'a> {
         let here: Vec<&Route> = self.routes.iter().copied().filter(|r| r.parents.iter().any(attached)).collect();
         // GEP-1426: of routes of different kinds, the most specific kind alone counts.
         let kind = if here.iter().any(|route| route.kind == "GRPCRoute") { "GRPCRoute" } else { "HTTPRoute" };
+        let routes = in_order_of_age(here.into_iter().filter(|route| route.kind == kind));
         let mut rules = Vec::new();
-        for route in in_order_of_age(here.into_iter().filter(|route| route.kind == kind)) {
+        for route in &routes {
             let limits = self.limits_of_route(route);
+            let faults = self.faults(|target| match target {
+                FaultTarget::Service(_) => is_for(target, name),
+                FaultTarget::Route(target) => target.kind == route.kind && target.name == route.name,
+            });
             for (number, rule) in route.rules.iter().enumerate() {
-                rules.extend(expand(route, number, rule, &limits));
+                rules.extend(expand(route, number, rule, &limits, &faults));
             }
         }
         // A stable sort: what is alike stays in the order of routes and of their rules.
         rules.sort_by_key(|(order, _)| *order);
-        rules.into_iter().map(|(_, rule)| rule).collect()
+        let mut rules: Vec<Rule> = rules.into_iter().map(|(_, rule)| rule).collect();
+        let everything = |rule: &Rule| rule.matches.is_empty() || rule.matches.contains(&Match::default());
+        match routes.first() {
+            // HTTPRouteRule: "When no rules matching a request have been successfully attached to the parent a request is
+            // coming from, a HTTP 404 status code MUST be returned."
+            Some(route) if !rules.last().is_some_and(everything) => {
+                let name = format!("{}/{}#no-rule", route.name.namespace, route.name.service).into();
+                rules.push(Rule { name, matches: Vec::new(), backends: Vec::new(), policy: Arc::default() });
+            }
+            Some(_) => {}
+            None => rules.extend(self.only_faults(name)),
+        }
+        rules
+    }
+
+    /// Of a port that no route is about: all of its requests, where some of them fail on purpose.
+    fn only_faults(&self, name: &ServicePort) -> Option<Rule> {
+        let faults = self.faults(|target| is_for(target, name));
+        let first = faults.first()?;
+        let (first, place) = (first.name.clone(), first.place.clone());
+        let own = Backend { cluster: name.to_string().into(), weight: 1, headers: HeaderEdits::default() };
+        let policy = RulePolicy { place, faults, ..RulePolicy::default() }.into();
+        Some(Rule { name: first, matches: Vec::new(), backends: vec![own], policy })
+    }
+
+    /// Faults with one target that is meant.
+    fn faults(&self, meant: impl Fn(&FaultTarget) -> bool) -> Vec<Fault> {
+        let here = self.faults.values().filter(|faults| faults.targets.iter().any(&meant));
+        here.map(|faults| faults.fault.clone()).collect()
     }
 
     /// All TrafficLimits of a route, which must all be kept. Its buckets are its own: another route that the same policy
@@ -222,12 +262,18 @@ fn set_protocol(parts: &mut PortParts, said: AppProtocol) {
     }
 }
 
+fn is_for(target: &FaultTarget, name: &ServicePort) -> bool {
+    let holds = |at: &Parent| at.service == name.service && at.port.is_none_or(|port| port == name.port);
+    matches!(target, FaultTarget::Service(service) if holds(service))
+}
+
 /// One rule a match, so that the matches of several routes can be put in order.
 fn expand(
     route: &Route,
     number: usize,
-    rule: &crate::resources::RouteRule,
+    rule: &RouteRule,
     limits: &TrafficLimits,
+    faults: &[Fault],
 ) -> Vec<(Reverse<Rank>, Rule)> {
     let backends: Vec<Backend> = rule
         .backends
@@ -235,13 +281,14 @@ fn expand(
         .filter(|b| b.weight > 0)
         .map(|b| {
             let name = ServicePort { service: b.service.clone(), port: b.port };
-            Backend { cluster: name.to_string().into(), weight: b.weight }
+            Backend { cluster: name.to_string().into(), weight: b.weight, headers: b.headers.clone() }
         })
         .collect();
     let name: Arc<str> = format!("{}/{}#{number}", route.name.namespace, route.name.service).into();
     let mut policy = rule.policy.clone();
-    if policy.limits != *limits {
-        Arc::make_mut(&mut policy).limits = limits.clone();
+    if policy.limits != *limits || *policy.faults != *faults {
+        let policy = Arc::make_mut(&mut policy);
+        (policy.limits, policy.faults) = (limits.clone(), faults.to_vec());
     }
     let one = |matches| Rule { name: name.clone(), matches, backends: backends.clone(), policy: policy.clone() };
     match rule.matches.is_empty() {

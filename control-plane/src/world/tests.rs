@@ -1,8 +1,10 @@
-use sheetbend_control_plane_client::model::{DefaultAccess, Match, PathMatch};
+use sheetbend_control_plane_client::model::{Abort, DefaultAccess, Fault, Match, PathMatch};
 
 use super::*;
 use crate::registry::Instance;
-use crate::resources::{Parent, Ranked, Route, RouteBackend, RouteRule, Service, Settings};
+use crate::resources::{
+    FaultTarget, Faults, Parent, Ranked, Route, RouteBackend, RouteRule, RouteTarget, Service, Settings,
+};
 use sheetbend_control_plane_client::registration::RegisteredPort;
 
 fn registered(service: &str, ip: [u8; 4], port: u16, inbound: u16) -> Registered {
@@ -32,6 +34,10 @@ fn ask(world: &World, target: &str) -> Option<String> {
 
 fn name(service: &str) -> ServiceName {
     ServiceName { service: service.into(), namespace: "default".into() }
+}
+
+fn backend(service: &str, port: u16) -> RouteBackend {
+    RouteBackend { at: Default::default(), service: name(service), port, weight: 1, headers: Default::default() }
 }
 
 #[test]
@@ -119,8 +125,7 @@ fn a_service_resource_names_the_port_of_what_registers_behind_it() {
 #[test]
 fn the_most_specific_match_comes_first_and_missing_backends_are_empty_clusters() {
     let path = |path| Ranked::http(Match { path: Some(path), ..Match::default() });
-    let to =
-        |service: &str| vec![RouteBackend { at: Default::default(), service: name(service), port: 8000, weight: 1 }];
+    let to = |service: &str| vec![backend(service, 8000)];
     let route = Route {
         kind: "HTTPRoute",
         name: name("split"),
@@ -153,7 +158,7 @@ fn the_most_specific_match_comes_first_and_missing_backends_are_empty_clusters()
 #[test]
 fn a_grpc_route_keeps_http_routes_away_from_its_port_and_from_no_other() {
     let route = |kind, to: &str, port| {
-        let backends = vec![RouteBackend { at: Default::default(), service: name(to), port: 8000, weight: 1 }];
+        let backends = vec![backend(to, 8000)];
         Resource::Route(Route {
             kind,
             name: name(to),
@@ -191,4 +196,49 @@ fn who_may_call_is_told_anew_only_where_it_changed() {
         assert!(Arc::ptr_eq(&allow.inbound(&service), &again.inbound(&service)), "{service}");
         assert_eq!(deny.inbound(&service).access.default, DefaultAccess::Deny, "{service}: the strictest wins");
     }
+}
+
+#[test]
+fn requests_that_no_rule_takes_find_nothing_there() {
+    let matches = vec![Ranked::http(Match { method: Some("GET".into()), ..Match::default() })];
+    let backends = vec![backend("web", 8000)];
+    let route = Route {
+        kind: "HTTPRoute",
+        name: name("get"),
+        created: None,
+        parents: vec![Parent { at: Default::default(), service: name("web"), port: None }],
+        rules: vec![RouteRule { at: Default::default(), matches, backends, policy: Arc::default() }],
+    };
+    let world = world(&[registered("web", [127, 0, 0, 1], 8000, 41000)], &[Resource::Route(route)]);
+    let web = world.routes("web.default:8000").unwrap();
+    let last = web.rules.last().unwrap();
+    assert_eq!((web.rules.len(), &*last.name, last.backends.len()), (2, "default/get#no-rule", 0));
+}
+
+#[test]
+fn a_fault_happens_at_the_routes_of_its_service_or_where_there_is_none_to_all_of_it() {
+    let abort = Some(Abort { percentage: 1.0, http_status: Some(503), grpc_status: None });
+    let fault = Fault { name: "default/chaos".into(), place: "".into(), headers: vec![], delay: None, abort };
+    let targets = vec![
+        FaultTarget::Service(Parent { at: Default::default(), service: name("web"), port: Some(8000) }),
+        FaultTarget::Route(RouteTarget { at: Default::default(), kind: "HTTPRoute", name: name("nine") }),
+    ];
+    let faults = Resource::Faults(Faults { object: name("chaos"), targets, fault: fault.clone() });
+    let backends = vec![backend("web", 9000)];
+    let route = Resource::Route(Route {
+        kind: "HTTPRoute",
+        name: name("nine"),
+        created: None,
+        parents: vec![Parent { at: Default::default(), service: name("web"), port: Some(9000) }],
+        rules: vec![RouteRule { at: Default::default(), matches: Vec::new(), backends, policy: Arc::default() }],
+    });
+    let web = |port: u16| registered("web", [127, 0, 0, 1], port, 32000 + port);
+    let world = world(&[web(8000), web(9000), web(7000)], &[faults, route]);
+    let rules = |port: &str| -> Vec<(String, usize)> {
+        let rules = world.routes(port).unwrap().rules.clone();
+        rules.iter().map(|rule| (rule.name.to_string(), rule.policy.faults.len())).collect()
+    };
+    assert_eq!(rules("web.default:8000"), [("default/chaos".to_string(), 1)]);
+    assert_eq!(rules("web.default:9000"), [("default/nine#0".to_string(), 1)]);
+    assert_eq!(rules("web.default:7000"), []);
 }

@@ -12,6 +12,7 @@ use sheetbend_control_plane_client::model::Target;
 use super::body::ResponseBody;
 use super::deadline::SetBy;
 use super::headers::{PROXY_STATUS, UNSENT};
+use crate::policy::Abort;
 use crate::policy::authz::Denied;
 use crate::telemetry::{Counter, Flags};
 use crate::traffic::limit::Limit;
@@ -93,6 +94,10 @@ pub enum Error {
         /// The user that this proxy runs as.
         user: u32,
     },
+    /// No rule takes the request, or one that has nothing for it.
+    NoRule(Target),
+    /// Somebody wants to see what callers make of this.
+    Injected(Box<Abort>),
     /// This proxy has no valid certificate of its own.
     NoIdentity,
 }
@@ -133,6 +138,8 @@ impl Error {
             | Self::Loop(_)
             | Self::NotRedirected(_)
             | Self::OwnConnection { .. }
+            | Self::NoRule(_)
+            | Self::Injected(_)
             | Self::NoIdentity => Processed::Maybe,
         }
     }
@@ -166,6 +173,12 @@ impl Error {
             Self::Loop(_) | Self::NotRedirected(_) | Self::OwnConnection { .. } => {
                 (StatusCode::LOOP_DETECTED, "proxy_loop_detected", Flags::LOOP)
             }
+            // HTTPRouteRule: "a HTTP 404 status code MUST be returned".
+            Self::NoRule(_) => (StatusCode::NOT_FOUND, "destination_not_found", Flags::NO_ROUTE),
+            Self::Injected(abort) => {
+                let status = StatusCode::from_u16(abort.status).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
+                (status, "proxy_internal_response", Flags::FAULT_INJECTED)
+            }
             Self::NoIdentity => (StatusCode::SERVICE_UNAVAILABLE, "tls_certificate_error", Flags::NO_IDENTITY),
         }
     }
@@ -183,6 +196,8 @@ impl Error {
             Self::Denied(Denied::Default(_) | Denied::By(_)) => Some(Counter::RefusedAuthorization),
             Self::Loop(_) | Self::OwnConnection { .. } => Some(Counter::RefusedLoop),
             Self::NotRedirected(_) => Some(Counter::RefusedNotRedirected),
+            Self::NoRule(_) => Some(Counter::RejectedNoRule),
+            Self::Injected(_) => Some(Counter::FaultAbort),
             Self::NoIdentity => Some(Counter::RefusedNoIdentity),
             Self::Connect { source, .. } => source.counter(),
             Self::Broken { .. } | Self::Deadline(_) | Self::TooSlow { .. } => None,
@@ -241,10 +256,16 @@ impl Error {
             Self::Refused(_) => "13",
             Self::Denied(_) => "7",
             Self::Deadline(_) | Self::TooSlow { .. } => "4",
+            Self::NoRule(_) => "12",
             _ => "14",
         };
         let mut headers = http::HeaderMap::new();
-        headers.insert("grpc-status", HeaderValue::from_static(code));
+        let code = match self {
+            Self::Injected(abort) => abort.grpc.map(HeaderValue::from),
+            _ => None,
+        }
+        .unwrap_or(HeaderValue::from_static(code));
+        headers.insert("grpc-status", code);
         // Percent-encoding of grpc-message leaves printable ASCII but `%` as it is.
         let message: String =
             self.to_string().chars().map(|c| if matches!(c, ' '..='~') && c != '%' { c } else { '?' }).collect();
@@ -305,6 +326,8 @@ impl fmt::Display for Error {
                 "on its way to {to}, a connection of this proxy was caught for this proxy: it must run as the user that \
                  `sheetbend intercept --proxy-uid` lets through, and it runs as user {user}"
             ),
+            Self::NoRule(target) => write!(f, "no rule of a route to {target} takes this request"),
+            Self::Injected(abort) => write!(f, "the FaultInjection {} failed this request on purpose", abort.by),
             Self::NoIdentity => f.write_str("this proxy has no valid certificate"),
         }
     }

@@ -194,7 +194,7 @@ impl Drop for Exchange {
             edge.request(&outcome);
         }
         let failed = outcome.is_error();
-        if self.telemetry.access_log().wants(failed) {
+        if self.telemetry.access_log().wants(failed || self.flags.is_injected()) {
             self.log(&outcome, now);
         }
         if failed || self.story.is_kept() {

@@ -30,10 +30,21 @@ pub struct Index {
 struct Condition {
     /// Whose it is.
     rule: usize,
+    /// How long the prefix is that it wants.
+    prefix: usize,
     path: Option<Pattern>,
     method: Option<Method>,
     headers: Vec<(HeaderName, TextMatch)>,
     query: Vec<(Arc<str>, TextMatch)>,
+}
+
+/// The rule that takes a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Found {
+    /// Which, of the rules that the index was made of.
+    pub rule: usize,
+    /// How much of the path it matched, where that was a prefix: without a slash at the end.
+    pub prefix: usize,
 }
 
 impl Index {
@@ -57,6 +68,10 @@ impl Index {
         let names = one.headers.iter().map(|(name, value)| Some((name.parse().ok()?, value.clone())));
         let Some(headers) = names.collect::<Option<_>>() else { return };
         let at = self.conditions.len();
+        let prefix = match &one.path {
+            Some(PathMatch::Prefix(path)) => path.trim_end_matches('/').len(),
+            _ => 0,
+        };
         let (path, list) = match &one.path {
             None => (None, &mut self.anywhere),
             Some(PathMatch::Regex(pattern)) => (Some(pattern.clone()), &mut self.anywhere),
@@ -66,11 +81,11 @@ impl Index {
             }
         };
         list.push(at);
-        self.conditions.push(Condition { rule, path, method, headers, query: one.query.clone() });
+        self.conditions.push(Condition { rule, prefix, path, method, headers, query: one.query.clone() });
     }
 
     /// Which rule takes a request.
-    pub fn find(&self, head: &request::Parts) -> Option<usize> {
+    pub fn find(&self, head: &request::Parts) -> Option<Found> {
         let path = head.uri.path();
         let mut first = None;
         let mut ask = |list: &[usize]| {
@@ -86,7 +101,7 @@ impl Index {
             }
         }
         ask(&self.anywhere);
-        first.map(|at| self.conditions[at].rule)
+        first.map(|at| Found { rule: self.conditions[at].rule, prefix: self.conditions[at].prefix })
     }
 }
 
@@ -99,7 +114,8 @@ impl Condition {
     }
 }
 
-fn header(head: &request::Parts, name: &HeaderName, wanted: &TextMatch) -> bool {
+/// Whether a header has the value that is wanted.
+pub(super) fn header(head: &request::Parts, name: &HeaderName, wanted: &TextMatch) -> bool {
     // HTTP/2 says it in the URI, and so does HTTP/1.1 to a proxy (RFC 9112 §3.2.2).
     if let Some(authority) = head.uri.authority().filter(|_| *name == HOST) {
         return wanted.holds(authority.as_str().as_bytes());
@@ -157,7 +173,7 @@ mod tests {
     }
 
     fn rule(matches: Vec<Match>) -> Rule {
-        let backends = vec![Backend { cluster: "web.default:80".into(), weight: 1 }];
+        let backends = vec![Backend { cluster: "web.default:80".into(), weight: 1, headers: Default::default() }];
         Rule { name: "default/web#0".into(), matches, backends, policy: Arc::default() }
     }
 
@@ -172,7 +188,7 @@ mod tests {
     /// Whether one condition alone takes a request.
     fn takes(one: Match, head: &request::Parts) -> bool {
         let rules = [rule(vec![one])];
-        assert_eq!(Index::new(&rules).find(head), search(&rules, head));
+        assert_eq!(Index::new(&rules).find(head).map(|found| found.rule), search(&rules, head));
         Index::new(&rules).find(head).is_some()
     }
 
@@ -238,7 +254,7 @@ mod tests {
         assert!(takes(header("x-a", "1,2"), &head));
         assert!(!takes(header("x-a", "1"), &head));
         let http2 = get("http://web.example/");
-        assert_eq!(Index::new(&[rule(vec![header("host", "web.example")])]).find(&http2), Some(0));
+        assert_eq!(Index::new(&[rule(vec![header("host", "web.example")])]).find(&http2).map(|f| f.rule), Some(0));
     }
 
     fn condition() -> impl Strategy<Value = Match> {
@@ -286,7 +302,7 @@ mod tests {
             let rules: Vec<Rule> = rules.into_iter().filter(|rule| !rule.matches.is_empty()).collect();
             let index = Index::new(&rules);
             for head in &requests {
-                prop_assert_eq!(index.find(head), search(&rules, head), "{} {:?}", head.uri, head.headers);
+                prop_assert_eq!(index.find(head).map(|found| found.rule), search(&rules, head), "{} {:?}", head.uri, head.headers);
             }
         }
     }

@@ -2,36 +2,112 @@
 //! come out.
 
 pub mod authz;
+mod fault;
+mod filter;
 mod index;
 
-use http::request;
+use http::uri::Authority;
+use http::{HeaderMap, request};
 use sheetbend_control_plane_client::model::{Backend, ClusterName, Destination, Rule};
 
-pub use index::Index;
+pub use fault::{Abort, Fault, Injected, inject};
+pub use filter::{BackendEdits, Filtered, RuleFilters};
+pub use index::{Found, Index};
+
+/// A destination's rules, made ready for requests.
+#[derive(Debug, Default)]
+pub struct Rules {
+    index: Index,
+    ready: Vec<Ready>,
+}
+
+/// What a rule does, made ready. Nothing, for most rules.
+#[derive(Debug)]
+struct Ready {
+    filters: Option<Box<RuleFilters>>,
+    backends: Vec<Option<Box<BackendEdits>>>,
+    faults: Vec<Fault>,
+}
 
 /// What was decided for a request.
 #[derive(Clone, Copy, Debug)]
 pub struct Chosen<'a> {
     /// The first rule that matches, if one does.
     pub rule: Option<&'a Rule>,
-    /// Its choice among its backends, or the destination's default.
-    pub cluster: &'a ClusterName,
+    /// Its choice among its backends, or the destination's default; none where its requests go nowhere.
+    pub cluster: Option<&'a ClusterName>,
+    /// What it does to the request and its answer.
+    pub changes: Changes<'a>,
+    /// What may go wrong on purpose.
+    pub faults: &'a [Fault],
 }
 
-/// Decides for a request. `index` is of the destination's rules, `chance` is drawn evenly from all u64.
-pub fn choose<'a>(destination: &'a Destination, index: &Index, head: &request::Parts, chance: u64) -> Chosen<'a> {
-    let rule = index.find(head).and_then(|at| destination.rules.get(at));
-    let cluster = rule.and_then(|rule| weighted(&rule.backends, chance)).unwrap_or(&destination.default_cluster);
-    Chosen { rule, cluster }
+/// What a rule and the chosen backend do to a request and its answer.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Changes<'a> {
+    filters: Option<&'a RuleFilters>,
+    backend: Option<&'a BackendEdits>,
+    prefix: usize,
 }
 
-fn weighted(backends: &[Backend], chance: u64) -> Option<&ClusterName> {
+impl Changes<'_> {
+    /// To the request, and to the authority that the next hop is told.
+    pub fn apply(&self, head: &mut request::Parts, authority: &mut Authority) -> Filtered {
+        let filtered = self.filters.map(|filters| filters.apply(head, authority, self.prefix));
+        if let Some(backend) = self.backend {
+            backend.request.apply(&mut head.headers);
+        }
+        filtered.unwrap_or(Filtered::Continue)
+    }
+
+    /// To the answer.
+    pub fn answer(&self, headers: &mut HeaderMap) {
+        if let Some(filters) = self.filters {
+            filters.answer(headers);
+        }
+        if let Some(backend) = self.backend {
+            backend.response.apply(headers);
+        }
+    }
+}
+
+impl Rules {
+    /// Of a destination.
+    pub fn new(rules: &[Rule]) -> Self {
+        let ready = rules.iter().map(|rule| Ready {
+            filters: RuleFilters::new(&rule.policy.filters).map(Box::new),
+            backends: rule.backends.iter().map(|one| BackendEdits::new(&one.headers).map(Box::new)).collect(),
+            faults: rule.policy.faults.iter().filter_map(Fault::new).collect(),
+        });
+        Self { index: Index::new(rules), ready: ready.collect() }
+    }
+
+    /// Decides for a request to the destination that these rules are of. `chance` is drawn evenly from all u64.
+    pub fn choose<'a>(&'a self, destination: &'a Destination, head: &request::Parts, chance: u64) -> Chosen<'a> {
+        let found = self.index.find(head);
+        let found = found.and_then(|at| Some((at, destination.rules.get(at.rule)?, self.ready.get(at.rule)?)));
+        let Some((at, rule, ready)) = found else {
+            let cluster = Some(&destination.default_cluster);
+            return Chosen { rule: None, cluster, changes: Changes::default(), faults: &[] };
+        };
+        let backend = weighted(&rule.backends, chance);
+        let changes = Changes {
+            filters: ready.filters.as_deref(),
+            backend: backend.and_then(|at| ready.backends.get(at)?.as_deref()),
+            prefix: at.prefix,
+        };
+        let cluster = backend.and_then(|at| rule.backends.get(at)).map(|backend| &backend.cluster);
+        Chosen { rule: Some(rule), cluster, changes, faults: &ready.faults }
+    }
+}
+
+fn weighted(backends: &[Backend], chance: u64) -> Option<usize> {
     let sum: u64 = backends.iter().map(|backend| u64::from(backend.weight)).sum();
     let mut at = chance.checked_rem(sum)?;
-    for backend in backends {
+    for (number, backend) in backends.iter().enumerate() {
         let weight = u64::from(backend.weight);
         if at < weight {
-            return Some(&backend.cluster);
+            return Some(number);
         }
         at -= weight;
     }
@@ -44,10 +120,10 @@ mod tests {
 
     #[test]
     fn a_weight_of_nothing_gets_nothing() {
-        let of = |cluster: &str, weight| Backend { cluster: cluster.into(), weight };
+        let of = |cluster: &str, weight| Backend { cluster: cluster.into(), weight, headers: Default::default() };
         let backends = [of("a", 0), of("b", 3)];
         for chance in 0..10 {
-            assert_eq!(weighted(&backends, chance).map(|c| &**c), Some("b"));
+            assert_eq!(weighted(&backends, chance), Some(1));
         }
         assert_eq!(weighted(&[], 1), None);
     }

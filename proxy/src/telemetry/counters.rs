@@ -74,6 +74,13 @@ metrics_of_the_process! {
     RejectedNoEndpoint "sheetbend_rejected_requests_total" { reason: "no_endpoint" } "Requests this proxy answered itself, by why.";
     RejectedNoDiscovery "sheetbend_rejected_requests_total" { reason: "no_discovery" } "Requests this proxy answered itself, by why.";
 
+    RejectedNoRule "sheetbend_rejected_requests_total" { reason: "no_rule" } "Requests this proxy answered itself, by why.";
+    Redirected "sheetbend_redirects_total" {} "Requests answered with where to go instead.";
+
+    FaultDelay "sheetbend_faults_injected_total" { kind: "delay" } "Requests to which something was done on purpose.";
+    FaultAbort "sheetbend_faults_injected_total" { kind: "abort" } "Requests to which something was done on purpose.";
+    FaultOverflow "sheetbend_faults_overflow_total" {} "Delays left out, since too many requests were waiting on purpose.";
+
     OverflowConnections "sheetbend_overflow_total" { limit: "connections" } "What a limit turned away at once, by which limit.";
     OverflowPending "sheetbend_overflow_total" { limit: "pending" } "What a limit turned away at once, by which limit.";
     OverflowRequests "sheetbend_overflow_total" { limit: "requests" } "What a limit turned away at once, by which limit.";

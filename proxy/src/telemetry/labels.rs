@@ -96,19 +96,19 @@ fn service_of(destination: &str) -> (&str, &str) {
 pub(super) struct Code(pub(super) u64);
 
 impl Code {
-    /// 24 bits of flags, 10 of status, 5 of gRPC status + 1; the top bit is always set. Statuses beyond 599 and gRPC codes that
+    /// 32 bits of flags, 10 of status, 5 of gRPC status + 1; the top bit is always set. Statuses beyond 599 and gRPC codes that
     /// do not exist are peers' inventions: 0, and UNKNOWN as gRPC's specification asks.
     pub(super) fn new(status: u16, grpc: Option<u16>, flags: Flags) -> Self {
         let status = if (100..600).contains(&status) { u64::from(status) } else { 0 };
         let grpc = grpc.map_or(0, |code| if code > 16 { 2 } else { u64::from(code) } + 1);
-        Self(1 << 63 | grpc << 34 | status << 24 | u64::from(flags.bits()))
+        Self(1 << 63 | grpc << 42 | status << 32 | u64::from(flags.bits()))
     }
 
     /// Its labels.
     pub(super) fn labels(self, flags: Flags) -> Labels {
-        let grpc = self.0 >> 34 & 0x1f;
+        let grpc = self.0 >> 42 & 0x1f;
         vec![
-            ("response_code", (self.0 >> 24 & 0x3ff).to_string()),
+            ("response_code", (self.0 >> 32 & 0x3ff).to_string()),
             ("grpc_response_status", grpc.checked_sub(1).map_or_else(String::new, |code| code.to_string())),
             ("response_flags", flags.to_string()),
         ]

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use serde_saphyr::{Location, Spanned};
-use sheetbend_control_plane_client::model::{Match, PathMatch, Pattern, TextMatch};
+use sheetbend_control_plane_client::model::{Filters, Match, PathMatch, Pattern, RulePolicy, TextMatch};
 
-use super::{backends, parents_of, policy};
+use super::{backends, filters, parents_of, policy};
 use crate::resources::kinds::{self, ValueMatch};
 use crate::resources::parse::{Checked, both, every, mistake};
 use crate::resources::precedence::Ranked;
@@ -27,7 +27,15 @@ pub(in crate::resources) fn http_route(raw: kinds::Route<kinds::HttpRule>) -> Ch
         at_most("matches", rule.matches.len(), MOST_MATCHES, at)?;
         let matches = every(rule.matches.iter().map(|one| http_match(one).map(Ranked::http)));
         let policy = policy::http_rule(rule, at);
-        let (matches, (policy, backends)) = both(matches, both(policy, backends(&rule.backend_refs, &name, at)))?;
+        let forwards = rule.backend_refs.first().map(|first| first.name.referenced);
+        let filters = filters::of_rule(&rule.filters, &rule.matches, forwards);
+        let backends = match &filters {
+            Ok(filters) if filters.redirect.is_some() => Ok(Vec::new()),
+            Err(_) if rule.backend_refs.is_empty() => Ok(Vec::new()),
+            _ => backends(&rule.backend_refs, &name, at),
+        };
+        let ((matches, filters), (mut policy, backends)) = both(both(matches, filters), both(policy, backends))?;
+        policy.filters = filters;
         Ok(RouteRule { at: at.into(), matches, backends, policy: policy.into() })
     });
     let rules = every(rules)?;
@@ -42,8 +50,11 @@ pub(in crate::resources) fn grpc_route(raw: kinds::Route<kinds::GrpcRule>) -> Ch
         let (at, rule) = (rule.referenced, &rule.value);
         at_most("matches", rule.matches.len(), MOST_MATCHES, at)?;
         let matches = every(rule.matches.iter().map(grpc_match));
-        let (matches, backends) = both(matches, backends(&rule.backend_refs, &name, at))?;
-        Ok(RouteRule { at: at.into(), matches, backends, policy: Default::default() })
+        let headers = filters::edits(&rule.filters);
+        let (matches, (headers, backends)) = both(matches, both(headers, backends(&rule.backend_refs, &name, at)))?;
+        let filters = Filters { headers, ..Filters::default() };
+        let policy = RulePolicy { filters, ..RulePolicy::default() }.into();
+        Ok(RouteRule { at: at.into(), matches, backends, policy })
     });
     let rules = every(rules)?;
     Ok(Route { kind: "GRPCRoute", name, created: created(&raw.metadata)?, parents, rules })
@@ -97,7 +108,7 @@ fn path_match(raw: &kinds::Path) -> Checked<Option<PathMatch>> {
     }
 }
 
-fn headers(raw: &[ValueMatch]) -> Checked<Vec<(Arc<str>, TextMatch)>> {
+pub(super) fn headers(raw: &[ValueMatch]) -> Checked<Vec<(Arc<str>, TextMatch)>> {
     let token = |b: u8| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b);
     let mut headers = Vec::new();
     for one in raw {
