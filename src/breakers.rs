@@ -55,8 +55,8 @@ struct Row {
     reason: Option<String>,
     since: Option<String>,
     next_probe: Option<String>,
-    requests_10s: u32,
-    failures_10s: u32,
+    requests: u32,
+    failures: u32,
 }
 
 pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
@@ -127,13 +127,13 @@ fn print(said: &[Said], output: Output, again: bool) -> io::Result<()> {
 
 fn table(said: &[Said]) -> String {
     const TITLES: [&str; 8] =
-        ["PROXY", "BACKEND", "ENDPOINT", "STATE", "REASON", "SINCE", "NEXT PROBE", "FAILED IN 10 S"];
+        ["PROXY", "BACKEND", "ENDPOINT", "STATE", "REASON", "SINCE", "NEXT PROBE", "FAILED LATELY"];
     let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_string());
     let mut rows = vec![TITLES.map(str::to_string)];
     for Said { proxy, breakers } in said {
         let known = breakers.iter().filter_map(|one| Row::deserialize(one).ok());
         rows.extend(known.map(|row| {
-            let failed = format!("{} of {}", row.failures_10s, row.requests_10s);
+            let failed = format!("{} of {}", row.failures, row.requests);
             let (reason, since, next) = (or_dash(row.reason), or_dash(row.since), or_dash(row.next_probe));
             [proxy.clone(), row.backend, row.endpoint, row.state, reason, since, next, failed]
         }));
@@ -160,7 +160,7 @@ mod tests {
     fn the_table_says_what_is_ejected_and_why() {
         let ejected = json!({
             "backend": "web.default:80", "endpoint": "10.0.0.1:80", "state": "Ejected", "reason": "success_rate",
-            "since": "2026-01-01T00:00:00Z", "next_probe": "2026-01-01T00:00:02Z", "requests_10s": 40, "failures_10s": 9,
+            "since": "2026-01-01T00:00:00Z", "next_probe": "2026-01-01T00:00:02Z", "requests": 40, "failures": 9,
         });
         let text = table(&[Said { proxy: "caller".into(), breakers: vec![ejected] }]);
         let lines: Vec<&str> = text.lines().collect();

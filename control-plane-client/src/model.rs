@@ -13,22 +13,26 @@ use sheetbend_certs::SpiffeId;
 
 mod access;
 mod balancing;
+mod breaker;
 pub mod duration;
 mod faults;
 mod filters;
 mod health_check;
 mod limits;
 mod matching;
+mod outlier;
 mod policy;
 
 pub use access::{Access, DefaultAccess};
 pub use balancing::{ConsistentHash, HttpCookie, LoadBalancer, LocalityLbSetting, MAX_RING, Simple, Standing, Warmup};
+pub use breaker::CircuitBreaker;
 pub use faults::{Abort, Delay, Fault};
 pub use filters::{Filters, HeaderEdit, HeaderEdits, PathEdit, REDIRECTS, Redirect, Rewrite};
 pub use health_check::{GrpcCheck, HealthCheck, HttpCheck, Statuses, TcpCheck};
 pub use limits::{Concurrency, ConnectionPool, ForEach, HttpPool, RateLimit, TcpPool, TrafficLimits};
 pub use matching::{BadPattern, MAX_PATTERN, Match, PathMatch, Pattern, TextMatch};
-pub use policy::{BackendPolicy, InboundPolicy, OutlierDetection, RulePolicy, Timeouts, Unusable};
+pub use outlier::OutlierDetection;
+pub use policy::{BackendPolicy, InboundPolicy, RulePolicy, Timeouts, Unusable};
 
 /// What traffic asked for: a host (or an address) and a port.
 ///

@@ -4,6 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use serde_json::{Value, json};
 use sheetbend_certs::format_time;
+use sheetbend_control_plane_client::model::duration;
 
 use crate::traffic::outlier::{Reason, State, Turn};
 use crate::upstream::{EndpointState, Endpoints};
@@ -34,26 +35,30 @@ impl Clock {
 fn endpoint_as_json(endpoint: &EndpointState, clock: &Clock) -> Value {
     let vitals = &endpoint.vitals;
     let history = vitals.history();
-    let (requests, failures) = vitals.recent(clock.now);
+    let detection = endpoint.detection();
+    let (requests, failures) = vitals.recent(detection.interval, clock.now);
+    let in_a_row = vitals.in_a_row();
     let last = history.last();
     let until = match vitals.state() {
         State::Ejected { until } => Some(clock.time(until)),
         State::Serving | State::Probing | State::Ramping { .. } => None,
     };
     let reason = history.iter().rev().find_map(|turn| turn.reason).filter(|_| vitals.state() != State::Serving);
-    let turn =
-        |turn: &Turn| json!({ "at": clock.time(turn.at), "state": name(turn.state), "reason": turn.reason.map(word) });
+    let turn = |turn: &Turn| json!({ "at": clock.time(turn.at), "state": name(turn.state), "reason": turn.reason.map(Reason::word) });
     json!({
         "backend": endpoint.backend(),
         "endpoint": endpoint.place.to_string(),
         "identity": endpoint.identity().map(ToString::to_string),
         "state": name(vitals.state()),
-        "reason": reason.map(word),
+        "reason": reason.map(Reason::word),
         "since": last.map(|turn| clock.time(turn.at)),
         "next_probe": until,
-        "consecutive_failures": vitals.consecutive_failures(),
-        "requests_10s": requests,
-        "failures_10s": failures,
+        "consecutive_failures": in_a_row.errors,
+        "consecutive_gateway_errors": in_a_row.gateway_errors,
+        "consecutive_local_origin_failures": in_a_row.local_failures,
+        "requests": requests,
+        "failures": failures,
+        "interval": duration::show(detection.interval),
         "in_flight": vitals.load.in_flight(),
         "history": history.iter().map(turn).collect::<Vec<_>>(),
     })
@@ -65,13 +70,5 @@ pub(crate) fn name(state: State) -> &'static str {
         State::Serving => "Serving",
         State::Ejected { .. } => "Ejected",
         State::Probing | State::Ramping { .. } => "Probing",
-    }
-}
-
-fn word(reason: Reason) -> &'static str {
-    match reason {
-        Reason::Consecutive => "consecutive_failures",
-        Reason::SuccessRate => "success_rate",
-        Reason::Probe => "probe_failed",
     }
 }

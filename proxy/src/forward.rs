@@ -24,6 +24,7 @@ use crate::http::upgrade;
 use crate::rest::Rest;
 use crate::telemetry::{Counter, Protocol, Telemetry};
 use crate::traffic::limit::Limit;
+use crate::traffic::outlier::Fault;
 use crate::traffic::retry::{self, Failure, Verdict};
 use crate::upstream::{Checkout, DialError, Lease, Permit, Pool, SendError, Wire};
 
@@ -153,7 +154,10 @@ impl Way<'_> {
         };
         match headers::grpc_status(answer.headers()) {
             Some(headers::GRPC_DEADLINE_EXCEEDED) => lease.expired(),
-            _ => lease.answered(speaks_well(&answer)),
+            _ => {
+                let trailers = headers::is_grpc(answer.headers()) && !answer.body().is_end_stream();
+                lease.answered(says(&answer), trailers);
+            }
         }
         let (mut head, body) = answer.into_parts();
         if head.status == StatusCode::SWITCHING_PROTOCOLS {
@@ -262,13 +266,15 @@ impl Way<'_> {
     }
 }
 
-/// Whether an answer's head says that the endpoint does what it is there for. A method or a version that it does not know
-/// is its caller's choice.
-fn speaks_well<T>(answer: &Response<T>) -> bool {
-    let status = answer.status();
-    let unknown = matches!(status, StatusCode::NOT_IMPLEMENTED | StatusCode::HTTP_VERSION_NOT_SUPPORTED);
-    let fails = status.is_server_error() && !unknown;
-    !fails && !headers::grpc_status(answer.headers()).is_some_and(headers::blames_server)
+/// What an answer's head says of the endpoint. A method or a version that it does not know is its caller's choice.
+fn says<T>(answer: &Response<T>) -> Result<(), Fault> {
+    let of_grpc = || headers::grpc_status(answer.headers()).and_then(headers::grpc_fault).map_or(Ok(()), Err);
+    match answer.status() {
+        StatusCode::NOT_IMPLEMENTED | StatusCode::HTTP_VERSION_NOT_SUPPORTED => Ok(()),
+        StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT => Err(Fault::Gateway),
+        status if status.is_server_error() => Err(Fault::Answer),
+        _ => of_grpc(),
+    }
 }
 
 impl Outgoing<'_> {

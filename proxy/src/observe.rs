@@ -14,6 +14,7 @@ use crate::admin::{AdminState, Refused, logging};
 use crate::app::Shared;
 use crate::route::Route;
 use crate::telemetry::{Counter, Gauge};
+use crate::traffic::outlier::Reason;
 use crate::upstream::{Bounded, Bounds, Endpoints, Pooled, Windows};
 
 /// What the admin port needs of a running proxy.
@@ -154,9 +155,9 @@ fn measure(shared: &Shared) {
     telemetry.count_is(Counter::ReportsFailed, shared.reporter.failures());
 
     let tally = shared.endpoints.tally();
-    telemetry.count_is(Counter::EjectedConsecutive, tally.consecutive);
-    telemetry.count_is(Counter::EjectedSuccessRate, tally.success_rate);
-    telemetry.count_is(Counter::EjectedProbe, tally.probe);
+    for (reason, ejections) in Reason::ALL.into_iter().zip(tally.ejections) {
+        telemetry.count_is(ejected(reason), ejections);
+    }
     telemetry.count_is(Counter::NotEjectedFloor, tally.floor);
     telemetry.count_is(Counter::NotEjectedCommonCause, tally.common_cause);
 
@@ -168,5 +169,19 @@ fn measure(shared: &Shared) {
     if let Some(material) = shared.identity.current() {
         let expiry = material.identity.not_after.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         telemetry.gauge_set(Gauge::CertificateExpiry, expiry.as_secs_f64());
+    }
+}
+
+/// The metric of ejections for a reason.
+fn ejected(reason: Reason) -> Counter {
+    match reason {
+        Reason::Errors => Counter::EjectedErrors,
+        Reason::GatewayErrors => Counter::EjectedGatewayErrors,
+        Reason::LocalFailures => Counter::EjectedLocalFailures,
+        Reason::SuccessRate => Counter::EjectedSuccessRate,
+        Reason::Deviation => Counter::EjectedDeviation,
+        Reason::FailureShare => Counter::EjectedFailureShare,
+        Reason::Probe => Counter::EjectedProbe,
+        Reason::ByHand => Counter::EjectedByHand,
     }
 }

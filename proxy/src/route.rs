@@ -52,13 +52,23 @@ pub struct Choice<'a> {
 }
 
 impl Route {
-    /// Of what did not change since `old` was made, that is used again.
-    fn mesh(target: Target, destination: Arc<Destination>, endpoints: &Endpoints, old: Option<&Self>) -> Self {
+    /// Of what did not change since `old` was made, that is used again. `is_current` says whether nothing newer was heard of
+    /// a cluster meanwhile: another worker may be ahead.
+    fn mesh(
+        target: Target,
+        destination: Arc<Destination>,
+        endpoints: &Endpoints,
+        old: Option<&Self>,
+        is_current: impl Fn(&Arc<Cluster>) -> bool,
+    ) -> Self {
         let clusters = destination.clusters.iter().map(|(name, cluster)| {
             let known = old.and_then(|old| old.clusters.get(name)).filter(|known| known.are_of(cluster));
-            let candidates = known
-                .map_or_else(|| Arc::new(candidates(name, cluster, &destination.trust_domain, endpoints)), Arc::clone);
-            (name.clone(), candidates)
+            let new = || {
+                let candidates = candidates(name, cluster, &destination.trust_domain, endpoints);
+                candidates.follow(cluster, endpoints.epoch.elapsed(), || is_current(cluster));
+                Arc::new(candidates)
+            };
+            (name.clone(), known.map_or_else(new, Arc::clone))
         });
         let clusters = clusters.collect();
         let rules = Rules::new(&destination.rules);
@@ -121,7 +131,8 @@ impl Route {
         head: &request::Parts,
     ) -> Value {
         let now = endpoints.epoch.elapsed();
-        let route = Self::mesh(target, Arc::clone(&destination), endpoints, None);
+        // Whoever only asks changes nothing for the others.
+        let route = Self::mesh(target, Arc::clone(&destination), endpoints, None, |_| false);
         let rule = route.rules.choose(&destination, head, 0).rule;
         let headers = HeaderEdits::default();
         let whole = [Backend { cluster: destination.default_cluster.clone(), weight: 1, headers }];
@@ -178,7 +189,7 @@ fn candidates(
     let bounds = endpoints.bounds(Bounded::Service(cluster.service.clone()));
     bounds.limits.follow(cluster.policy.connection_pool.as_ref());
     let all = all.collect();
-    Candidates::new(cluster, all, floor, bounds, &endpoints.zone, endpoints.epoch.elapsed())
+    Candidates::new(cluster, all, floor, bounds, &endpoints.zone)
 }
 
 /// The routes of one worker. The lock is never contended: one thread uses it.
@@ -276,9 +287,14 @@ impl Routes {
         if let Some(old) = old.as_ref().filter(is_new) {
             return Ok(Arc::clone(old));
         }
+        let (now, named) = (discovery.clone(), target.clone());
+        let is_current = move |cluster: &Arc<Cluster>| match now.lookup(&named) {
+            Some(Resolution::Mesh(now)) => now.clusters.get(&cluster.name).is_some_and(|now| Arc::ptr_eq(now, cluster)),
+            _ => false,
+        };
         let size: usize = destination.clusters.values().map(|cluster| cluster.endpoints.len()).sum();
         if size <= LARGE {
-            let route = Route::mesh(target.clone(), destination, endpoints, old.as_deref());
+            let route = Route::mesh(target.clone(), destination, endpoints, old.as_deref(), is_current);
             return Ok(insert(&mut self.lock(), route));
         }
         let old = old.filter(|old| old.destination.is_some());
@@ -288,7 +304,7 @@ impl Routes {
         let (known, endpoints, target, before) =
             (Arc::clone(&self.known), Arc::clone(endpoints), target.clone(), old.clone());
         let making = tokio::task::spawn_blocking(move || {
-            let route = Route::mesh(target, destination, &endpoints, before.as_deref());
+            let route = Route::mesh(target, destination, &endpoints, before.as_deref(), is_current);
             insert(&mut known.lock().unwrap_or_else(PoisonError::into_inner), route)
         });
         match old {
@@ -361,7 +377,7 @@ mod tests {
         .unwrap();
         let destination = Arc::new(destination);
         for target in numbers.map(target) {
-            let route = Route::mesh(target.clone(), Arc::clone(&destination), &Endpoints::default(), None);
+            let route = Route::mesh(target.clone(), Arc::clone(&destination), &Endpoints::default(), None, |_| true);
             known.insert(target, Arc::new(route));
         }
     }

@@ -13,7 +13,7 @@ use super::access::Access;
 use super::balancing::LoadBalancer;
 use super::health_check::HealthCheck;
 use super::limits::{ConnectionPool, TrafficLimits};
-use super::{Fault, Filters, duration};
+use super::{CircuitBreaker, Fault, Filters, OutlierDetection, duration};
 
 /// What a rule wants of the requests that it takes.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -88,21 +88,9 @@ pub struct BackendPolicy {
     /// How much may be under way to it at once.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub connection_pool: Option<ConnectionPool>,
-}
-
-/// `outlierDetection`. What is not said is as it is without a policy.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
-pub struct OutlierDetection {
-    /// Failures in a row; 0 switches this off.
+    /// When the whole destination is.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub consecutive_5xx_errors: Option<u32>,
-    /// How long the first ejection takes; each further one takes twice as long as that before.
-    #[serde(with = "duration::option", skip_serializing_if = "Option::is_none")]
-    pub base_ejection_time: Option<Duration>,
-    /// No ejection takes longer.
-    #[serde(with = "duration::option", skip_serializing_if = "Option::is_none")]
-    pub max_ejection_time: Option<Duration>,
+    pub circuit_breaker: Option<CircuitBreaker>,
 }
 
 impl BackendPolicy {
@@ -111,16 +99,8 @@ impl BackendPolicy {
         self.load_balancer.as_ref().map_or(Ok(()), LoadBalancer::check)?;
         self.health_check.as_ref().map_or(Ok(()), HealthCheck::check)?;
         self.connection_pool.as_ref().map_or(Ok(()), ConnectionPool::check)?;
-        let Some(detection) = &self.outlier_detection else { return Ok(()) };
-        match (detection.base_ejection_time, detection.max_ejection_time) {
-            (Some(base), _) if base.is_zero() => {
-                Err(Unusable::new("outlierDetection.baseEjectionTime", "an ejection takes some time: write 1s or more"))
-            }
-            (Some(base), Some(most)) if most < base => {
-                Err(Unusable::new("outlierDetection.maxEjectionTime", "it is shorter than baseEjectionTime"))
-            }
-            _ => Ok(()),
-        }
+        self.outlier_detection.as_ref().map_or(Ok(()), OutlierDetection::check)?;
+        self.circuit_breaker.as_ref().map_or(Ok(()), CircuitBreaker::check)
     }
 }
 

@@ -146,6 +146,7 @@ pub fn cluster(cluster: &Cluster, trust_domain: &str, protocol: AppProtocol) -> 
         cluster_discovery_type: Some(ClusterDiscoveryType::Type(DiscoveryType::Eds as i32)),
         eds_cluster_config: Some(EdsClusterConfig { eds_config: Some(over_ads()), service_name: String::new() }),
         connect_timeout: Some(Duration { seconds: 1, nanos: 0 }),
+        outlier_detection: cluster.policy.outlier_detection.as_ref().map(super::outlier::encode),
         transport_socket_matches: transport_sockets(cluster, trust_domain, protocol),
         typed_extension_protocol_options: http_options(protocol),
         metadata: Some(words(to_struct(&ClusterWords {
@@ -302,7 +303,7 @@ fn forward(rule: &Rule, condition: &Match) -> rds::RouteAction {
     action
 }
 
-fn duration(ours: std::time::Duration) -> Duration {
+pub(super) fn duration(ours: std::time::Duration) -> Duration {
     Duration { seconds: ours.as_secs().min(i64::MAX as u64) as i64, nanos: ours.subsec_nanos() as i32 }
 }
 

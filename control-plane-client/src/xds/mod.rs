@@ -23,6 +23,7 @@ mod error;
 mod filters;
 mod limits;
 pub mod metadata;
+mod outlier;
 #[cfg(test)]
 mod round_trip;
 mod routes;

@@ -142,6 +142,7 @@ fn backend_policy(at: usize) -> Arc<BackendPolicy> {
         load_balancer: Some(balancer),
         health_check: at.is_multiple_of(2).then_some(check),
         connection_pool: at.is_multiple_of(2).then_some(pool),
+        circuit_breaker: (at % 3 == 1).then(CircuitBreaker::default),
     })
 }
 

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Deserializer};
 use serde_saphyr::Spanned;
+use sheetbend_control_plane_client::model;
 
 pub(super) mod balancing;
 mod filters;
@@ -222,16 +223,9 @@ pub(super) struct BackendPolicy {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct BackendPolicySpec {
     pub(super) target_refs: Spanned<Vec<Reference>>,
-    pub(super) outlier_detection: Option<Spanned<OutlierDetection>>,
+    pub(super) outlier_detection: Option<Spanned<model::OutlierDetection>>,
+    pub(super) circuit_breaker: Option<Spanned<model::CircuitBreaker>>,
     pub(super) load_balancer: Option<Spanned<balancing::LoadBalancer>>,
     pub(super) health_check: Option<Spanned<balancing::HealthCheck>>,
     pub(super) connection_pool: Option<Spanned<limits::ConnectionPool>>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub(super) struct OutlierDetection {
-    pub(super) consecutive_5xx_errors: Option<u32>,
-    pub(super) base_ejection_time: Option<Spanned<String>>,
-    pub(super) max_ejection_time: Option<Spanned<String>>,
 }

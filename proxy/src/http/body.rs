@@ -17,7 +17,7 @@ use super::deadline::Deadline;
 use super::error::Error;
 use super::exchange::Exchange;
 use super::expect::Asked;
-use super::headers::{blames_server, grpc_status};
+use super::headers::grpc_status;
 use super::turns::{Reading, Turn};
 use crate::traffic::retry::BODY_COPY;
 use crate::upstream::{Checkout, Lease};
@@ -396,7 +396,7 @@ impl ResponseBody {
         }
         self.checkout = None;
         if let (BodyError::Hyper(_), Some(mut lease)) = (error, self.lease.take()) {
-            lease.failed();
+            lease.broke_off();
         }
     }
 }
@@ -438,8 +438,8 @@ impl Body for ResponseBody {
             }
             Some(Ok(frame)) => {
                 let grpc_status = frame.trailers_ref().and_then(grpc_status);
-                if let Some(lease) = this.lease.as_mut().filter(|_| grpc_status.is_some_and(blames_server)) {
-                    lease.failed();
+                if let (Some(lease), Some(status)) = (&mut this.lease, grpc_status) {
+                    lease.ended(status);
                 }
                 if let Some(exchange) = &mut this.exchange {
                     if let Some(data) = frame.data_ref() {

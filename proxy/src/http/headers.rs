@@ -8,6 +8,7 @@ use http::uri::{Authority, PathAndQuery, Scheme, Uri};
 use http::{Method, Version, request};
 
 use super::error::Refusal;
+use crate::traffic::outlier::Fault;
 
 /// The HTTP version of the request as the app sent it, when it was not HTTP/2: the far side gives its app the same.
 pub const SENT_VERSION: HeaderName = HeaderName::from_static("sheetbend-version");
@@ -200,10 +201,14 @@ pub fn is_grpc(headers: &HeaderMap) -> bool {
 /// The gRPC status of a call that took longer than its caller was ready to wait.
 pub(crate) const GRPC_DEADLINE_EXCEEDED: u16 = 4;
 
-/// Whether a gRPC status says that the server failed, and not that its caller asked for the wrong thing: UNKNOWN,
-/// INTERNAL, UNAVAILABLE, DATA_LOSS (gRPC "Status codes and their use").
-pub(crate) fn blames_server(status: u16) -> bool {
-    matches!(status, 2 | 13 | 14 | 15)
+/// How a server failed that answers with this gRPC status, if it does not say that its caller asked for the wrong thing:
+/// UNKNOWN, INTERNAL, DATA_LOSS, and UNAVAILABLE, which is 503 (gRPC "Status codes and their use").
+pub(crate) fn grpc_fault(status: u16) -> Option<Fault> {
+    match status {
+        14 => Some(Fault::Gateway),
+        2 | 13 | 15 => Some(Fault::Answer),
+        _ => None,
+    }
 }
 
 /// `grpc-status` of a trailer section or of the head of an answer without a body.

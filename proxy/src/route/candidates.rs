@@ -10,7 +10,7 @@ use sheetbend_control_plane_client::model::{Cluster, ConsistentHash, HttpCookie,
 
 use crate::traffic::balance::levels::Shares;
 use crate::traffic::balance::{Level, Load, Member, ring, warmup};
-use crate::traffic::outlier::{Floor, Picked, State, Vitals};
+use crate::traffic::outlier::{Detection, Floor, Picked, State, Vitals};
 use crate::upstream::{Bounds, EndpointState};
 
 /// Endpoints that may answer a request.
@@ -49,7 +49,6 @@ impl Candidates {
         floor: Arc<Floor>,
         bounds: Arc<Bounds>,
         zone: &str,
-        now: Duration,
     ) -> Self {
         let usual = LoadBalancer::default();
         let policy = cluster.policy.load_balancer.as_ref().unwrap_or(&usual);
@@ -65,7 +64,6 @@ impl Candidates {
         }
         let levels: Box<[Level]> = members.into_iter().map(|one| Level::new(one, policy, rand::random)).collect();
         let vitals: Arc<[_]> = endpoints.iter().map(|endpoint| Arc::clone(&endpoint.vitals)).collect();
-        floor.follow(Arc::clone(&vitals), now);
         Self {
             endpoints: endpoints.into(),
             vitals,
@@ -77,6 +75,13 @@ impl Candidates {
             bounds,
             cluster: Some(Arc::clone(cluster)),
         }
+    }
+
+    /// Lets its floor know of them, and how they are judged, if that is the newest that was heard of them.
+    pub(super) fn follow(&self, cluster: &Cluster, now: Duration, is_current: impl FnOnce() -> bool) {
+        let Some(floor) = &self.floor else { return };
+        let detection = cluster.policy.outlier_detection.as_ref().map_or(Detection::DEFAULT, Detection::of);
+        floor.follow(&self.vitals, &detection, now, is_current);
     }
 
     /// One alone, which nobody ejects.

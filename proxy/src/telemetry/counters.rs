@@ -40,9 +40,14 @@ metrics_of_the_process! {
     RetriedTimeout "sheetbend_retries_total" { reason: "per_try_timeout" } "Second attempts, by why the first one failed.";
     RetriedStatus "sheetbend_retries_total" { reason: "status" } "Second attempts, by why the first one failed.";
 
-    EjectedConsecutive "sheetbend_ejections_total" { reason: "consecutive_failures" } "Endpoints left alone for a while, by why.";
+    EjectedErrors "sheetbend_ejections_total" { reason: "consecutive_failures" } "Endpoints left alone for a while, by why.";
+    EjectedGatewayErrors "sheetbend_ejections_total" { reason: "consecutive_gateway_errors" } "Endpoints left alone for a while, by why.";
+    EjectedLocalFailures "sheetbend_ejections_total" { reason: "consecutive_local_origin_failures" } "Endpoints left alone for a while, by why.";
     EjectedSuccessRate "sheetbend_ejections_total" { reason: "success_rate" } "Endpoints left alone for a while, by why.";
+    EjectedDeviation "sheetbend_ejections_total" { reason: "success_rate_deviation" } "Endpoints left alone for a while, by why.";
+    EjectedFailureShare "sheetbend_ejections_total" { reason: "failure_percentage" } "Endpoints left alone for a while, by why.";
     EjectedProbe "sheetbend_ejections_total" { reason: "probe_failed" } "Endpoints left alone for a while, by why.";
+    EjectedByHand "sheetbend_ejections_total" { reason: "by_hand" } "Endpoints left alone for a while, by why.";
     NotEjectedFloor "sheetbend_not_ejected_total" { reason: "floor" } "Endpoints that failed and were kept, by why.";
     NotEjectedCommonCause "sheetbend_not_ejected_total" { reason: "common_cause" } "Endpoints that failed and were kept, by why.";
     NotRetriedUnsafe "sheetbend_not_retried_total" { reason: "unsafe" } "Failures that were not tried again, by why not.";

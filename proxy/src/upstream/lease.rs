@@ -6,7 +6,8 @@ use std::time::Duration;
 use super::{DialError, EndpointState};
 use crate::http::deadline::Deadline;
 use crate::http::error::Processed;
-use crate::traffic::outlier::{Detection, Outcome, Picked, Sent};
+use crate::http::headers;
+use crate::traffic::outlier::{Fault, Outcome, Picked, Sent};
 
 /// The use of an endpoint, which hears of it once: with the head of the answer, with what failed, or, when this is dropped
 /// before, that somebody gave up waiting. An answer that breaks off later is one failure more.
@@ -18,13 +19,15 @@ pub struct Lease {
     began: Duration,
     deadline: Option<Deadline>,
     reported: bool,
+    /// The answer has begun.
+    head_came: bool,
 }
 
 impl Lease {
     /// Of a pick.
     pub(crate) fn of(endpoint: Arc<EndpointState>, picked: Picked, now: Duration) -> Self {
         let sent = Sent { probe: picked.probe, turn: endpoint.vitals.turns(), at: now };
-        Self { endpoint, sent, began: now, deadline: None, reported: false }
+        Self { endpoint, sent, began: now, deadline: None, reported: false, head_came: false }
     }
 
     /// Of the only one there is, such as the app.
@@ -38,22 +41,39 @@ impl Lease {
         self.deadline = deadline;
     }
 
-    /// The head of an answer: whether it speaks well of the endpoint.
-    pub(crate) fn answered(&mut self, well: bool) {
-        match well {
-            true => {
-                self.report(Outcome::Good);
-                let now = self.endpoint.now();
-                self.endpoint.vitals.load.sample(now.saturating_sub(self.began), now);
-            }
-            false => self.failed(),
+    /// The head of an answer: what it says of the endpoint. Where `more` is to come, trailers have the last word.
+    pub(crate) fn answered(&mut self, says: Result<(), Fault>, more: bool) {
+        if let Err(fault) = says {
+            return self.failed(fault);
+        }
+        let now = self.endpoint.now();
+        self.endpoint.vitals.load.sample(now.saturating_sub(self.began), now);
+        self.head_came = true;
+        // Nobody waits for the end of a stream to learn whether an endpoint is back.
+        if !more || self.sent.probe {
+            self.report(Outcome::Good);
         }
     }
 
+    /// The trailers of an answer, with a gRPC status.
+    pub(crate) fn ended(&mut self, grpc_status: u16) {
+        match headers::grpc_fault(grpc_status) {
+            _ if grpc_status == headers::GRPC_DEADLINE_EXCEEDED => self.expired(),
+            Some(fault) => self.failed(fault),
+            None if self.reported => {}
+            None => self.report(Outcome::Good),
+        }
+    }
+
+    /// The connection broke in the middle of an answer.
+    pub(crate) fn broke_off(&mut self) {
+        self.failed(Fault::LocalOrigin);
+    }
+
     /// The endpoint failed: instead of an answer, or in the middle of one.
-    pub(crate) fn failed(&mut self) {
+    fn failed(&mut self, fault: Fault) {
         self.endpoint.vitals.load.failed(self.endpoint.now());
-        self.report(Outcome::Bad);
+        self.report(Outcome::Bad(fault));
     }
 
     /// Opaque bytes: the connection is all that is seen of it.
@@ -79,7 +99,7 @@ impl Lease {
             | DialError::Peer(_)
             | DialError::Identity { .. }
             | DialError::Protocol
-            | DialError::Http(_) => self.failed(),
+            | DialError::Http(_) => self.failed(Fault::LocalOrigin),
         }
     }
 
@@ -88,7 +108,7 @@ impl Lease {
         match processed {
             // It was not sent, or politely declined: a connection that ends is no failure.
             Processed::No(_) => self.report(Outcome::Unknown),
-            Processed::Maybe => self.failed(),
+            Processed::Maybe => self.failed(Fault::LocalOrigin),
         }
     }
 
@@ -105,7 +125,7 @@ impl Lease {
         let waited = now.saturating_sub(self.began);
         self.endpoint.vitals.load.longer_than(waited, now);
         match waited >= ENOUGH {
-            true => self.failed(),
+            true => self.failed(Fault::LocalOrigin),
             false => self.report(Outcome::Unknown),
         }
     }
@@ -114,7 +134,7 @@ impl Lease {
     pub(crate) fn too_slow(&mut self) {
         let now = self.endpoint.now();
         self.endpoint.vitals.load.longer_than(now.saturating_sub(self.began), now);
-        self.failed();
+        self.failed(Fault::LocalOrigin);
     }
 
     fn report(&mut self, outcome: Outcome) {
@@ -122,7 +142,7 @@ impl Lease {
         self.reported = true;
         let (endpoint, now) = (&self.endpoint, self.endpoint.now());
         let Some(floor) = &endpoint.floor else { return };
-        let ejected = floor.report(&endpoint.vitals, sent, outcome, &Detection::DEFAULT, now, rand::random);
+        let ejected = floor.report(&endpoint.vitals, sent, outcome, now, rand::random);
         if let Some(reason) = ejected {
             let (state, period) = (endpoint.vitals.state(), endpoint.vitals.period());
             tracing::warn!(endpoint = %endpoint.place, ?reason, ?state, ?period, "ejected an endpoint");
@@ -140,7 +160,9 @@ impl Drop for Lease {
             return self.expired();
         }
         let now = self.endpoint.now();
-        self.endpoint.vitals.load.longer_than(now.saturating_sub(self.began), now);
+        if !self.head_came {
+            self.endpoint.vitals.load.longer_than(now.saturating_sub(self.began), now);
+        }
         self.report(Outcome::Unknown);
     }
 }

@@ -39,7 +39,7 @@ pub(crate) use windows::{STREAMS, Windows};
 
 use crate::telemetry::{Edge, EdgeKey, Peer, Protocol, Reporter, Telemetry};
 use crate::traffic::limit::Limit;
-use crate::traffic::outlier::{Floor, Tally, Vitals};
+use crate::traffic::outlier::{Detection, Floor, Tally, Vitals};
 
 /// Where an endpoint is.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -110,6 +110,11 @@ impl EndpointState {
     /// The backend that it is part of; `None` outside the mesh.
     pub fn backend(&self) -> Option<&ClusterName> {
         self.backend.as_ref()
+    }
+
+    /// How it is judged.
+    pub(crate) fn detection(&self) -> Arc<Detection> {
+        self.floor.as_ref().map_or_else(Arc::default, |floor| floor.detection())
     }
 
     /// Who must answer there; `None` outside the mesh.

@@ -32,7 +32,7 @@ impl Proxy {
     pub(crate) fn new(servers: usize, ejects: bool) -> Self {
         let detection = match ejects {
             true => Detection::default(),
-            false => Detection { consecutive_failures: u32::MAX, request_volume: u32::MAX, ..Detection::default() },
+            false => Detection { errors: 0, success_rate: 0.0, ..Detection::default() },
         };
         let mut proxy = Self {
             known: (0..servers).map(|_| Arc::default()).collect(),
@@ -51,7 +51,7 @@ impl Proxy {
     pub(crate) fn follow(&mut self, servers: Vec<usize>, now: Duration) {
         self.endpoints = servers.iter().map(|server| Arc::clone(&self.known[*server])).collect();
         self.servers = servers;
-        self.floor.follow(Arc::clone(&self.endpoints), now);
+        self.floor.follow(&self.endpoints, &self.detection, now, || true);
     }
 
     /// A request begins.
@@ -106,7 +106,7 @@ impl Proxy {
     pub(crate) fn report(&mut self, of: Attempted, outcome: Outcome, chance: f64, now: Duration) -> Option<Reason> {
         let vitals = &self.known[of.server];
         vitals.load.end();
-        self.floor.report(vitals, of.sent, outcome, &self.detection, now, || chance)
+        self.floor.report(vitals, of.sent, outcome, now, || chance)
     }
 
     pub(crate) fn again(
@@ -146,6 +146,6 @@ impl Proxy {
 
     /// Requests to a server that ended within its window.
     pub(crate) fn seen(&self, server: usize, now: Duration) -> u32 {
-        self.known[server].recent(now).0
+        self.known[server].recent(self.detection.interval, now).0
     }
 }

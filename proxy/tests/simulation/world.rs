@@ -10,7 +10,7 @@ use std::time::Duration;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use sheetbend_proxy::telemetry::Counter;
-use sheetbend_proxy::traffic::outlier::{self, Sent};
+use sheetbend_proxy::traffic::outlier::{self, Fault, Sent};
 use sheetbend_proxy::traffic::retry::{Failure, Verdict};
 
 use super::proxy::{Attempted, Proxy};
@@ -270,7 +270,8 @@ impl World {
         };
         let seen = match outcome {
             Outcome::Status(..500) => outlier::Outcome::Good,
-            _ => outlier::Outcome::Bad,
+            Outcome::Status(_) => outlier::Outcome::Bad(Fault::Gateway),
+            _ => outlier::Outcome::Bad(Fault::LocalOrigin),
         };
         self.end_attempt(id, seen);
         let call = &mut self.calls[id];

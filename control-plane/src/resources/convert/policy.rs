@@ -36,20 +36,20 @@ pub(in crate::resources) fn backend_policy(raw: kinds::BackendPolicy) -> Checked
         }
         targets.push(Parent { at: target.name.referenced.into(), service, port: None });
     }
-    let mut policy = model::BackendPolicy::default();
-    let mut at = raw.metadata.name.referenced;
-    if let Some(found) = &spec.outlier_detection {
-        at = found.referenced;
-        policy.outlier_detection = Some(model::OutlierDetection {
-            consecutive_5xx_errors: found.value.consecutive_5xx_errors,
-            base_ejection_time: span(found.value.base_ejection_time.as_ref())?,
-            max_ejection_time: span(found.value.max_ejection_time.as_ref())?,
-        });
-    }
-    policy.load_balancer = spec.load_balancer.as_ref().map(balancing::load_balancer).transpose()?;
-    policy.health_check = spec.health_check.as_ref().map(balancing::health_check).transpose()?;
-    policy.connection_pool = spec.connection_pool.as_ref().map(limits::connection_pool).transpose()?;
-    policy.check().or_else(|error| refused(&error, at))?;
+    let policy = model::BackendPolicy {
+        outlier_detection: spec.outlier_detection.as_ref().map(|found| found.value.clone()),
+        circuit_breaker: spec.circuit_breaker.as_ref().map(|found| found.value.clone()),
+        load_balancer: spec.load_balancer.as_ref().map(balancing::load_balancer).transpose()?,
+        health_check: spec.health_check.as_ref().map(balancing::health_check).transpose()?,
+        connection_pool: spec.connection_pool.as_ref().map(limits::connection_pool).transpose()?,
+        ..model::BackendPolicy::default()
+    };
+    let places = [
+        ("outlierDetection", spec.outlier_detection.as_ref().map(|found| found.referenced)),
+        ("circuitBreaker", spec.circuit_breaker.as_ref().map(|found| found.referenced)),
+    ];
+    let part = |field: &str| places.iter().find(|(name, _)| field.starts_with(name)).and_then(|(_, found)| *found);
+    policy.check().or_else(|error| refused(&error, part(&error.field).unwrap_or(raw.metadata.name.referenced)))?;
     Ok(Backend { object, targets, policy: policy.into() })
 }
 

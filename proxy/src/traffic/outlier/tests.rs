@@ -1,41 +1,54 @@
+use std::sync::Arc;
+
 use proptest::prelude::*;
 
 use super::*;
 
-const fn secs(seconds: u64) -> Duration {
+/// A failure like any other.
+pub(super) const BAD: Outcome = Outcome::Bad(Fault::Answer);
+
+pub(super) const fn secs(seconds: u64) -> Duration {
     Duration::from_secs(seconds)
 }
 
-struct Backend {
-    floor: Floor,
-    members: Arc<[Arc<Vitals>]>,
+pub(super) struct Backend {
+    pub(super) floor: Floor,
+    pub(super) members: Arc<[Arc<Vitals>]>,
 }
 
 impl Backend {
-    fn of(endpoints: usize) -> Self {
+    pub(super) fn of(endpoints: usize) -> Self {
         let members: Arc<[Arc<Vitals>]> = (0..endpoints).map(|_| Arc::default()).collect();
         let floor = Floor::default();
-        floor.follow(Arc::clone(&members), Duration::ZERO);
+        floor.follow(&members, &Detection::DEFAULT, Duration::ZERO, || true);
         Self { floor, members }
     }
 
-    fn report(&self, at: usize, outcome: Outcome, now: Duration) -> Option<Reason> {
-        let sent = Sent { probe: false, turn: self.members[at].turns(), at: now };
-        self.floor.report(&self.members[at], sent, outcome, &Detection::DEFAULT, now, || 1.0)
+    pub(super) fn judge(&self, detection: &Detection, now: Duration) {
+        self.floor.follow(&self.members, detection, now, || true);
     }
 
-    fn probed(&self, at: usize, outcome: Outcome, now: Duration) -> Option<Reason> {
+    fn follow(&self, members: &Arc<[Arc<Vitals>]>, now: Duration) {
+        self.floor.follow(members, &self.floor.detection(), now, || true);
+    }
+
+    pub(super) fn report(&self, at: usize, outcome: Outcome, now: Duration) -> Option<Reason> {
+        let sent = Sent { probe: false, turn: self.members[at].turns(), at: now };
+        self.floor.report(&self.members[at], sent, outcome, now, || 1.0)
+    }
+
+    pub(super) fn probed(&self, at: usize, outcome: Outcome, now: Duration) -> Option<Reason> {
         let sent = Sent { probe: true, turn: self.members[at].turns(), at: now };
-        self.floor.report(&self.members[at], sent, outcome, &Detection::DEFAULT, now, || 1.0)
+        self.floor.report(&self.members[at], sent, outcome, now, || 1.0)
     }
 
     /// What came of the last of so many failures in a row.
-    fn fails(&self, at: usize, times: u32, now: Duration) -> Option<Reason> {
-        (0..times).map(|_| self.report(at, Outcome::Bad, now)).last().flatten()
+    pub(super) fn fails(&self, at: usize, times: u32, now: Duration) -> Option<Reason> {
+        (0..times).map(|_| self.report(at, BAD, now)).last().flatten()
     }
 
     /// Picks by turns, as long as nobody is tried.
-    fn pick(&self, retryable: bool, now: Duration) -> Picked {
+    pub(super) fn pick(&self, retryable: bool, now: Duration) -> Picked {
         let mut turn = 0;
         let balance = |_, _| {
             turn += 1;
@@ -44,7 +57,7 @@ impl Backend {
         self.floor.pick(&self.members, retryable, now, || u64::MAX, balance).unwrap()
     }
 
-    fn in_use(&self) -> usize {
+    pub(super) fn in_use(&self) -> usize {
         self.members.iter().filter(|vitals| !matches!(vitals.state(), State::Ejected { .. })).count()
     }
 }
@@ -55,26 +68,26 @@ fn seven_failures_in_a_row_eject_and_six_do_not() {
     assert_eq!(backend.fails(0, 6, secs(1)), None);
     backend.report(0, Outcome::Good, secs(1));
     assert_eq!(backend.fails(0, 6, secs(1)), None);
-    assert_eq!(backend.fails(0, 1, secs(1)), Some(Reason::Consecutive));
+    assert_eq!(backend.fails(0, 1, secs(1)), Some(Reason::Errors));
     assert_eq!(backend.members[0].state(), State::Ejected { until: secs(2) });
-    assert_eq!(backend.members[0].history().last().unwrap().reason, Some(Reason::Consecutive));
+    assert_eq!(backend.members[0].history().last().unwrap().reason, Some(Reason::Errors));
 }
 
 #[test]
 fn less_than_four_in_five_of_twenty_requests_eject() {
     let backend = Backend::of(3);
     for at in 0..19 {
-        let outcome = if at % 3 == 0 { Outcome::Bad } else { Outcome::Good };
+        let outcome = if at % 3 == 0 { BAD } else { Outcome::Good };
         assert_eq!(backend.report(0, outcome, secs(at / 4)), None);
     }
-    assert_eq!(backend.report(0, Outcome::Bad, secs(5)), Some(Reason::SuccessRate));
+    assert_eq!(backend.report(0, BAD, secs(5)), Some(Reason::SuccessRate));
 }
 
 #[test]
 fn whoever_gave_up_and_what_we_refused_ourselves_says_nothing() {
     let backend = Backend::of(3);
     assert!((0..100).all(|_| backend.report(0, Outcome::Unknown, secs(1)).is_none()));
-    assert_eq!(backend.members[0].recent(secs(1)), (0, 0));
+    assert_eq!(backend.members[0].recent(secs(10), secs(1)), (0, 0));
 }
 
 #[test]
@@ -102,7 +115,7 @@ fn a_probe_that_fails_doubles_the_time_up_to_a_minute() {
         assert_eq!(until - now, secs(expected));
         now = until;
         assert!(backend.pick(true, now).probe);
-        let failed = backend.probed(0, Outcome::Bad, now);
+        let failed = backend.probed(0, BAD, now);
         assert_eq!(failed, Some(Reason::Probe));
     }
 }
@@ -135,8 +148,8 @@ fn a_probe_that_fails_where_no_more_may_be_ejected_is_no_target_for_every_reques
     assert!(backend.pick(true, secs(2)).probe);
     backend.fails(1, 7, secs(2));
     let three: Arc<[_]> = backend.members[..3].iter().cloned().collect();
-    backend.floor.follow(three, secs(2));
-    backend.probed(0, Outcome::Bad, secs(2));
+    backend.follow(&three, secs(2));
+    backend.probed(0, BAD, secs(2));
     assert_eq!(backend.members[0].state(), State::Serving);
     assert_eq!(backend.floor.tally().floor, 1);
 }
@@ -146,10 +159,10 @@ fn one_that_has_just_failed_is_asked_by_every_fourth_request_until_it_answers_we
     let backend = Backend::of(3);
     let asked = |retryable| backend.pick(retryable, secs(1)) == Picked { at: 0, probe: true };
     assert!((0..100).all(|_| !asked(true)), "nobody has failed");
-    backend.report(0, Outcome::Bad, secs(1));
+    backend.report(0, BAD, secs(1));
     assert_eq!([asked(true), asked(true), asked(true), asked(true)], [false, false, false, true]);
     assert!((0..100).all(|_| !asked(true)), "one at a time");
-    backend.probed(0, Outcome::Bad, secs(1));
+    backend.probed(0, BAD, secs(1));
     assert_eq!((0..11).filter(|_| asked(false)).count(), 1, "seldom by what may not be sent again");
     backend.probed(0, Outcome::Good, secs(2));
     assert!((0..100).all(|_| !asked(true)), "it is well");
@@ -160,7 +173,7 @@ fn nobody_is_asked_on_purpose_where_nobody_may_be_ejected() {
     for (endpoints, failing) in [(1, 1), (4, 3)] {
         let backend = Backend::of(endpoints);
         for at in 0..failing {
-            backend.report(at, Outcome::Bad, secs(1));
+            backend.report(at, BAD, secs(1));
         }
         assert!((0..100).all(|_| !backend.pick(true, secs(1)).probe), "{failing} of {endpoints} fail");
     }
@@ -169,9 +182,9 @@ fn nobody_is_asked_on_purpose_where_nobody_may_be_ejected() {
 #[test]
 fn an_answer_to_what_was_sent_before_it_failed_clears_nobody_of_a_common_cause() {
     let backend = Backend::of(2);
-    backend.report(1, Outcome::Bad, secs(2));
+    backend.report(1, BAD, secs(2));
     let before = Sent { probe: false, turn: 0, at: secs(1) };
-    backend.floor.report(&backend.members[1], before, Outcome::Good, &Detection::DEFAULT, secs(2), || 1.0);
+    backend.floor.report(&backend.members[1], before, Outcome::Good, secs(2), || 1.0);
     assert_eq!(backend.fails(0, 7, secs(2)), None);
     assert_eq!(backend.floor.tally().common_cause, 1);
 }
@@ -181,7 +194,7 @@ fn where_most_fail_at_once_nobody_is_ejected() {
     let backend = Backend::of(4);
     for _ in 0..20 {
         for at in 0..4 {
-            assert_eq!(backend.report(at, Outcome::Bad, secs(1)), None);
+            assert_eq!(backend.report(at, BAD, secs(1)), None);
         }
     }
 }
@@ -191,10 +204,10 @@ fn one_that_was_gone_for_a_while_is_still_ejected_and_counts() {
     let backend = Backend::of(4);
     backend.fails(0, 7, secs(1));
     let rest: Arc<[_]> = backend.members[1..].iter().cloned().collect();
-    backend.floor.follow(rest, secs(1));
+    backend.follow(&rest, secs(1));
     backend.fails(1, 7, secs(1));
     assert_eq!(backend.floor.ejected(), (1, 1));
-    backend.floor.follow(Arc::clone(&backend.members), secs(1));
+    backend.follow(&backend.members, secs(1));
     assert_eq!((backend.floor.ejected(), backend.in_use()), ((2, 2), 2));
 }
 
@@ -204,7 +217,7 @@ fn fewer_endpoints_call_the_oldest_back() {
     backend.fails(0, 7, secs(1));
     backend.fails(1, 7, secs(2));
     let three: Arc<[_]> = backend.members[..3].iter().cloned().collect();
-    backend.floor.follow(three, secs(2));
+    backend.follow(&three, secs(2));
     assert_eq!(backend.members[0].state(), State::Serving);
     assert!(matches!(backend.members[1].state(), State::Ejected { .. }));
 }
@@ -252,7 +265,7 @@ proptest! {
                     probes.extend(picked.probe.then_some(picked.at));
                 }
                 _ => if let Some(at) = probes.pop() {
-                    let outcome = if passed % 2 == 0 { Outcome::Good } else { Outcome::Bad };
+                    let outcome = if passed % 2 == 0 { Outcome::Good } else { BAD };
                     backend.probed(at, outcome, now);
                 },
             }
