@@ -11,7 +11,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use sheetbend_certs::SpiffeId;
 
-mod access;
+pub mod access;
 mod balancing;
 mod breaker;
 pub mod duration;
@@ -23,7 +23,7 @@ mod matching;
 mod outlier;
 mod policy;
 
-pub use access::{Access, DefaultAccess};
+pub use access::{Access, AccessRule, Action, AuthorizationPolicy, Condition, DefaultAccess, Glob, Operation, Source};
 pub use balancing::{ConsistentHash, HttpCookie, LoadBalancer, LocalityLbSetting, MAX_RING, Simple, Standing, Warmup};
 pub use breaker::CircuitBreaker;
 pub use faults::{Abort, Delay, Fault};

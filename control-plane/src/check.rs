@@ -139,6 +139,11 @@ fn missing(folder: &Folder, known: &Known) -> Vec<Problem> {
                 });
                 problems.extend(routes.filter_map(|target| lost_route(folder, file, target)));
             }
+            Resource::Authorization(one) => {
+                for target in &one.targets {
+                    lacks("this policy is about nothing", &target.service, None, target.at);
+                }
+            }
             Resource::Service(_) | Resource::Slice(_) | Resource::Settings(_) => {}
         }
     }

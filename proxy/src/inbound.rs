@@ -1,5 +1,7 @@
 //! Mesh → app: who calls, whether they may, and the way to the app.
 
+mod admission;
+
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::{Arc, OnceLock};
@@ -26,7 +28,6 @@ use crate::http::headers::{self, SENT_VERSION};
 use crate::http::serve::{fault, serve};
 use crate::http::story::Caught;
 use crate::mtls::{self, HANDSHAKE, Inside};
-use crate::policy::authz::{self, Denied};
 use crate::rest::{Rest, splice_for};
 use crate::rewind::Rewind;
 use crate::tcp::Abort;
@@ -78,12 +79,6 @@ struct Caller {
 /// Somebody who shows nothing.
 fn caller_in_plain(peer: SocketAddr) -> Caller {
     Caller { id: None, ours: false, peer, rest: None, destination: None, edges: Default::default() }
-}
-
-impl Caller {
-    fn shown(&self) -> authz::Caller<'_> {
-        authz::Caller { id: self.id.as_ref() }
-    }
 }
 
 impl Inbound {
@@ -191,27 +186,6 @@ impl Inbound {
         }
     }
 
-    /// Whether the proxy's own list has a caller, where there is one.
-    fn lists(&self, caller: &Caller) -> Result<(), Denied> {
-        let allow = &self.shared.allow;
-        match allow.is_empty() || caller.id.as_ref().is_some_and(|id| allow.contains(id)) {
-            true => Ok(()),
-            false => Err(Denied::NotListed),
-        }
-    }
-
-    /// Whether a connection may pass to the app, of which nothing is read.
-    fn may_connect(&self, caller: &Caller) -> Result<(), Denied> {
-        self.lists(caller)?;
-        self.shared.inbound_rules.load().authz.connection(&caller.shown())
-    }
-
-    /// Whether a request may.
-    fn may_ask(&self, caller: &Caller) -> Result<(), Denied> {
-        self.lists(caller)?;
-        self.shared.inbound_rules.load().authz.request(&caller.shown())
-    }
-
     fn edge<'a>(&self, caller: &'a Caller, protocol: Protocol) -> &'a Arc<Edge> {
         let slot = match protocol {
             Protocol::Http => &caller.edges[0],
@@ -284,11 +258,11 @@ impl Inbound {
         let sent = if sent_http1 { Version::HTTP_11 } else { head.version };
         head.version = sent;
         exchange.on(Arc::clone(self.edge(caller, protocol(head))));
-        self.may_ask(caller).map_err(Error::Denied)?;
         // Who names no host means the one that was called.
         let authority =
             headers::authority(head).or_else(|| self.port.app.load().socket_address()?.to_string().parse().ok());
         let authority = authority.ok_or(Error::Refused(Refusal::Malformed("no authority")))?;
+        self.admit(caller, head, &authority)?;
         let upgrade = headers::asks_upgrade(head);
         let client = strip(head, upgrade);
         let fresh = upgrade || !headers::is_idempotent(head);
@@ -315,8 +289,7 @@ impl Inbound {
 
     /// Bytes that nobody looks into, over a connection to the app that may be there already.
     async fn opaque(&self, mut io: BoxIo, caller: Caller, dialed: Option<BoxIo>) {
-        if let Err(why) = self.may_connect(&caller) {
-            self.denied(&caller, &why);
+        if self.admit_connection(&caller).is_err() {
             return io.abort();
         }
         let _under_way = self.shared.inbound_drain.subscribe();
@@ -333,18 +306,6 @@ impl Inbound {
         // Sent and received are this proxy's view: what the caller sent was received.
         let moved = |moved: crate::tcp::Transferred| edge.bytes(moved.server_to_client, moved.client_to_server);
         splice_for(&mut io, &mut app, caller.rest.clone(), moved).await;
-    }
-
-    /// Counts and tells a connection that may not pass.
-    fn denied(&self, caller: &Caller, why: &Denied) {
-        let counter = match why {
-            Denied::NotListed => Counter::RefusedNotAllowed,
-            Denied::Default(_) | Denied::By(_) => Counter::RefusedAuthorization,
-        };
-        if let Some(left_out) = self.shared.telemetry.refused(counter) {
-            let id = caller.id.as_ref().map(ToString::to_string).unwrap_or_default();
-            tracing::warn!(peer = %caller.peer, id, port = self.port.port, %why, left_out, "a connection is refused");
-        }
     }
 
     /// A connection to the app.

@@ -11,7 +11,7 @@ use super::kinds::{self, Reference};
 use super::parse::{Checked, mistake};
 use super::{Backend, Parent, RouteBackend, Service, ServicePort, Settings, Slice, SliceEndpoint, SlicePort};
 
-mod access;
+pub(super) mod access;
 mod balancing;
 mod faults;
 mod filters;

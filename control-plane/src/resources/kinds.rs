@@ -9,6 +9,7 @@ use serde::{Deserialize, Deserializer};
 use serde_saphyr::Spanned;
 use sheetbend_control_plane_client::model;
 
+pub(super) mod access;
 pub(super) mod balancing;
 mod filters;
 pub(super) mod limits;

@@ -38,6 +38,7 @@ pub(crate) enum Resource {
     Limit(Limit),
     Faults(Faults),
     Settings(Settings),
+    Authorization(Authorization),
 }
 
 /// A Kubernetes Service.
@@ -184,6 +185,15 @@ pub(crate) struct RouteTarget {
     pub(crate) name: ServiceName,
 }
 
+/// An AuthorizationPolicy.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Authorization {
+    pub(crate) object: ServiceName,
+    /// The Services that it is about; none: every one of its namespace.
+    pub(crate) targets: Vec<Parent>,
+    pub(crate) policy: Arc<sheetbend_control_plane_client::model::AuthorizationPolicy>,
+}
+
 /// A MeshSettings.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Settings {
@@ -223,6 +233,7 @@ impl Resource {
                 limit.services.iter_mut().for_each(|target| target.at.line += before);
                 limit.routes.iter_mut().for_each(|target| target.at.line += before);
             }
+            Self::Authorization(one) => one.targets.iter_mut().for_each(|target| target.at.line += before),
             Self::Service(_) | Self::Slice(_) | Self::Settings(_) => {}
         }
     }
@@ -236,6 +247,7 @@ impl Resource {
             Self::Faults(faults) => ("FaultInjection", &faults.object),
             Self::Backend(backend) => ("BackendPolicy", &backend.object),
             Self::Limit(limit) => ("TrafficLimit", &limit.object),
+            Self::Authorization(authorization) => ("AuthorizationPolicy", &authorization.object),
             Self::Settings(settings) => ("MeshSettings", &settings.object),
         };
         format!("{kind} {}/{}", name.namespace, name.service)

@@ -180,7 +180,7 @@ const BYSTANDERS: [&str; 12] = [
     "CronJob",
     "NetworkPolicy",
 ];
-const KINDS: [&str; 8] = [
+const KINDS: [&str; 9] = [
     "Service",
     "EndpointSlice",
     "HTTPRoute",
@@ -188,6 +188,7 @@ const KINDS: [&str; 8] = [
     "BackendPolicy",
     "TrafficLimit",
     "FaultInjection",
+    "AuthorizationPolicy",
     "MeshSettings",
 ];
 
@@ -253,6 +254,9 @@ fn resource(text: &str) -> Checked<Option<Resource>> {
             .map(Some),
         "FaultInjection" => expect(&["sheetbend.io/v1alpha1"])
             .and_then(|()| convert::fault_injection(read(text)?).map(Resource::Faults))
+            .map(Some),
+        "AuthorizationPolicy" => expect(&["sheetbend.io/v1alpha1"])
+            .and_then(|()| convert::access::authorization_policy(read(text)?).map(Resource::Authorization))
             .map(Some),
         "MeshSettings" => expect(&["sheetbend.io/v1alpha1"])
             .and_then(|()| convert::settings(read(text)?).map(Resource::Settings))

@@ -14,8 +14,8 @@ use sheetbend_control_plane_client::model::{
 use super::{ClusterEntry, Inputs, World, reuse};
 use crate::registry::Registered;
 use crate::resources::{
-    FaultTarget, Faults, Limit, Parent, Rank, Ranked, Resource, Route, RouteRule, RouteTarget, Service, Settings,
-    Slice, in_order_of_age,
+    Authorization, FaultTarget, Faults, Limit, Parent, Rank, Ranked, Resource, Route, RouteRule, RouteTarget, Service,
+    Settings, Slice, in_order_of_age,
 };
 
 /// A service port while it is being put together.
@@ -38,6 +38,7 @@ pub(crate) struct Parts<'a> {
     /// By the Service that it is about.
     pub(crate) policies: BTreeMap<&'a ServiceName, &'a Arc<BackendPolicy>>,
     pub(super) limits: Vec<&'a Limit>,
+    pub(super) authorizations: Vec<&'a Authorization>,
     pub(super) settings: Vec<&'a Settings>,
 }
 
@@ -50,6 +51,7 @@ impl<'a> Parts<'a> {
             faults: BTreeMap::new(),
             policies: BTreeMap::new(),
             limits: Vec::new(),
+            authorizations: Vec::new(),
             settings: Vec::new(),
         };
         for resource in resources {
@@ -62,6 +64,7 @@ impl<'a> Parts<'a> {
                     parts.policies.extend(backend.targets.iter().map(|target| (&target.service, &backend.policy)));
                 }
                 Resource::Limit(limit) => parts.limits.push(limit),
+                Resource::Authorization(one) => parts.authorizations.push(one),
                 Resource::Settings(settings) => parts.settings.push(settings),
             }
         }
@@ -247,7 +250,7 @@ impl<'a> Parts<'a> {
 }
 
 /// Beside a local process the service account is the service.
-fn service_of(identity: &SpiffeId) -> Option<ServiceName> {
+pub(super) fn service_of(identity: &SpiffeId) -> Option<ServiceName> {
     let (namespace, account) = identity.workload()?;
     // With a dot in the namespace, `a.b.c` could be two services.
     if namespace.contains('.') {

@@ -13,7 +13,7 @@ use super::body::ResponseBody;
 use super::deadline::SetBy;
 use super::headers::{PROXY_STATUS, UNSENT};
 use crate::policy::Abort;
-use crate::policy::authz::Denied;
+use crate::policy::authz::{Ambiguous, Denied};
 use crate::telemetry::{Counter, Flags};
 use crate::traffic::limit::Limit;
 use crate::upstream::{DialError, Place};
@@ -25,6 +25,8 @@ pub enum Refusal {
     Malformed(&'static str),
     /// Could be read as two different messages (RFC 9112 §11.2).
     Smuggling(&'static str),
+    /// A policy looks at what servers could read in several ways.
+    Ambiguous(Ambiguous),
 }
 
 /// Whether another attempt could pay twice.
@@ -188,12 +190,12 @@ impl Error {
         match self {
             Self::Refused(Refusal::Malformed(_)) => Some(Counter::MalformedRequest),
             Self::Refused(Refusal::Smuggling(_)) => Some(Counter::Smuggling),
+            Self::Refused(Refusal::Ambiguous(_)) => Some(Counter::AmbiguousRequest),
             Self::NoAnswer(_) => Some(Counter::RejectedNoDiscovery),
             Self::NotAllowed(_) => Some(Counter::RefusedPolicy),
             Self::NoEndpoint(_) => Some(Counter::RejectedNoEndpoint),
             Self::Overflow { limit, .. } => Some(Counter::overflow(*limit)),
-            Self::Denied(Denied::NotListed) => Some(Counter::RefusedNotAllowed),
-            Self::Denied(Denied::Default(_) | Denied::By(_)) => Some(Counter::RefusedAuthorization),
+            Self::Denied(why) => Some(why.counter()),
             Self::Loop(_) | Self::OwnConnection { .. } => Some(Counter::RefusedLoop),
             Self::NotRedirected(_) => Some(Counter::RefusedNotRedirected),
             Self::NoRule(_) => Some(Counter::RejectedNoRule),
@@ -296,6 +298,7 @@ pub fn h2_error<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Refused(Refusal::Ambiguous(what)) => write!(f, "the request is ambiguous: {what}"),
             Self::Refused(Refusal::Malformed(what)) => write!(f, "the request is malformed: {what}"),
             Self::Refused(Refusal::Smuggling(what)) => {
                 write!(f, "the request has {what}; it could be read as two different messages")

@@ -5,6 +5,8 @@ pub mod authz;
 mod fault;
 mod filter;
 mod index;
+pub mod paths;
+pub mod tokens;
 
 use http::uri::Authority;
 use http::{HeaderMap, request};

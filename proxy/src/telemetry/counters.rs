@@ -56,6 +56,9 @@ metrics_of_the_process! {
     NotRetriedAttempts "sheetbend_not_retried_total" { reason: "attempts" } "Failures that were not tried again, by why not.";
     NotRetriedDeadline "sheetbend_not_retried_total" { reason: "deadline" } "Failures that were not tried again, by why not.";
 
+    AccessAudited "sheetbend_authorization_audited_total" {} "Calls that a policy with action AUDIT matched.";
+    DryRunAllowed "sheetbend_authorization_dry_run_total" { result: "allowed" } "Calls by what would have been if policies that run dry were obeyed.";
+    DryRunDenied "sheetbend_authorization_dry_run_total" { result: "denied" } "Calls by what would have been if policies that run dry were obeyed.";
     RefusedNoCertificate "sheetbend_refused_total" { reason: "no_certificate" } "Connections and requests refused, by why.";
     RefusedCertificate "sheetbend_refused_total" { reason: "certificate" } "Connections and requests refused, by why.";
     RefusedIdentity "sheetbend_refused_total" { reason: "identity" } "Connections and requests refused, by why.";
@@ -72,6 +75,7 @@ metrics_of_the_process! {
     RefusedNotRedirected "sheetbend_refused_total" { reason: "not_redirected" } "Connections and requests refused, by why.";
     RefusedOverload "sheetbend_refused_total" { reason: "overload" } "Connections and requests refused, by why.";
 
+    AmbiguousRequest "sheetbend_rejected_requests_total" { reason: "ambiguous" } "Requests this proxy answered itself, by why.";
     MalformedRequest "sheetbend_rejected_requests_total" { reason: "malformed" } "Requests this proxy answered itself, by why.";
     HeadersTooLarge "sheetbend_rejected_requests_total" { reason: "headers_too_large" } "Requests this proxy answered itself, by why.";
     HeadersTooSlow "sheetbend_rejected_requests_total" { reason: "headers_too_slow" } "Requests this proxy answered itself, by why.";

@@ -1,9 +1,13 @@
 //! Who may call, as it is written, made into what a proxy obeys.
 
+use ipnet::IpNet;
 use serde_saphyr::Spanned;
-use sheetbend_control_plane_client::model::DefaultAccess;
+use sheetbend_control_plane_client::model::{self, Action, DefaultAccess, Glob, ServiceName};
 
+use super::kinds::{Reference, access as kinds};
+use super::{name_of, range, to_service};
 use crate::resources::parse::{Checked, mistake};
+use crate::resources::{Authorization, Parent};
 
 /// `defaultInboundPolicy` of a MeshSettings.
 pub(super) fn default_access(raw: Option<&Spanned<String>>) -> Checked<Option<DefaultAccess>> {
@@ -13,5 +17,223 @@ pub(super) fn default_access(raw: Option<&Spanned<String>>) -> Checked<Option<De
         "MeshOnly" => Ok(Some(DefaultAccess::MeshOnly)),
         "Deny" => Ok(Some(DefaultAccess::Deny)),
         other => mistake(raw.referenced, format!("defaultInboundPolicy `{other}`"), "write Allow, MeshOnly or Deny"),
+    }
+}
+
+pub(in crate::resources) fn authorization_policy(raw: kinds::AuthorizationPolicy) -> Checked<Authorization> {
+    let object = name_of(&raw.metadata)?;
+    let action = match raw.spec.action.as_ref().map(|action| (action.value.as_str(), action.referenced)) {
+        None | Some(("ALLOW", _)) => Action::Allow,
+        Some(("DENY", _)) => Action::Deny,
+        Some(("AUDIT", _)) => Action::Audit,
+        Some((other, at)) => return mistake(at, format!("action `{other}`"), "write ALLOW, DENY or AUDIT"),
+    };
+    let policy = model::AuthorizationPolicy {
+        name: format!("{}/{}", object.namespace, object.service).into(),
+        action,
+        dry_run: raw.spec.dry_run,
+        rules: raw.spec.rules.iter().map(rule).collect::<Checked<_>>()?,
+    };
+    let targets = targets(raw.spec.target_refs.as_ref(), &object)?;
+    policy.check().or_else(|error| mistake(raw.metadata.name.referenced, error.to_string(), None))?;
+    Ok(Authorization { object, targets, policy: policy.into() })
+}
+
+/// The Services that a policy is about; none where it is about all of its namespace.
+pub(super) fn targets(refs: Option<&Spanned<Vec<Reference>>>, object: &ServiceName) -> Checked<Vec<Parent>> {
+    let Some(refs) = refs else { return Ok(Vec::new()) };
+    if refs.value.is_empty() {
+        let hint = "name a Service, or leave targetRefs out for every Service of the namespace";
+        return mistake(refs.referenced, "no targetRef: this policy is about nothing", hint);
+    }
+    let one = |target: &Reference| {
+        let (service, port) = to_service(target, object, "targetRef")?;
+        match (port, service.namespace == object.namespace) {
+            (Some(_), _) => mistake(target.name.referenced, "a targetRef has no port", "write ports in a rule"),
+            (None, true) => Ok(Parent { at: target.name.referenced.into(), service, port: None }),
+            (None, false) => {
+                let hint = "put the policy into the namespace of its Service";
+                mistake(target.name.referenced, "a policy is about Services of its own namespace", hint)
+            }
+        }
+    };
+    refs.value.iter().map(one).collect()
+}
+
+fn rule(raw: &Spanned<kinds::Rule>) -> Checked<model::AccessRule> {
+    Ok(model::AccessRule {
+        from: raw.value.from.iter().map(source).collect::<Checked<_>>()?,
+        to: raw.value.to.iter().map(operation).collect::<Checked<_>>()?,
+        when: raw.value.when.iter().map(condition).collect::<Checked<_>>()?,
+    })
+}
+
+fn source(raw: &Spanned<kinds::From>) -> Checked<model::Source> {
+    let from = &raw.value.source;
+    let source = model::Source {
+        principals: each(&from.principals, principal)?,
+        not_principals: each(&from.not_principals, principal)?,
+        request_principals: each(&from.request_principals, glob)?,
+        not_request_principals: each(&from.not_request_principals, glob)?,
+        namespaces: each(&from.namespaces, glob)?,
+        not_namespaces: each(&from.not_namespaces, glob)?,
+        trust_domains: each(&from.trust_domains, glob)?,
+        ip_blocks: each(&from.ip_blocks, block)?,
+        not_ip_blocks: each(&from.not_ip_blocks, block)?,
+    };
+    match source == model::Source::default() {
+        true => mistake(raw.referenced, "this source says nothing", "leave `from` out if everybody is meant"),
+        false => Ok(source),
+    }
+}
+
+fn operation(raw: &Spanned<kinds::To>) -> Checked<model::Operation> {
+    let to = &raw.value.operation;
+    let operation = model::Operation {
+        hosts: each(&to.hosts, host)?,
+        not_hosts: each(&to.not_hosts, host)?,
+        ports: each(&to.ports, port)?,
+        not_ports: each(&to.not_ports, port)?,
+        methods: each(&to.methods, method)?,
+        not_methods: each(&to.not_methods, method)?,
+        paths: each(&to.paths, path)?,
+        not_paths: each(&to.not_paths, path)?,
+    };
+    match operation == model::Operation::default() {
+        true => mistake(raw.referenced, "this operation says nothing", "leave `to` out if every one is meant"),
+        false => Ok(operation),
+    }
+}
+
+fn condition(raw: &kinds::Condition) -> Checked<model::Condition> {
+    let texts = |words: &[Spanned<String>]| words.iter().map(|word| word.value.as_str().into()).collect();
+    let condition = model::Condition {
+        key: raw.key.value.as_str().into(),
+        values: texts(&raw.values),
+        not_values: texts(&raw.not_values),
+    };
+    condition.check().or_else(|error| mistake(raw.key.referenced, error.to_string(), None))?;
+    Ok(condition)
+}
+
+fn each<T>(words: &[Spanned<String>], read: impl Fn(&Spanned<String>) -> Checked<T>) -> Checked<Vec<T>> {
+    words.iter().map(read).collect()
+}
+
+fn glob(word: &Spanned<String>) -> Checked<Glob> {
+    checked(word, word.value.clone(), |_| Ok(()))
+}
+
+/// With `spiffe://` or without, as Istio writes them.
+fn principal(word: &Spanned<String>) -> Checked<Glob> {
+    checked(word, word.value.strip_prefix("spiffe://").unwrap_or(&word.value).to_string(), |_| Ok(()))
+}
+
+fn host(word: &Spanned<String>) -> Checked<Glob> {
+    checked(word, word.value.to_ascii_lowercase(), Glob::check_host)
+}
+
+fn path(word: &Spanned<String>) -> Checked<Glob> {
+    checked(word, word.value.clone(), Glob::check_path)
+}
+
+fn method(word: &Spanned<String>) -> Checked<Glob> {
+    match word.value.bytes().any(|b| b.is_ascii_lowercase()) {
+        true => mistake(word.referenced, format!("`{}` is not a method", word.value), "write it in upper case"),
+        false => glob(word),
+    }
+}
+
+fn checked(word: &Spanned<String>, text: String, check: impl Fn(&Glob) -> Result<(), &'static str>) -> Checked<Glob> {
+    let wrong = |why: &str| mistake(word.referenced, format!("`{}`: {why}", word.value), None);
+    match Glob::try_from(text) {
+        Ok(glob) => match check(&glob) {
+            Ok(()) => Ok(glob),
+            Err(why) => wrong(why),
+        },
+        Err(why) => wrong(&why.to_string()),
+    }
+}
+
+fn port(word: &Spanned<String>) -> Checked<u16> {
+    match word.value.parse() {
+        Ok(0) | Err(_) => {
+            mistake(word.referenced, format!("`{}` is not a port", word.value), "write one from 1 to 65535")
+        }
+        Ok(port) => Ok(port),
+    }
+}
+
+fn block(word: &Spanned<String>) -> Checked<IpNet> {
+    range(word)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::resources::Resource;
+    use crate::resources::parse::parse;
+
+    const HEAD: &str = "apiVersion: sheetbend.io/v1alpha1\nkind: AuthorizationPolicy\nmetadata: {name: web}\n";
+
+    fn read(spec: &str) -> Result<Authorization, String> {
+        let mut parsed = parse(Path::new("a.yaml"), &format!("{HEAD}{spec}\n"));
+        match (parsed.problems.first(), parsed.resources.pop()) {
+            (None, Some((_, Resource::Authorization(one)))) => Ok(one),
+            (Some(problem), _) => Err(problem.to_string()),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_policy_is_read_in_istios_words() {
+        let spec = "spec:\n  targetRefs: [{kind: Service, name: web}]\n  action: DENY\n  dryRun: true\n  rules:\n  \
+                    - from: [{source: {principals: [\"spiffe://cluster.local/ns/default/sa/a\", \"*/sa/b\"]}}]\n    \
+                    to: [{operation: {ports: [80, \"81\"], hosts: [WEB.example], paths: [/a/*], methods: [GET]}}]\n    \
+                    when: [{key: \"request.auth.claims[iss]\", values: [\"*\"]}]\n";
+        let one = read(spec).unwrap();
+        assert_eq!((one.targets.len(), one.policy.action, one.policy.dry_run), (1, Action::Deny, true));
+        assert_eq!(&*one.policy.name, "default/web");
+        let rule = &one.policy.rules[0];
+        let principals: Vec<String> = rule.from[0].principals.iter().map(ToString::to_string).collect();
+        assert_eq!(principals, ["cluster.local/ns/default/sa/a", "*/sa/b"]);
+        assert_eq!(rule.to[0].ports, [80, 81]);
+        assert_eq!(rule.to[0].hosts[0].to_string(), "web.example");
+        let nobody = read("spec: {}").unwrap();
+        assert_eq!((nobody.policy.action, nobody.policy.rules.len(), nobody.targets.len()), (Action::Allow, 0, 0));
+    }
+
+    #[test]
+    fn what_would_never_match_or_is_not_obeyed_is_refused_at_its_place() {
+        for (spec, expected) in [
+            ("spec: {action: CUSTOM}", ":4:16: action `CUSTOM`; write ALLOW, DENY or AUDIT"),
+            ("spec: {rules: [{to: [{operation: {paths: [/a, //b]}}]}]}", ":4:47: `//b`: slashes are merged"),
+            ("spec: {rules: [{to: [{operation: {paths: [/%61]}}]}]}", ":4:43: `/%61`: write it with no escapes"),
+            ("spec: {rules: [{to: [{operation: {methods: [get]}}]}]}", ":4:45: `get` is not a method"),
+            ("spec: {rules: [{to: [{operation: {hosts: [\"web:80\"]}}]}]}", ":4:43: `web:80`: a host has no port here"),
+            ("spec: {rules: [{to: [{operation: {ports: [0]}}]}]}", ":4:43: `0` is not a port"),
+            ("spec: {rules: [{to: [{operation: {}}]}]}", "this operation says nothing"),
+            ("spec: {rules: [{from: [{source: {}}]}]}", "this source says nothing"),
+            (
+                "spec: {rules: [{from: [{source: {namespaces: [\"a*b\"]}}]}]}",
+                "a `*` stands at the beginning or at the end",
+            ),
+            (
+                "spec: {rules: [{from: [{source: {namespaces: [a], remoteIpBlocks: [10.0.0.1]}}]}]}",
+                "unknown field `remoteIpBlocks`",
+            ),
+            ("spec: {rules: [{from: [{source: {ipBlocks: [10.0.0.0/99]}}]}]}", "`10.0.0.0/99` is not a range"),
+            ("spec: {rules: [{when: [{key: \"request.header[x]\", values: [a]}]}]}", ":4:30: key: `request.header[x]`"),
+            ("spec: {rules: [{when: [{key: source.ip, values: [a]}]}]}", "values: `a`: not a range of addresses"),
+            ("spec: {rules: [{when: [{key: source.ip}]}]}", "a condition has values or notValues"),
+            ("spec: {targetRefs: []}", "this policy is about nothing"),
+            ("spec: {targetRefs: [{kind: Service, name: web, namespace: other}]}", "Services of its own namespace"),
+            ("spec: {selector: {}}", "unknown field `selector`"),
+        ] {
+            let refusal = read(spec).expect_err(spec);
+            assert!(refusal.contains(expected), "{spec}: {refusal}");
+        }
     }
 }

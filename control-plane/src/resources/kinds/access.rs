@@ -1,0 +1,93 @@
+//! An AuthorizationPolicy as it is written.
+
+use serde::Deserialize;
+use serde_saphyr::Spanned;
+
+use super::{Meta, Reference};
+
+type Words = Vec<Spanned<String>>;
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(in crate::resources) struct AuthorizationPolicy {
+    #[serde(rename = "apiVersion")]
+    _api_version: String,
+    #[serde(rename = "kind")]
+    _kind: String,
+    pub(in crate::resources) metadata: Meta,
+    #[serde(default)]
+    pub(in crate::resources) spec: AuthorizationPolicySpec,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(in crate::resources) struct AuthorizationPolicySpec {
+    /// None: every Service of the namespace.
+    pub(in crate::resources) target_refs: Option<Spanned<Vec<Reference>>>,
+    pub(in crate::resources) action: Option<Spanned<String>>,
+    #[serde(default)]
+    pub(in crate::resources) dry_run: bool,
+    #[serde(default)]
+    pub(in crate::resources) rules: Vec<Spanned<Rule>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(in crate::resources) struct Rule {
+    #[serde(default)]
+    pub(in crate::resources) from: Vec<Spanned<From>>,
+    #[serde(default)]
+    pub(in crate::resources) to: Vec<Spanned<To>>,
+    #[serde(default)]
+    pub(in crate::resources) when: Vec<Condition>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(in crate::resources) struct From {
+    pub(in crate::resources) source: Source,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(in crate::resources) struct To {
+    pub(in crate::resources) operation: Operation,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+#[derive(Default)]
+pub(in crate::resources) struct Source {
+    pub(in crate::resources) principals: Words,
+    pub(in crate::resources) not_principals: Words,
+    pub(in crate::resources) request_principals: Words,
+    pub(in crate::resources) not_request_principals: Words,
+    pub(in crate::resources) namespaces: Words,
+    pub(in crate::resources) not_namespaces: Words,
+    pub(in crate::resources) trust_domains: Words,
+    pub(in crate::resources) ip_blocks: Words,
+    pub(in crate::resources) not_ip_blocks: Words,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+pub(in crate::resources) struct Operation {
+    pub(in crate::resources) hosts: Words,
+    pub(in crate::resources) not_hosts: Words,
+    pub(in crate::resources) ports: Words,
+    pub(in crate::resources) not_ports: Words,
+    pub(in crate::resources) methods: Words,
+    pub(in crate::resources) not_methods: Words,
+    pub(in crate::resources) paths: Words,
+    pub(in crate::resources) not_paths: Words,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(in crate::resources) struct Condition {
+    pub(in crate::resources) key: Spanned<String>,
+    #[serde(default)]
+    pub(in crate::resources) values: Words,
+    #[serde(default)]
+    pub(in crate::resources) not_values: Words,
+}
