@@ -154,6 +154,7 @@ impl Way<'_> {
         };
         match headers::grpc_status(answer.headers()) {
             Some(headers::GRPC_DEADLINE_EXCEEDED) => lease.expired(),
+            _ if lease.endpoint.is_ours() && answer.headers().get(UNSENT) == Some(&headers::SHED) => lease.shed(),
             _ => {
                 let trailers = headers::is_grpc(answer.headers()) && !answer.body().is_end_stream();
                 lease.answered(says(&answer), trailers);

@@ -27,6 +27,7 @@ use crate::http::exchange::Exchange;
 use crate::http::headers::{self, SENT_VERSION};
 use crate::http::serve::{fault, serve};
 use crate::http::story::Caught;
+use crate::inbound_rules::InboundRules;
 use crate::mtls::{self, HANDSHAKE, Inside};
 use crate::rest::{Rest, splice_for};
 use crate::rewind::Rewind;
@@ -186,6 +187,12 @@ impl Inbound {
         }
     }
 
+    /// What limits how much passes, if anything does.
+    fn limits(&self) -> Option<Arc<InboundRules>> {
+        let rules = self.shared.inbound_rules.load();
+        (!rules.admission.is_open()).then(|| Arc::clone(&rules))
+    }
+
     fn edge<'a>(&self, caller: &'a Caller, protocol: Protocol) -> &'a Arc<Edge> {
         let slot = match protocol {
             Protocol::Http => &caller.edges[0],
@@ -263,6 +270,11 @@ impl Inbound {
             headers::authority(head).or_else(|| self.port.app.load().socket_address()?.to_string().parse().ok());
         let authority = authority.ok_or(Error::Refused(Refusal::Malformed("no authority")))?;
         self.admit(caller, head, &authority)?;
+        if let Some(rules) = self.limits() {
+            // Allocates: whoever has no limits carries no room for a wait.
+            let admitted = rules.admission.admit(head, caller.id.as_ref(), deadline, &self.shared.telemetry);
+            exchange.in_room(admitted.boxed().await?);
+        }
         let upgrade = headers::asks_upgrade(head);
         let client = strip(head, upgrade);
         let fresh = upgrade || !headers::is_idempotent(head);

@@ -6,6 +6,7 @@ use arc_swap::ArcSwap;
 use sheetbend_control_plane_client::discovery::{Discovery, Snapshot};
 use sheetbend_control_plane_client::model::InboundPolicy;
 
+use crate::admission::Admission;
 use crate::policy::authz::Authz;
 
 /// One thing that the control plane said, made ready.
@@ -13,16 +14,19 @@ pub(crate) struct InboundRules {
     source: Arc<InboundPolicy>,
     /// Who may call.
     pub(crate) authz: Authz,
+    /// How much of what they ask for passes.
+    pub(crate) admission: Admission,
 }
 
 impl InboundRules {
-    fn new(source: Arc<InboundPolicy>) -> Self {
-        Self { authz: Authz::new(&source.access), source }
+    fn new(source: Arc<InboundPolicy>, former: &Admission) -> Self {
+        let admission = Admission::new(&source.limits, former);
+        Self { authz: Authz::new(&source.access), admission, source }
     }
 
     /// What holds now; `None` before a control plane said so, and nobody is let in then.
     pub(crate) fn of(snapshot: &Snapshot) -> Option<Self> {
-        snapshot.inbound().cloned().map(Self::new)
+        snapshot.inbound().cloned().map(|source| Self::new(source, &Admission::default()))
     }
 }
 
@@ -32,7 +36,8 @@ pub(crate) async fn follow(discovery: Discovery, rules: Arc<ArcSwap<InboundRules
     loop {
         let said = changes.borrow_and_update().inbound().cloned();
         if let Some(policy) = said.filter(|policy| !Arc::ptr_eq(policy, &rules.load().source)) {
-            rules.store(Arc::new(InboundRules::new(policy)));
+            let former = rules.load_full();
+            rules.store(Arc::new(InboundRules::new(policy, &former.admission)));
             tracing::info!("who may call is said anew");
         }
         if changes.changed().await.is_err() {

@@ -38,6 +38,7 @@
 //! | `mtls`, [`rest`] | who calls, by mutual TLS; the end of what rests on a dropped root |
 //! | `inbound_rules` | who may call, as the control plane says it now |
 //! | `forward`, [`http`], `faults` | attempts and retries; hyper, and the one table from an error to an answer |
+//! | `admission` | how often and how many at once: who passes, who waits, who is sent away |
 //! | [`route`], [`policy`] | what the control plane said, ready for requests |
 //! | [`traffic`] | pure: state and `now` in, a decision out: balancing, retries |
 //! | [`upstream`] | endpoints that outlive a change of configuration, connections to them, mutual TLS |
@@ -52,6 +53,7 @@
 //! * When the control plane is away, what is known goes on.
 
 pub mod admin;
+mod admission;
 pub mod app;
 mod breakers;
 pub mod client_hello;

@@ -15,7 +15,7 @@ use crate::app::Shared;
 use crate::route::Route;
 use crate::telemetry::{Counter, Gauge};
 use crate::traffic::outlier::Reason;
-use crate::upstream::{Bounded, Bounds, Endpoints, Pooled, Windows};
+use crate::upstream::{Bounded, Bounds, Pooled, Windows};
 
 /// What the admin port needs of a running proxy.
 pub(crate) fn admin_state(shared: &Arc<Shared>) -> AdminState {
@@ -45,7 +45,7 @@ pub(crate) fn admin_state(shared: &Arc<Shared>) -> AdminState {
                 Resolution::Mesh(destination) => Some(json!(destination.clusters)),
                 Resolution::NotMesh => None,
             });
-            json!({ "clusters": found.collect::<Vec<_>>(), "limits": limits(&clusters.endpoints) })
+            json!({ "clusters": found.collect::<Vec<_>>(), "limits": limits(&clusters) })
         }),
         breakers: Box::new(move || crate::breakers::document(&breakers.endpoints)),
         preview: Box::new(move |described| preview(&previewed, described)),
@@ -72,8 +72,8 @@ pub(crate) fn admin_state(shared: &Arc<Shared>) -> AdminState {
 }
 
 /// How full every limit is, in the order of what they are of.
-fn limits(endpoints: &Endpoints) -> Vec<serde_json::Value> {
-    let mut all = endpoints.all_bounds();
+fn limits(shared: &Shared) -> Vec<serde_json::Value> {
+    let mut all = shared.endpoints.all_bounds();
     all.sort_by(|(a, _), (b, _)| a.cmp(b));
     let shown = |(of, bounds): &(Bounded, Arc<Bounds>)| {
         let mut one = json!({ "of": of.to_string() });
@@ -83,7 +83,11 @@ fn limits(endpoints: &Endpoints) -> Vec<serde_json::Value> {
         }
         one
     };
-    all.iter().map(shown).collect()
+    let app = shared.inbound_rules.load().admission.gate().map(|gate| {
+        let [requests, pending] = gate.levels().map(|(taken, most)| json!({ "taken": taken, "most": most }));
+        json!({ "of": "the app", "requests": requests, "pending": pending })
+    });
+    all.iter().map(shown).chain(app).collect()
 }
 
 /// A request that is described and not sent: `{"to": "web:80", "method": "GET", "path": "/", "headers": {"k": "v"}}`.

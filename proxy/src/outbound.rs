@@ -202,6 +202,11 @@ impl Outbound {
         let endpoints = endpoints.ok_or_else(|| Error::NoRule(target.clone()))?;
         let mut caller = endpoints.caller(Some(&head.headers), peer);
         let now = self.shared.epoch.elapsed();
+        if let Some(limits) = route.limits(rule)
+            && let Some(permit) = limits.admit(head, now)?
+        {
+            exchange.holding(permit);
+        }
         let overflow = || Error::overflow(Limit::Requests, &target);
         exchange.holding(endpoints.bounds.take(Limit::Requests).ok_or_else(overflow)?);
         exchange.within(&route.budget, now);

@@ -10,13 +10,14 @@ use http::request;
 use serde_json::{Value, json};
 use sheetbend_control_plane_client::discovery::Discovery;
 use sheetbend_control_plane_client::model::{
-    Backend, Cluster, ClusterName, Destination, HeaderEdits, Resolution, Rule, Target, Transport,
+    Backend, Cluster, ClusterName, Destination, HeaderEdits, Resolution, Rule, Target, TrafficLimits, Transport,
 };
 
 mod candidates;
 
 pub use candidates::{Caller, Candidates};
 
+use crate::admission::RouteLimits;
 use crate::faults::Delayed;
 use crate::http::error::Error;
 use crate::policy::{Changes, Fault, Rules};
@@ -32,6 +33,8 @@ pub struct Route {
     clusters: BTreeMap<ClusterName, Arc<Candidates>>,
     /// Where it goes when it is no part of the mesh, and where it goes when there is nowhere to go.
     elsewhere: Candidates,
+    /// What is limited of its rules, by their names; empty where nothing is.
+    limits: HashMap<Arc<str>, Arc<RouteLimits>>,
     /// How many retries there may be.
     pub budget: Arc<Budget>,
     /// Whether its successor is being made ready.
@@ -72,6 +75,7 @@ impl Route {
         });
         let clusters = clusters.collect();
         let rules = Rules::new(&destination.rules);
+        let limits = limits(&destination.rules, endpoints);
         let budget = old.map(|old| Arc::clone(&old.budget)).unwrap_or_default();
         let elsewhere = Candidates::default();
         Self {
@@ -80,6 +84,7 @@ impl Route {
             clusters,
             destination: Some(destination),
             elsewhere,
+            limits,
             budget,
             renewing: AtomicBool::default(),
         }
@@ -93,6 +98,7 @@ impl Route {
             rules: Rules::default(),
             clusters: BTreeMap::new(),
             elsewhere: Candidates::alone(endpoints.at(place, Transport::Plain, None, None)),
+            limits: HashMap::new(),
             budget: Arc::default(),
             renewing: AtomicBool::default(),
         }
@@ -116,6 +122,14 @@ impl Route {
         let chosen = self.rules.choose(destination, head, rand::random());
         let endpoints = chosen.cluster.map(|cluster| self.of(cluster));
         Choice { rule: chosen.rule, endpoints, changes: chosen.changes, faults: chosen.faults }
+    }
+
+    /// What is limited of the requests that a rule takes.
+    pub(crate) fn limits(&self, rule: Option<&Rule>) -> Option<&RouteLimits> {
+        if self.limits.is_empty() {
+            return None;
+        }
+        self.limits.get(&rule?.name).map(|limits| &**limits)
     }
 
     /// The endpoints of an opaque connection.
@@ -190,6 +204,18 @@ fn candidates(
     bounds.limits.follow(cluster.policy.connection_pool.as_ref());
     let all = all.collect();
     Candidates::new(cluster, all, floor, bounds, &endpoints.zone)
+}
+
+/// The limits of rules that have some; those of one route share them.
+fn limits(rules: &[Rule], endpoints: &Endpoints) -> HashMap<Arc<str>, Arc<RouteLimits>> {
+    let mut of_routes: HashMap<&str, Arc<RouteLimits>> = HashMap::new();
+    let limited = rules.iter().filter(|rule| rule.policy.limits != TrafficLimits::default());
+    let each = limited.map(|rule| {
+        let route = rule.name.rsplit_once('#').map_or(&*rule.name, |(route, _)| route);
+        let new = || Arc::new(RouteLimits::new(route, &rule.policy.limits, endpoints));
+        (Arc::clone(&rule.name), Arc::clone(of_routes.entry(route).or_insert_with(new)))
+    });
+    each.collect()
 }
 
 /// The routes of one worker. The lock is never contended: one thread uses it.

@@ -164,6 +164,11 @@ impl RateLimit {
         if self.interval.is_zero() || self.interval > DAY {
             return Err(("interval", "it is between 1ms and 24h"));
         }
+        // A bucket that fills within three years is counted in nanoseconds without an overflow.
+        let fills = self.interval.as_nanos() / u128::from(self.requests) * u128::from(self.burst());
+        if fills > 100_000_000_000_000_000 {
+            return Err(("burst", "the bucket would take years to fill: write less, or a shorter interval"));
+        }
         // One token a nanosecond is the finest there is.
         if self.interval.as_nanos() < u128::from(self.requests) {
             return Err(("requests", "more than one in a nanosecond: write fewer, or a longer interval"));

@@ -4,6 +4,7 @@
 
 use std::fmt;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use http::{HeaderValue, Response, StatusCode};
@@ -11,11 +12,12 @@ use sheetbend_control_plane_client::model::Target;
 
 use super::body::ResponseBody;
 use super::deadline::SetBy;
-use super::headers::{PROXY_STATUS, UNSENT};
+use super::headers::{self, PROXY_STATUS, UNSENT};
 use crate::policy::Abort;
 use crate::policy::authz::{Ambiguous, Denied};
 use crate::telemetry::{Counter, Flags};
 use crate::traffic::limit::Limit;
+use crate::traffic::shed::Shed;
 use crate::upstream::{DialError, Place};
 
 /// What is wrong with the request itself.
@@ -56,6 +58,17 @@ pub enum Error {
         /// Whose: a destination, an endpoint, or a route.
         of: Box<str>,
     },
+    /// More requests came than may in that time.
+    RateLimited {
+        /// Which limit says so.
+        by: Arc<str>,
+        /// When one may come again.
+        after: Duration,
+        /// What it counts as.
+        side: Counter,
+    },
+    /// The app has enough to do.
+    Shed(Shed),
     /// The endpoint could not be reached.
     Connect {
         /// Which.
@@ -129,12 +142,14 @@ impl Error {
     pub fn processed(&self) -> Processed {
         match self {
             Self::Connect { .. } => Processed::No(Counter::RetriedConnect),
+            Self::Shed(_) => Processed::No(Counter::RetriedShed),
             Self::Broken { processed, .. } | Self::TooSlow { processed, .. } => *processed,
             Self::Refused(_)
             | Self::NoAnswer(_)
             | Self::NotAllowed(_)
             | Self::NoEndpoint(_)
             | Self::Overflow { .. }
+            | Self::RateLimited { .. }
             | Self::Deadline(_)
             | Self::Denied(_)
             | Self::Loop(_)
@@ -155,7 +170,8 @@ impl Error {
             Self::NoEndpoint(_) => {
                 (StatusCode::SERVICE_UNAVAILABLE, "destination_unavailable", Flags::NO_HEALTHY_UPSTREAM)
             }
-            Self::Overflow { .. } => {
+            Self::RateLimited { .. } => (StatusCode::TOO_MANY_REQUESTS, "http_request_denied", Flags::RATE_LIMITED),
+            Self::Overflow { .. } | Self::Shed(_) => {
                 (StatusCode::SERVICE_UNAVAILABLE, "connection_limit_reached", Flags::UPSTREAM_OVERFLOW)
             }
             Self::Connect { source, .. } => source.verdict(),
@@ -195,6 +211,10 @@ impl Error {
             Self::NotAllowed(_) => Some(Counter::RefusedPolicy),
             Self::NoEndpoint(_) => Some(Counter::RejectedNoEndpoint),
             Self::Overflow { limit, .. } => Some(Counter::overflow(*limit)),
+            Self::RateLimited { side, .. } => Some(*side),
+            Self::Shed(Shed::Full) => Some(Counter::ShedFull),
+            Self::Shed(Shed::Waited) => Some(Counter::ShedWaited),
+            Self::Shed(Shed::Late) => Some(Counter::ShedLate),
             Self::Denied(why) => Some(why.counter()),
             Self::Loop(_) | Self::OwnConnection { .. } => Some(Counter::RefusedLoop),
             Self::NotRedirected(_) => Some(Counter::RefusedNotRedirected),
@@ -235,13 +255,31 @@ impl Error {
             headers.insert(PROXY_STATUS, value);
         }
         if to_peer && matches!(self.processed(), Processed::No(_)) {
-            headers.insert(UNSENT, HeaderValue::from_static("?1"));
+            let shed = matches!(self, Self::Shed(_));
+            headers.insert(UNSENT, if shed { headers::SHED } else { HeaderValue::from_static("?1") });
         }
+        self.say_when(headers);
         if matches!(self, Self::Refused(_)) {
             // Where such a message ends, nobody can be sure. (HTTP/2 frames its messages; hyper leaves this out there.)
             headers.insert(http::header::CONNECTION, HeaderValue::from_static("close"));
         }
         response
+    }
+
+    /// When to come again: in whole seconds, so that whoever waits for them does not wait in vain. The bucket is named as
+    /// draft-ietf-httpapi-ratelimit-headers does.
+    fn say_when(&self, headers: &mut http::HeaderMap) {
+        let seconds = match self {
+            Self::RateLimited { after, .. } => after.as_secs() + u64::from(after.subsec_nanos() > 0),
+            Self::Shed(_) => 1,
+            _ => return,
+        };
+        headers.insert(http::header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
+        if let Self::RateLimited { by, .. } = self
+            && let Ok(value) = HeaderValue::try_from(format!("\"{by}\";r=0;t={}", seconds.max(1)))
+        {
+            headers.insert("ratelimit", value);
+        }
     }
 
     /// A trailers-only answer with the gRPC status that gRPC's own mapping of HTTP statuses gives.
@@ -259,6 +297,7 @@ impl Error {
             Self::Denied(_) => "7",
             Self::Deadline(_) | Self::TooSlow { .. } => "4",
             Self::NoRule(_) => "12",
+            Self::RateLimited { .. } => "8",
             _ => "14",
         };
         let mut headers = http::HeaderMap::new();
@@ -308,6 +347,10 @@ impl fmt::Display for Error {
                 write!(f, "{target} is not in the mesh, and outboundPolicy Deny allows nothing else")
             }
             Self::NoEndpoint(cluster) => write!(f, "{cluster} has no endpoint"),
+            Self::RateLimited { by, .. } => write!(f, "the rate limit {by} is reached"),
+            Self::Shed(Shed::Full) => f.write_str("the app has as many requests as it may have at once"),
+            Self::Shed(Shed::Waited) => f.write_str("no room at the app came free in time"),
+            Self::Shed(Shed::Late) => f.write_str("the deadline passed before there was room at the app"),
             Self::Overflow { limit, of } => write!(f, "the limit of {limit} is reached for {of}"),
             Self::Connect { endpoint, source } => write!(f, "cannot connect to {endpoint}: {source}"),
             Self::Broken { endpoint, source, .. } => {

@@ -11,12 +11,19 @@ use super::body::{BodyError, Passed};
 use super::error::{Causes, Error, h2_reason};
 use super::headers::X_REQUEST_ID;
 use super::story::{Story, millis};
+use crate::admission::Room;
 use crate::telemetry::{AccessEntry, Edge, Flags, Outcome, Reporter, Telemetry};
 use crate::traffic::retry::Budget;
 use crate::upstream::{EndpointState, Permit};
 
 /// What a request takes up of its limits.
-pub type Permits = [Option<Permit>; 2];
+#[derive(Default)]
+pub(crate) struct Permits {
+    /// Of its destination, and of its route.
+    outbound: [Option<Permit>; 2],
+    /// At the app.
+    room: Option<Room>,
+}
 
 /// What is counted when it ends.
 pub struct Exchange {
@@ -41,7 +48,7 @@ pub struct Exchange {
     detail: String,
     endpoint: Option<Arc<EndpointState>>,
     budget: Option<Arc<Budget>>,
-    /// What it takes up of its limits: of the destination, and of the route.
+    /// What it takes up of its limits.
     permits: Permits,
     ended: bool,
     /// What is decided for it.
@@ -115,15 +122,20 @@ impl Exchange {
 
     /// Takes up one of what is limited until the end.
     pub fn holding(&mut self, permit: Permit) {
-        let free = self.permits.iter_mut().find(|held| held.is_none());
+        let free = self.permits.outbound.iter_mut().find(|held| held.is_none());
         debug_assert!(free.is_some(), "there are as many places as there are limits of a request");
         if let Some(free) = free {
             *free = Some(permit);
         }
     }
 
+    /// Takes up room at the app until the end.
+    pub(crate) fn in_room(&mut self, room: Option<Room>) {
+        self.permits.room = room;
+    }
+
     /// What it takes up, for what goes on after it.
-    pub fn give_permits(&mut self) -> Permits {
+    pub(crate) fn give_permits(&mut self) -> Permits {
         std::mem::take(&mut self.permits)
     }
 

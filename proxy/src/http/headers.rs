@@ -14,6 +14,8 @@ use crate::traffic::outlier::Fault;
 pub const SENT_VERSION: HeaderName = HeaderName::from_static("sheetbend-version");
 /// On a response: the request never reached the app. Believed only from a mesh peer.
 pub const UNSENT: HeaderName = HeaderName::from_static("sheetbend-unsent");
+/// Its value where the app was not asked because it has enough to do: it is well, and no fault of its is to be counted.
+pub(crate) const SHED: HeaderValue = HeaderValue::from_static("?1;shed");
 /// RFC 9209.
 pub const PROXY_STATUS: HeaderName = HeaderName::from_static("proxy-status");
 /// Made when it is missing; otherwise passed as it came.

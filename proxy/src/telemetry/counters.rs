@@ -36,6 +36,7 @@ metrics_of_the_process! {
     RetriedRefused "sheetbend_retries_total" { reason: "refused_stream" } "Second attempts, by why the first one failed.";
     RetriedGoAway "sheetbend_retries_total" { reason: "goaway" } "Second attempts, by why the first one failed.";
     RetriedPeerConnect "sheetbend_retries_total" { reason: "peer_connect" } "Second attempts, by why the first one failed.";
+    RetriedShed "sheetbend_retries_total" { reason: "shed" } "Second attempts, by why the first one failed.";
     RetriedReset "sheetbend_retries_total" { reason: "reset" } "Second attempts, by why the first one failed.";
     RetriedTimeout "sheetbend_retries_total" { reason: "per_try_timeout" } "Second attempts, by why the first one failed.";
     RetriedStatus "sheetbend_retries_total" { reason: "status" } "Second attempts, by why the first one failed.";
@@ -95,6 +96,12 @@ metrics_of_the_process! {
     OverflowRequests "sheetbend_overflow_total" { limit: "requests" } "What a limit turned away at once, by which limit.";
     OverflowRetries "sheetbend_overflow_total" { limit: "retries" } "What a limit turned away at once, by which limit.";
     OverflowRoute "sheetbend_overflow_total" { limit: "route" } "What a limit turned away at once, by which limit.";
+
+    RateLimitedOutbound "sheetbend_rate_limited_total" { side: "outbound" } "Requests that a rate limit turned away.";
+    RateLimitedInbound "sheetbend_rate_limited_total" { side: "inbound" } "Requests that a rate limit turned away.";
+    ShedFull "sheetbend_shed_total" { reason: "full" } "Requests kept from the app because it has enough to do, by why.";
+    ShedWaited "sheetbend_shed_total" { reason: "waited" } "Requests kept from the app because it has enough to do, by why.";
+    ShedLate "sheetbend_shed_total" { reason: "late" } "Requests kept from the app because it has enough to do, by why.";
 
     ResolvedMesh "sheetbend_resolved_total" { result: "mesh" } "Destinations traffic named, by what they turned out to be.";
     ResolvedNotMesh "sheetbend_resolved_total" { result: "not_mesh" } "Destinations traffic named, by what they turned out to be.";

@@ -3,5 +3,7 @@
 pub mod balance;
 pub mod limit;
 pub mod outlier;
+pub mod rate;
 pub mod retry;
+pub mod shed;
 pub mod window;

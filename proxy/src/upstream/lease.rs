@@ -55,6 +55,13 @@ impl Lease {
         }
     }
 
+    /// Its proxy kept the request from it, since it has enough to do: others are asked rather, and nothing is held against
+    /// it.
+    pub(crate) fn shed(&mut self) {
+        self.endpoint.vitals.load.failed(self.endpoint.now());
+        self.report(Outcome::Unknown);
+    }
+
     /// The trailers of an answer, with a gRPC status.
     pub(crate) fn ended(&mut self, grpc_status: u16) {
         match headers::grpc_fault(grpc_status) {

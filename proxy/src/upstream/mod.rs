@@ -18,13 +18,14 @@ mod windows;
 
 use std::collections::HashMap;
 use std::fmt;
+use std::hash::RandomState;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use sheetbend_certs::SpiffeId;
-use sheetbend_control_plane_client::model::{ClusterName, ServicePort, Target, Transport};
+use sheetbend_control_plane_client::model::{ClusterName, RateLimit, ServicePort, Target, Transport};
 
 pub use bounds::{Bounds, Permit};
 pub use dial::{BoxIo, DialError, Io};
@@ -40,6 +41,7 @@ pub(crate) use windows::{STREAMS, Windows};
 use crate::telemetry::{Edge, EdgeKey, Peer, Protocol, Reporter, Telemetry};
 use crate::traffic::limit::Limit;
 use crate::traffic::outlier::{Detection, Floor, Tally, Vitals};
+use crate::traffic::rate::Rate;
 
 /// Where an endpoint is.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -179,6 +181,8 @@ struct Known {
     endpoints: HashMap<Key, Remembered>,
     floors: HashMap<ClusterName, Arc<Floor>>,
     bounds: HashMap<Bounded, Arc<Bounds>>,
+    /// By name.
+    rates: HashMap<Arc<str>, Arc<Rate>>,
     /// What floors decided that are gone.
     past: Tally,
     swept: Duration,
@@ -200,8 +204,8 @@ pub enum Bounded {
     Service(ServicePort),
     /// What is no part of the mesh.
     Elsewhere(Target),
-    /// The requests to a service port that one route takes: `default/web`.
-    Route(ServicePort, Arc<str>),
+    /// The requests that one route takes: `default/web`.
+    Route(Arc<str>),
 }
 
 impl Bounded {
@@ -211,7 +215,7 @@ impl Bounded {
             Self::Service(_) | Self::Elsewhere(_) => {
                 &[Limit::Connections, Limit::Pending, Limit::Requests, Limit::Retries]
             }
-            Self::Route(..) => &[Limit::Route],
+            Self::Route(_) => &[Limit::Route],
         }
     }
 }
@@ -221,7 +225,7 @@ impl fmt::Display for Bounded {
         match self {
             Self::Service(service) => service.fmt(f),
             Self::Elsewhere(target) => target.fmt(f),
-            Self::Route(service, route) => write!(f, "{service} by route {route}"),
+            Self::Route(route) => write!(f, "route {route}"),
         }
     }
 }
@@ -250,6 +254,7 @@ impl Known {
             used || now < since + KEPT
         });
         self.bounds.retain(|_, bounds| Arc::strong_count(bounds) > 1);
+        self.rates.retain(|_, rate| Arc::strong_count(rate) > 1);
         let past = &mut self.past;
         self.floors.retain(|_, floor| {
             let used = Arc::strong_count(floor) > 1;
@@ -330,6 +335,17 @@ impl Endpoints {
     /// The limits of a service port, of a route, or of what is elsewhere. Asked when a destination is indexed.
     pub fn bounds(&self, of: Bounded) -> Arc<Bounds> {
         self.lock().bounds(of)
+    }
+
+    /// The buckets of a route's rate limit. Those of one that says what it said go on as they were.
+    pub(crate) fn rate(&self, wanted: &RateLimit, now: Duration) -> Arc<Rate> {
+        let mut known = self.lock();
+        if let Some(rate) = known.rates.get(&wanted.name).filter(|rate| rate.policy() == wanted) {
+            return Arc::clone(rate);
+        }
+        let rate = Arc::new(Rate::new(wanted.clone(), RandomState::new(), now));
+        known.rates.insert(Arc::clone(&wanted.name), Arc::clone(&rate));
+        rate
     }
 
     /// All limits of what is in use.
