@@ -331,6 +331,7 @@ impl Proxy {
         }
         tasks.push(tokio::spawn(Admin::serve(admin, state, Scope::Everything)));
 
+        tasks.push(tokio::spawn(crate::upstream::health::run(Arc::clone(&shared))));
         let workers = Workers::start(&shared)?;
         let explicit_address = explicit.as_ref().map(Listener::local_addr);
         if let Some(listener) = explicit {

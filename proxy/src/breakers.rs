@@ -40,6 +40,8 @@ fn endpoint_as_json(endpoint: &EndpointState, clock: &Clock) -> Value {
     let in_a_row = vitals.in_a_row();
     let last = history.last();
     let until = match vitals.state() {
+        // Nobody knows when it will be well.
+        state if state.is_until_well() => None,
         State::Ejected { until } => Some(clock.time(until)),
         State::Serving | State::Probing | State::Ramping { .. } => None,
     };

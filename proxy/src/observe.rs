@@ -187,5 +187,6 @@ fn ejected(reason: Reason) -> Counter {
         Reason::FailureShare => Counter::EjectedFailureShare,
         Reason::Probe => Counter::EjectedProbe,
         Reason::ByHand => Counter::EjectedByHand,
+        Reason::HealthCheck => Counter::EjectedHealthCheck,
     }
 }

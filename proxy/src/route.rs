@@ -69,6 +69,8 @@ impl Route {
             let new = || {
                 let candidates = candidates(name, cluster, &destination.trust_domain, endpoints);
                 candidates.follow(cluster, endpoints.epoch.elapsed(), || is_current(cluster));
+                let check = cluster.policy.health_check.as_ref();
+                endpoints.checks.follow(name, check, &endpoints.floor(name), candidates.endpoints());
                 Arc::new(candidates)
             };
             (name.clone(), known.map_or_else(new, Arc::clone))
@@ -226,6 +228,14 @@ pub struct Routes {
     known: Arc<Mutex<HashMap<Target, Arc<Route>>>>,
 }
 
+/// Whether a destination takes long to be made ready: for its endpoints, or for the places that they have on a ring.
+fn is_large(destination: &Destination) -> bool {
+    let hashed =
+        |cluster: &Arc<Cluster>| cluster.policy.load_balancer.as_ref().is_some_and(|b| b.consistent_hash.is_some());
+    let size: usize = destination.clusters.values().map(|cluster| cluster.endpoints.len()).sum();
+    size > LARGE || destination.clusters.values().any(hashed)
+}
+
 /// A destination with more endpoints is made ready aside, since that takes a millisecond or more: nobody else on this worker
 /// waits for it, and where one is ready, requests go on with that one until then.
 const LARGE: usize = 500;
@@ -318,8 +328,7 @@ impl Routes {
             Some(Resolution::Mesh(now)) => now.clusters.get(&cluster.name).is_some_and(|now| Arc::ptr_eq(now, cluster)),
             _ => false,
         };
-        let size: usize = destination.clusters.values().map(|cluster| cluster.endpoints.len()).sum();
-        if size <= LARGE {
+        if !is_large(&destination) {
             let route = Route::mesh(target.clone(), destination, endpoints, old.as_deref(), is_current);
             return Ok(insert(&mut self.lock(), route));
         }

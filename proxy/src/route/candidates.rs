@@ -16,7 +16,7 @@ use crate::upstream::{Bounds, EndpointState};
 /// Endpoints that may answer a request.
 #[derive(Default)]
 pub struct Candidates {
-    endpoints: Box<[Arc<EndpointState>]>,
+    endpoints: Arc<[Arc<EndpointState>]>,
     vitals: Arc<[Arc<Vitals>]>,
     /// Who of them is ejected; nobody outside the mesh.
     floor: Option<Arc<Floor>>,
@@ -93,6 +93,10 @@ impl Candidates {
     /// Whether nothing was said of the cluster since they were made of it.
     pub(super) fn are_of(&self, cluster: &Arc<Cluster>) -> bool {
         self.cluster.as_ref().is_some_and(|ours| Arc::ptr_eq(ours, cluster))
+    }
+
+    pub(super) fn endpoints(&self) -> &Arc<[Arc<EndpointState>]> {
+        &self.endpoints
     }
 
     /// How many there are.

@@ -48,6 +48,7 @@ metrics_of_the_process! {
     EjectedDeviation "sheetbend_ejections_total" { reason: "success_rate_deviation" } "Endpoints left alone for a while, by why.";
     EjectedFailureShare "sheetbend_ejections_total" { reason: "failure_percentage" } "Endpoints left alone for a while, by why.";
     EjectedProbe "sheetbend_ejections_total" { reason: "probe_failed" } "Endpoints left alone for a while, by why.";
+    EjectedHealthCheck "sheetbend_ejections_total" { reason: "health_check" } "Endpoints left alone for a while, by why.";
     EjectedByHand "sheetbend_ejections_total" { reason: "by_hand" } "Endpoints left alone for a while, by why.";
     NotEjectedFloor "sheetbend_not_ejected_total" { reason: "floor" } "Endpoints that failed and were kept, by why.";
     NotEjectedCommonCause "sheetbend_not_ejected_total" { reason: "common_cause" } "Endpoints that failed and were kept, by why.";
@@ -102,6 +103,9 @@ metrics_of_the_process! {
     ShedFull "sheetbend_shed_total" { reason: "full" } "Requests kept from the app because it has enough to do, by why.";
     ShedWaited "sheetbend_shed_total" { reason: "waited" } "Requests kept from the app because it has enough to do, by why.";
     ShedLate "sheetbend_shed_total" { reason: "late" } "Requests kept from the app because it has enough to do, by why.";
+
+    CheckedWell "sheetbend_health_checks_total" { result: "well" } "Health checks of endpoints, by what came of them.";
+    CheckedUnwell "sheetbend_health_checks_total" { result: "unwell" } "Health checks of endpoints, by what came of them.";
 
     ResolvedMesh "sheetbend_resolved_total" { result: "mesh" } "Destinations traffic named, by what they turned out to be.";
     ResolvedNotMesh "sheetbend_resolved_total" { result: "not_mesh" } "Destinations traffic named, by what they turned out to be.";

@@ -108,11 +108,13 @@ pub enum Reason {
     Probe,
     /// Somebody said so.
     ByHand,
+    /// It fails its health checks.
+    HealthCheck,
 }
 
 impl Reason {
     /// All of them, in the order of [`Tally::ejections`].
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Errors,
         Self::GatewayErrors,
         Self::LocalFailures,
@@ -121,6 +123,7 @@ impl Reason {
         Self::FailureShare,
         Self::Probe,
         Self::ByHand,
+        Self::HealthCheck,
     ];
 
     /// What an operator reads, on `/breakers` and as a metric's label.
@@ -134,6 +137,7 @@ impl Reason {
             Self::FailureShare => "failure_percentage",
             Self::Probe => "probe_failed",
             Self::ByHand => "by_hand",
+            Self::HealthCheck => "health_check",
         }
     }
 }

@@ -9,6 +9,7 @@
 
 mod bounds;
 mod dial;
+pub(crate) mod health;
 mod lease;
 mod own;
 mod pool;
@@ -167,6 +168,8 @@ pub struct Endpoints {
     pub epoch: Instant,
     /// Where this proxy is; empty is unknown.
     pub(crate) zone: Arc<str>,
+    /// Those that are asked whether they are well.
+    pub(crate) checks: health::Checks,
     known: Mutex<Known>,
 }
 
@@ -280,7 +283,7 @@ impl Known {
 impl Endpoints {
     /// None yet, of a proxy in that zone.
     pub fn in_zone(zone: Arc<str>) -> Self {
-        Self { epoch: Instant::now(), zone, known: Mutex::default() }
+        Self { epoch: Instant::now(), zone, checks: health::Checks::default(), known: Mutex::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Known> {

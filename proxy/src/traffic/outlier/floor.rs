@@ -11,6 +11,8 @@ use arc_swap::ArcSwap;
 use super::detection::Everybody;
 use super::{Detection, InARow, Outcome, Picked, Reason, Sent, State, Tally, Vitals};
 
+mod checked;
+
 /// Who is ejected among the endpoints of one backend, shared by all workers.
 #[derive(Debug, Default)]
 pub struct Floor {

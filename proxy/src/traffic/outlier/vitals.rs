@@ -40,6 +40,8 @@ pub struct Vitals {
     joined: AtomicU64,
     /// Which of its backend's levels it is in.
     level: AtomicU32,
+    /// What its checks say.
+    pub(super) unwell: AtomicBool,
     history: Mutex<VecDeque<Turn>>,
 }
 
