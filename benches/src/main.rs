@@ -83,9 +83,8 @@ fn run(args: &Args) -> io::Result<bool> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let outcome = runtime.block_on(async {
         let origin = origin::serve().await?;
-        let authority = load::authority("web", origin.port());
         let scratch = scratch.path();
-        let bench = Bench { authority: &authority, programs: &programs, pki: &pki, mesh: &mesh, scratch, origin };
+        let bench = Bench { programs: &programs, pki: &pki, mesh: &mesh, scratch, origin };
         let plan = Plan::new(args.quick, args.rounds, &args.makes);
         rows::measure(&bench, &plan, &args.only).await
     })?;

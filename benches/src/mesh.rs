@@ -10,6 +10,9 @@ use sheetbend_control_plane::{Config, ControlPlane, create_token};
 
 use crate::pki;
 
+/// The service for which every policy is switched off.
+pub(crate) const BARE: &str = "bare";
+
 /// A control plane that runs until the process ends.
 pub(crate) struct Mesh {
     dir: PathBuf,
@@ -31,7 +34,11 @@ impl Mesh {
         std::fs::write(dir.join("caller.key"), key.serialize_pem())?;
         drop(ca);
         let (tell, told) = std::sync::mpsc::channel();
+        let resources = dir.join("resources");
+        std::fs::create_dir_all(&resources)?;
+        std::fs::write(resources.join("bare.yaml"), include_str!("bare.yaml"))?;
         let mut config = Config::new(dir);
+        config.resources = Some(resources);
         config.listen = ([127, 0, 0, 1], 0).into();
         config.admin = ([127, 0, 0, 1], 0).into();
         std::thread::spawn(move || {

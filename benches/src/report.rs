@@ -18,10 +18,12 @@ enum Target {
     Envoy { part: f64, below_nginx: bool },
     /// At most this, in the row's own unit.
     AtMost(f64),
+    /// At most this part of what it is without any policy.
+    WithoutPolicies { part: f64 },
 }
 
 impl Row {
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 12] = [
         Self::Small,
         Self::Latency,
         Self::Http2,
@@ -33,6 +35,7 @@ impl Row {
         Self::Start,
         Self::Size,
         Self::Registered,
+        Self::Policies,
     ];
 
     fn title(self) -> &'static str {
@@ -48,13 +51,14 @@ impl Row {
             Self::Start => "start of both to the first answer (ms)",
             Self::Size => "size of the program (MiB)",
             Self::Registered => "registration to the first request that it routes, p99 (ms)",
+            Self::Policies => "HTTP/1.1 small GET with the policies that hold by default, CPU a request (µs)",
         }
     }
 
     /// From the measured unit (nanoseconds, bytes) to the title's.
     fn divisor(self) -> f64 {
         match self {
-            Self::Small | Self::Latency | Self::Http2 | Self::Fresh | Self::Handshake => 1e3,
+            Self::Small | Self::Policies | Self::Latency | Self::Http2 | Self::Fresh | Self::Handshake => 1e3,
             Self::Large => 1.0,
             Self::IdleConnection => 1024.0,
             Self::Idle | Self::Size => 1024.0 * 1024.0,
@@ -75,6 +79,7 @@ impl Row {
             Self::Start => Target::AtMost(100.0),
             Self::Size => Target::AtMost(15.0),
             Self::Registered => Target::AtMost(10.0),
+            Self::Policies => Target::WithoutPolicies { part: 1.05 },
         }
     }
 }
@@ -138,6 +143,10 @@ fn judge(outcome: &Outcome, row: Row) -> (String, String) {
         Target::AtMost(limit) => {
             let verdict = ours.map(|ours| met(ours / row.divisor() <= limit, ""));
             (format!("{limit} or less"), verdict.unwrap_or_default())
+        }
+        Target::WithoutPolicies { part } => {
+            let verdict = outcome.policies().map(|found| met(found <= part, &format!(", {found:.3} × without")));
+            (format!("{part} × without any"), verdict.unwrap_or_default())
         }
         Target::Envoy { part, below_nginx } => {
             let also = if below_nginx { ", and below nginx" } else { "" };

@@ -9,7 +9,7 @@ use std::time::Duration;
 use crate::late;
 use crate::load::{self, handshake, http1, http2, idle};
 use crate::origin::LARGE;
-use crate::systems::{Bench, Http, Make, Pair, System, systems};
+use crate::systems::{Bench, Http, Make, Pair, System, systems, with_and_without_policies};
 
 /// A row of the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
@@ -36,6 +36,8 @@ pub(crate) enum Row {
     Size,
     /// A registration to the first request that it routes.
     Registered,
+    /// What policies cost where nobody wrote one.
+    Policies,
 }
 
 /// Idle connections opened for [`Row::IdleConnection`].
@@ -99,6 +101,12 @@ impl Outcome {
         both.min_by(f64::total_cmp)
     }
 
+    /// CPU a request with policies, as a part of what it is without.
+    pub(crate) fn policies(&self) -> Option<f64> {
+        let of = |make| self.median(Row::Policies, make, Http::Two);
+        Some(of(Make::Sheetbend)? / of(Make::Bare)?)
+    }
+
     /// Failed requests of a cell.
     pub(crate) fn failed(&self, row: Row, make: Make, between: Http) -> u64 {
         self.failures.get(&(row, make, between)).copied().unwrap_or(0)
@@ -140,6 +148,13 @@ pub(crate) async fn measure(bench: &Bench<'_>, plan: &Plan, only: &[Row]) -> io:
     if wanted(Row::Http2) {
         let pairs = start_all(bench, plan, Http::Two).await?;
         measure_row(bench, plan, Row::Http2, &pairs, &mut outcome).await?;
+    }
+    if wanted(Row::Policies) && plan.makes.contains(&Make::Sheetbend) {
+        let mut pairs = Vec::new();
+        for system in with_and_without_policies() {
+            pairs.push(Pair::start(bench, system).await?);
+        }
+        measure_row(bench, plan, Row::Policies, &pairs, &mut outcome).await?;
     }
     if wanted(Row::Start) || wanted(Row::Idle) || wanted(Row::IdleConnection) {
         measure_starts(bench, plan, wanted(Row::IdleConnection), &mut outcome).await?;
@@ -207,16 +222,17 @@ async fn measure_row(
 
 async fn measure_cell(bench: &Bench<'_>, plan: &Plan, row: Row, pair: &Pair, outcome: &mut Outcome) -> io::Result<()> {
     let (entry, system) = (pair.entry, pair.system);
-    let small = http1::get("/small", bench.authority);
+    let authority = bench.authority(system);
+    let small = http1::get("/small", &authority);
     let both = || pair.cpu();
     match row {
-        Row::Small => {
+        Row::Small | Row::Policies => {
             let load = |shared| http1::kept(entry, small.clone(), shared);
             let window = load::measure(64, plan.warm, plan.window, both, load).await;
             outcome.add_window(row, system, window, 1.0);
         }
         Row::Large => {
-            let request = http1::get("/large", bench.authority);
+            let request = http1::get("/large", &authority);
             let load = |shared| http1::kept(entry, request.clone(), shared);
             let window = load::measure(8, plan.warm, plan.window, both, load).await;
             outcome.add_window(row, system, window, LARGE as f64);
@@ -227,7 +243,7 @@ async fn measure_cell(bench: &Bench<'_>, plan: &Plan, row: Row, pair: &Pair, out
             outcome.add_window(row, system, window, 1.0);
         }
         Row::Http2 => {
-            let authority: Arc<str> = bench.authority.into();
+            let authority: Arc<str> = authority.into();
             let load = |shared| http2::kept(entry, authority.clone(), 32, shared);
             let window = load::measure(16, plan.warm, plan.window, both, load).await;
             outcome.add_window(row, system, window, 1.0);
@@ -274,7 +290,7 @@ async fn measure_starts(bench: &Bench<'_>, plan: &Plan, with_idle: bool, outcome
             let idle = pair.resident() as f64;
             outcome.add(Row::Idle, system, idle);
             if round == 0 && with_idle {
-                let clients = idle::open(pair.entry, &http1::get("/small", bench.authority), IDLE).await?;
+                let clients = idle::open(pair.entry, &http1::get("/small", &bench.authority(system)), IDLE).await?;
                 outcome.add(Row::IdleConnection, system, (pair.resident() as f64 - idle) / IDLE as f64);
                 drop(clients);
             }

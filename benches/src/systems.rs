@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::load::http1::{Client, get};
-use crate::load::http2;
-use crate::mesh::Mesh;
+use crate::load::{self, http2};
+use crate::mesh::{self, Mesh};
 use crate::pki::{self, Pki};
 use crate::procs::Proc;
 
@@ -31,6 +31,9 @@ pub(crate) enum Make {
     Haproxy,
     Envoy,
     Sheetbend,
+    /// Sheetbend, with every policy switched off that can be.
+    #[value(skip)]
+    Bare,
 }
 
 /// A pair of proxies in one of its settings.
@@ -47,6 +50,11 @@ pub(crate) struct System {
 }
 
 impl System {
+    /// The service that is called.
+    fn service(self) -> &'static str {
+        if self.make == Make::Bare { mesh::BARE } else { "web" }
+    }
+
     /// How the table calls it.
     pub(crate) fn name(self) -> &'static str {
         match (self.make, self.between) {
@@ -56,6 +64,7 @@ impl System {
             (Make::Envoy, Http::One) => "Envoy, HTTP/1.1 between",
             (Make::Envoy, Http::Two) => "Envoy, HTTP/2 between",
             (Make::Sheetbend, _) => "Sheetbend",
+            (Make::Bare, _) => "Sheetbend without policies",
         }
     }
 }
@@ -73,6 +82,11 @@ pub(crate) fn systems(spoken: Http) -> Vec<System> {
     ]
 }
 
+/// Ours as it is, and ours without policies.
+pub(crate) fn with_and_without_policies() -> [System; 2] {
+    [Make::Sheetbend, Make::Bare].map(|make| System { make, client: Http::One, between: Http::Two, origin: Http::One })
+}
+
 /// The programs.
 pub(crate) struct Programs {
     pub(crate) nginx: PathBuf,
@@ -83,13 +97,18 @@ pub(crate) struct Programs {
 
 /// What every pair shares.
 pub(crate) struct Bench<'a> {
-    /// What requests name.
-    pub(crate) authority: &'a str,
     pub(crate) programs: &'a Programs,
     pub(crate) pki: &'a Pki,
     pub(crate) mesh: &'a Mesh,
     pub(crate) scratch: &'a Path,
     pub(crate) origin: SocketAddr,
+}
+
+impl Bench<'_> {
+    /// What requests name.
+    pub(crate) fn authority(&self, system: System) -> String {
+        load::authority(system.service(), self.origin.port())
+    }
 }
 
 /// Two running proxies, with a path from `outbound` to the origin.
@@ -115,7 +134,7 @@ impl Pair {
         let [inbound, outbound] = sides.map(|(name, mut command)| Proc::start(&mut command, &dir.join(name)));
         let mut pair =
             Self { system, inbound: inbound?, outbound: outbound?, entry, middle, started_in: Duration::ZERO };
-        pair.first_answer(start, bench.authority).await.map_err(|error| {
+        pair.first_answer(start, &bench.authority(system)).await.map_err(|error| {
             let said = |name| fs::read_to_string(dir.join(name)).unwrap_or_default();
             let name = system.name();
             io::Error::other(format!("{name}: {error}\n{}{}", said("inbound.log"), said("outbound.log")))
@@ -220,9 +239,9 @@ fn sides(bench: &Bench<'_>, system: System, dir: &Path, entry: SocketAddr, middl
                 command.args(["--concurrency", "1", "--disable-hot-restart", "--log-level", "error", "-c"]);
                 command.arg(write(&format!("envoy.{side}.yaml"))?);
             }
-            Make::Sheetbend => {
+            Make::Sheetbend | Make::Bare => {
                 if side == "inbound" {
-                    command = sheetbend(bench, dir, "web", &middle.to_string())?;
+                    command = sheetbend(bench, dir, system.service(), &middle.to_string())?;
                     command.args(["--port", &bench.origin.port().to_string(), "--app", "127.0.0.1"]);
                     command.args(["--allow", pki::CALLER]);
                 } else {
