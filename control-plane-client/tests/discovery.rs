@@ -9,7 +9,7 @@ use envoy_types::pb::google::protobuf::Any;
 use sheetbend_control_plane_client::discovery::Unresolved;
 use sheetbend_control_plane_client::model::*;
 use sheetbend_control_plane_client::registration::{RegisteredPort, Registration};
-use sheetbend_control_plane_client::xds::{Kind, MESH, ROOT_CA, encode};
+use sheetbend_control_plane_client::xds::{INBOUND, Kind, MESH, ROOT_CA, encode};
 use support::*;
 use tokio::sync::watch;
 
@@ -22,7 +22,7 @@ async fn a_target_is_followed_to_its_endpoints_and_every_answer_is_acknowledged(
     assert_eq!(first.resource_names_subscribe, [ROOT_CA]);
     let node = first.node.expect("the first message says who it is");
     assert_eq!((node.id.as_str(), node.user_agent_name.as_str()), ("web-1", "sheetbend-proxy"));
-    assert_eq!(conn.subscription(Kind::Listener).await.resource_names_subscribe, [MESH]);
+    assert_eq!(conn.subscription(Kind::Listener).await.resource_names_subscribe, [INBOUND, MESH]);
 
     let asked = tokio::spawn({
         let discovery = discovery.clone();
@@ -131,7 +131,7 @@ async fn a_new_stream_says_what_is_held_and_nothing_is_lost_meanwhile() {
     let first = conn.subscription(Kind::Secret).await;
     assert!(first.node.is_some() && first.initial_resource_versions.is_empty());
     let listeners = conn.subscription(Kind::Listener).await;
-    assert_eq!(listeners.resource_names_subscribe, [MESH, "web:80"]);
+    assert_eq!(listeners.resource_names_subscribe, [INBOUND, MESH, "web:80"]);
     assert_eq!(listeners.initial_resource_versions, [("web:80".to_string(), "1".to_string())].into());
     for kind in [Kind::Routes, Kind::Cluster, Kind::Endpoints] {
         let request = conn.subscription(kind).await;
