@@ -22,6 +22,7 @@ mod limits;
 mod matching;
 mod outlier;
 mod policy;
+mod retry;
 
 pub use access::{Access, AccessRule, Action, AuthorizationPolicy, Condition, DefaultAccess, Glob, Operation, Source};
 pub use balancing::{ConsistentHash, HttpCookie, LoadBalancer, LocalityLbSetting, MAX_RING, Simple, Standing, Warmup};
@@ -33,6 +34,7 @@ pub use limits::{Concurrency, ConnectionPool, ForEach, HttpPool, RateLimit, TcpP
 pub use matching::{BadPattern, MAX_PATTERN, Match, PathMatch, Pattern, TextMatch};
 pub use outlier::OutlierDetection;
 pub use policy::{BackendPolicy, InboundPolicy, RulePolicy, Timeouts, Unusable};
+pub use retry::{MOST_ATTEMPTS, Retry, RetryConstraint, RetryOn};
 
 /// What traffic asked for: a host (or an address) and a port.
 ///

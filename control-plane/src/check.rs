@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use sheetbend_control_plane_client::model::{ServiceName, ServicePort};
 
-use crate::resources::{At, Backend, FaultTarget, Folder, Problem, Resource, RouteTarget, suggestion};
+use crate::resources::{At, BACKEND_TRAFFIC, Backend, FaultTarget, Folder, Problem, Resource, RouteTarget, suggestion};
 use crate::world::{Inputs, Parts};
 
 /// A folder that was checked.
@@ -166,7 +166,7 @@ fn lost_route(folder: &Folder, file: &Path, target: &RouteTarget) -> Option<Prob
     })
 }
 
-/// BackendPolicies about a Service that another one is about, too.
+/// Policies about a Service that another one of their kind is about, too.
 fn overruled_policies(folder: &Folder, parts: &Parts<'_>) -> Vec<Problem> {
     let policies: Vec<(&Path, &Backend)> = folder
         .placed()
@@ -178,8 +178,8 @@ fn overruled_policies(folder: &Folder, parts: &Parts<'_>) -> Vec<Problem> {
     let mut problems = Vec::new();
     for (file, backend) in &policies {
         for target in &backend.targets {
-            let Some(holds) = parts.policies.get(&target.service).filter(|holds| holds.place != backend.policy.place)
-            else {
+            let all = if backend.kind == BACKEND_TRAFFIC { &parts.retry_constraints } else { &parts.policies };
+            let Some(holds) = all.get(&target.service).filter(|holds| holds.place != backend.policy.place) else {
                 continue;
             };
             let Some((_, winner)) = policies
@@ -195,8 +195,8 @@ fn overruled_policies(folder: &Folder, parts: &Parts<'_>) -> Vec<Problem> {
                 line: target.at.line,
                 column: target.at.column,
                 reason: format!(
-                    "Service {}/{} has another BackendPolicy, {name} ({}), which holds instead of this one",
-                    of.namespace, of.service, holds.place
+                    "Service {}/{} has another {}, {name} ({}), which holds instead of this one",
+                    of.namespace, of.service, backend.kind, holds.place
                 ),
                 hint: Some("put both into one".to_string()),
             });

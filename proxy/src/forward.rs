@@ -7,10 +7,12 @@ use std::time::{Duration, Instant};
 use futures_util::FutureExt;
 use http::header::{CONNECTION, RETRY_AFTER, UPGRADE};
 use http::uri::Authority;
-use http::{HeaderValue, Request, Response, StatusCode, Version, request};
+use http::{HeaderValue, Request, Response, StatusCode, Version, request, response};
+use http_body_util::BodyExt;
 use hyper::body::{Body, Incoming};
 use hyper::upgrade::OnUpgrade;
 use sheetbend_certs::IdentityStore;
+use sheetbend_control_plane_client::model::Retry;
 use tokio::sync::watch;
 use tokio::time::{timeout, timeout_at};
 
@@ -19,7 +21,7 @@ use crate::http::deadline::Deadline;
 use crate::http::error::{Error, Processed, Refusal};
 use crate::http::exchange::Exchange;
 use crate::http::expect::{self, Ask};
-use crate::http::headers::{self, SENT_VERSION, UNSENT};
+use crate::http::headers::{self, ATTEMPTS, GRPC_ATTEMPTS, SENT_VERSION, UNSENT};
 use crate::http::upgrade;
 use crate::rest::Rest;
 use crate::telemetry::{Counter, Protocol, Telemetry};
@@ -54,6 +56,10 @@ pub(crate) struct Outgoing<'a> {
     pub(crate) once: bool,
     /// Whether the latest attempt had a connection that was there before.
     pub(crate) reused: Option<bool>,
+    /// Attempts made so far, but for the one under way.
+    pub(crate) before: u32,
+    /// A gRPC call of which it matters how it ends, should it end before there is anything of its answer.
+    pub(crate) heeds_end: bool,
 }
 
 /// The request's body.
@@ -101,6 +107,15 @@ impl Body1 {
             }
         };
         body.map(|body| (body, None))
+    }
+
+    /// Whether all of it has passed, and is at hand.
+    fn is_complete(&self) -> bool {
+        match self {
+            Self::None => true,
+            Self::Kept(keeper) => keeper.is_complete(),
+            Self::Once(_) | Self::WhenAsked(_) => false,
+        }
     }
 
     pub(crate) fn is_whole(&self) -> bool {
@@ -152,21 +167,32 @@ impl Way<'_> {
                 return Err(Error::TooSlow { endpoint: lease.endpoint.place.clone(), within, processed });
             }
         };
-        match headers::grpc_status(answer.headers()) {
-            Some(headers::GRPC_DEADLINE_EXCEEDED) => lease.expired(),
-            _ if lease.endpoint.is_ours() && answer.headers().get(UNSENT) == Some(&headers::SHED) => lease.shed(),
-            _ => {
-                let trailers = headers::is_grpc(answer.headers()) && !answer.body().is_end_stream();
-                lease.answered(says(&answer), trailers);
+        let (mut head, mut body) = answer.into_parts();
+        let mut ahead = None;
+        if outgoing.heeds_end && outgoing.body.is_complete() && headers::grpc_status(&head.headers).is_none() {
+            // Allocates where a route asks for it.
+            ahead = timeout(END, body.frame()).await.ok().flatten().map(Box::new);
+            let trailers = ahead.as_deref().and_then(|frame| frame.as_ref().ok()?.trailers_ref());
+            if let Some(ended) = trailers.and_then(headers::grpc_status) {
+                head.extensions.insert(Ended(ended));
             }
         }
-        let (mut head, body) = answer.into_parts();
+        match grpc_status(&head) {
+            Some(headers::GRPC_DEADLINE_EXCEEDED) => lease.expired(),
+            _ if lease.endpoint.is_ours() && head.headers.get(UNSENT) == Some(&headers::SHED) => lease.shed(),
+            status => {
+                let ended = head.extensions.get::<Ended>().is_some() || body.is_end_stream();
+                let trailers = headers::is_grpc(&head.headers) && !ended;
+                lease.answered(says(head.status, status), trailers);
+            }
+        }
+        let lease = head.extensions.get::<Ended>().is_none().then_some(lease);
         if head.status == StatusCode::SWITCHING_PROTOCOLS {
             // What becomes of the connection rests and counts as it did.
             checkout.rest().and_then(|rest| head.extensions.insert(rest.clone()));
             checkout.permit().and_then(|permit| head.extensions.insert(Arc::clone(permit)));
         }
-        Ok(Response::from_parts(head, ResponseBody::of_endpoint(body, checkout, lease, deadline)))
+        Ok(Response::from_parts(head, ResponseBody::of_endpoint(body, ahead, checkout, lease, deadline)))
     }
 
     /// A request, and the head of its answer. `sent` turns true as soon as the request may have an effect.
@@ -229,35 +255,18 @@ impl Way<'_> {
     pub(crate) fn again(
         &self,
         result: &Result<Response<ResponseBody>, Error>,
+        policy: &Retry,
         outgoing: &Outgoing<'_>,
-        before: u32,
         from_peer: bool,
         budget: &retry::Budget,
     ) -> Option<Verdict> {
-        let failure = match result {
-            Ok(answer) if from_peer && answer.headers().contains_key(UNSENT) => {
-                Failure::Unprocessed(Counter::RetriedPeerConnect)
-            }
-            Ok(answer) => match answer.status() {
-                StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT => {
-                    let after = answer.headers().get(RETRY_AFTER);
-                    let seconds = after.and_then(|value| value.to_str().ok()?.trim().parse().ok());
-                    Failure::Status { retry_after: seconds.map(Duration::from_secs) }
-                }
-                _ => return None,
-            },
-            Err(error) => match (error.processed(), error) {
-                (Processed::No(counter), _) => Failure::Unprocessed(counter),
-                (Processed::Maybe, Error::Broken { .. }) => Failure::Reset,
-                (Processed::Maybe, Error::TooSlow { .. }) => Failure::TooSlow,
-                _ => return None,
-            },
-        };
         let attempt = retry::Attempt {
-            failure,
-            before,
+            policy,
+            failure: failure(result, policy, from_peer)?,
+            before: outgoing.before,
             idempotent: headers::is_idempotent(outgoing.head),
             replayable: outgoing.body.is_whole(),
+            caller_retries: outgoing.head.headers.contains_key(GRPC_ATTEMPTS),
             left: outgoing.deadline.map(Deadline::left),
         };
         let verdict = retry::decide(&attempt, rand::random(), || budget.take(self.epoch.elapsed()));
@@ -268,14 +277,53 @@ impl Way<'_> {
 }
 
 /// What an answer's head says of the endpoint. A method or a version that it does not know is its caller's choice.
-fn says<T>(answer: &Response<T>) -> Result<(), Fault> {
-    let of_grpc = || headers::grpc_status(answer.headers()).and_then(headers::grpc_fault).map_or(Ok(()), Err);
-    match answer.status() {
+fn says(status: StatusCode, grpc_status: Option<u16>) -> Result<(), Fault> {
+    let of_grpc = || grpc_status.and_then(headers::grpc_fault).map_or(Ok(()), Err);
+    match status {
         StatusCode::NOT_IMPLEMENTED | StatusCode::HTTP_VERSION_NOT_SUPPORTED => Ok(()),
         StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT => Err(Fault::Gateway),
         status if status.is_server_error() => Err(Fault::Answer),
         _ => of_grpc(),
     }
+}
+
+/// How an attempt failed, if it did.
+fn failure(result: &Result<Response<ResponseBody>, Error>, policy: &Retry, from_peer: bool) -> Option<Failure> {
+    let answer = match result {
+        Ok(answer) => answer,
+        Err(error) => {
+            return Some(match (error.processed(), error) {
+                (Processed::No(counter), _) => Failure::Unprocessed(counter),
+                (Processed::Maybe, Error::Broken { .. }) => Failure::Reset,
+                (Processed::Maybe, Error::TooSlow { .. }) => Failure::TooSlow,
+                _ => Failure::Refused,
+            });
+        }
+    };
+    if from_peer && answer.headers().contains_key(UNSENT) {
+        return Some(Failure::Unprocessed(Counter::RetriedPeerConnect));
+    }
+    let status = answer.status().as_u16();
+    if status >= 500 || policy.wants_status(status) {
+        let after = answer.headers().get(RETRY_AFTER);
+        let seconds = after.and_then(|value| value.to_str().ok()?.trim().parse().ok());
+        return Some(Failure::Status { status, retry_after: seconds.map(Duration::from_secs) });
+    }
+    let ended = answer.extensions().get::<Ended>().map(|ended| ended.0);
+    let ended = ended.or_else(|| headers::grpc_status(answer.headers()));
+    ended.filter(|status| headers::grpc_fault(*status).is_some() || policy.wants_grpc(*status)).map(Failure::Grpc)
+}
+
+/// How long the trailers of an empty answer are waited for, where it matters what they say. Whoever waits for the head of
+/// a stream that says nothing at first waits as long at most.
+const END: Duration = Duration::from_millis(100);
+
+/// The gRPC status of an answer without a body, out of its trailers.
+#[derive(Clone, Copy)]
+struct Ended(u16);
+
+fn grpc_status(head: &response::Parts) -> Option<u16> {
+    head.extensions.get::<Ended>().map(|ended| ended.0).or_else(|| headers::grpc_status(&head.headers))
 }
 
 impl Outgoing<'_> {
@@ -288,6 +336,15 @@ impl Outgoing<'_> {
         };
         if let Some(deadline) = self.deadline {
             deadline.tell(&mut head.headers);
+        }
+        if self.before > 0 {
+            let before = HeaderValue::from(self.before);
+            if headers::is_grpc(&head.headers) {
+                head.headers.insert(GRPC_ATTEMPTS, before.clone());
+            }
+            if to_peer {
+                head.headers.insert(ATTEMPTS, before);
+            }
         }
         match wire {
             Wire::Http2 => {

@@ -261,6 +261,7 @@ impl Inbound {
         });
         headers::check_framing(head).map_err(Error::Refused)?;
         let sent_http1 = caller.ours && head.headers.contains_key(SENT_VERSION);
+        exchange.attempts = caller.ours.then(|| headers::attempts_before(&head.headers)).flatten().unwrap_or(0);
         headers::strip_ours(&mut head.headers);
         let sent = if sent_http1 { Version::HTTP_11 } else { head.version };
         head.version = sent;
@@ -281,8 +282,20 @@ impl Inbound {
         let sending = if headers::expects_continue(head) { Sending::WhenAsked } else { Sending::Once };
         let body = Body1::new(head, body, sending, exchange);
         let passed = exchange.request_passed.clone();
-        let mut outgoing =
-            Outgoing { head, authority, sent, body, passed, upgrade, deadline, once: true, reused: None };
+        let mut outgoing = Outgoing {
+            head,
+            authority,
+            sent,
+            body,
+            passed,
+            upgrade,
+            deadline,
+            // Whoever calls makes the attempts, and so they never multiply.
+            once: true,
+            before: 0,
+            heeds_end: false,
+            reused: None,
+        };
         let app = self.port.app.load_full();
         exchange.attempt(&app);
         let wire = if sent == Version::HTTP_2 { Wire::Http2 } else { Wire::Http1 };

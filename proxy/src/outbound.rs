@@ -12,7 +12,7 @@ use http::{HeaderValue, Method, Request, Response, StatusCode, Version, request}
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 use sheetbend_certs::MeshAlpn;
-use sheetbend_control_plane_client::model::{AppProtocol, OutboundPolicy, Target, Transport};
+use sheetbend_control_plane_client::model::{AppProtocol, OutboundPolicy, Retry, Target, Transport};
 
 use crate::app::Shared;
 use crate::detect::{Detected, is_known_opaque};
@@ -35,7 +35,7 @@ use crate::route::{Caller, Candidates, Choice, Route, Routes};
 use crate::tcp::Abort;
 use crate::telemetry::{Counter, Protocol, Reporter};
 use crate::traffic::limit::Limit;
-use crate::traffic::retry::{Retrying, Verdict};
+use crate::traffic::retry::{self, Retrying, Verdict};
 use crate::upstream::{BoxIo, EndpointState, Permit, Pool, Wire, dial};
 use crate::worker::Live;
 
@@ -209,7 +209,7 @@ impl Outbound {
         }
         let overflow = || Error::overflow(Limit::Requests, &target);
         exchange.holding(endpoints.bounds.take(Limit::Requests).ok_or_else(overflow)?);
-        exchange.within(&route.budget, now);
+        exchange.within(&endpoints.budget, now);
         let sending = match (upgrade, expects) {
             (_, true) => Sending::WhenAsked,
             (true, false) => Sending::Once,
@@ -230,9 +230,22 @@ impl Outbound {
             within(of_route, pin!(suffered)).await?;
         }
         let sent = head.version;
-        let outgoing = Outgoing { head, authority, sent, body, passed, upgrade, deadline, once: false, reused: None };
+        let retry = rule.map_or(&retry::DEFAULT, |rule| &rule.policy.retry);
+        let outgoing = Outgoing {
+            heeds_end: retry.heeds_grpc() && headers::is_grpc(&head.headers),
+            head,
+            authority,
+            sent,
+            body,
+            passed,
+            upgrade,
+            deadline,
+            once: false,
+            before: 0,
+            reused: None,
+        };
         let time = timeouts.and_then(|timeouts| timeouts.backend_request).filter(|time| !time.is_zero());
-        let attempts = Attempts { route: &route, endpoints, caller: &caller, protocol, expects, time };
+        let attempts = Attempts { route: &route, endpoints, caller: &caller, protocol, expects, time, retry };
         let mut answer = within(of_route, pin!(self.attempts(attempts, outgoing, exchange))).await?;
         if let Some(cookie) = caller.cookie.take() {
             answer.headers_mut().append(SET_COOKIE, *cookie);
@@ -244,34 +257,34 @@ impl Outbound {
     /// As many attempts as it takes, and as there may be.
     async fn attempts(
         &self,
-        Attempts { route, endpoints, caller, protocol, expects, time }: Attempts<'_>,
+        Attempts { route, endpoints, caller, protocol, expects, time, retry }: Attempts<'_>,
         mut outgoing: Outgoing<'_>,
         exchange: &mut Exchange,
     ) -> Result<Response<ResponseBody>, Error> {
         let way = self.way();
         let mut tried: Vec<Arc<EndpointState>> = Vec::new();
-        let mut before = 0;
         // Until the answer's head is here.
-        let mut retrying: Option<(Retrying<'_>, Permit)> = None;
+        let mut retrying: Option<(Retrying, Permit)> = None;
         loop {
-            let idempotent = headers::is_idempotent(outgoing.head);
+            let harmless = headers::is_idempotent(outgoing.head) || retry.non_idempotent;
+            let retryable = harmless && retry.attempts() > 0;
             let now = self.shared.epoch.elapsed();
             exchange.story.picking(now, || endpoints.as_json(now));
             let lease = route
-                .pick(endpoints, caller, &tried, idempotent, now)
+                .pick(endpoints, caller, &tried, retryable, now)
                 .inspect_err(|_| exchange.story.nobody(|| endpoints.as_json(now)))?;
             let endpoint = Arc::clone(&lease.endpoint);
             exchange.on(Arc::clone(endpoint.edge(&self.shared.telemetry, protocol)));
             exchange.attempt(&endpoint);
             let wire = wire(&endpoint, &outgoing, expects);
             // What must not be sent twice takes no connection that may have closed in the meantime.
-            let fresh = outgoing.upgrade || expects || before > 0 || !idempotent;
+            let fresh = outgoing.upgrade || expects || outgoing.before > 0 || !retryable;
             let result = way.attempt(lease, wire, fresh, time, &mut outgoing).await;
-            let mut again = way.again(&result, &outgoing, before, endpoint.is_ours(), &route.budget);
+            let mut again = way.again(&result, retry, &outgoing, endpoint.is_ours(), &endpoints.budget);
             let mut after = None;
             if let Some(Verdict::Retry { after: wait, .. }) = again {
                 drop(retrying.take());
-                let taken = Retrying(&route.budget);
+                let taken = Retrying(Arc::clone(&endpoints.budget));
                 match endpoint.bounds.take(Limit::Retries) {
                     Some(permit) => (retrying, after) = (Some((taken, permit)), Some(wait)),
                     None => {
@@ -285,7 +298,7 @@ impl Outbound {
             let Some(after) = after else { return result };
             drop(result);
             tokio::time::sleep(after).await;
-            before += 1;
+            outgoing.before += 1;
             tried.push(endpoint);
         }
     }
@@ -394,6 +407,7 @@ struct Attempts<'a> {
     expects: bool,
     /// What one attempt has for the head of its answer.
     time: Option<Duration>,
+    retry: &'a Retry,
 }
 
 /// A connection for bytes that nobody looks into.

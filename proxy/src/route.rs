@@ -10,7 +10,8 @@ use http::request;
 use serde_json::{Value, json};
 use sheetbend_control_plane_client::discovery::Discovery;
 use sheetbend_control_plane_client::model::{
-    Backend, Cluster, ClusterName, Destination, HeaderEdits, Resolution, Rule, Target, TrafficLimits, Transport,
+    Backend, Cluster, ClusterName, Destination, HeaderEdits, Resolution, RetryConstraint, Rule, Target, TrafficLimits,
+    Transport,
 };
 
 mod candidates;
@@ -22,7 +23,6 @@ use crate::faults::Delayed;
 use crate::http::error::Error;
 use crate::policy::{Changes, Fault, Rules};
 use crate::telemetry::{Counter, Telemetry};
-use crate::traffic::retry::Budget;
 use crate::upstream::{Bounded, EndpointState, Endpoints, Lease, Place};
 
 /// A destination made ready.
@@ -35,8 +35,6 @@ pub struct Route {
     elsewhere: Candidates,
     /// What is limited of its rules, by their names; empty where nothing is.
     limits: HashMap<Arc<str>, Arc<RouteLimits>>,
-    /// How many retries there may be.
-    pub budget: Arc<Budget>,
     /// Whether its successor is being made ready.
     renewing: AtomicBool,
 }
@@ -78,7 +76,6 @@ impl Route {
         let clusters = clusters.collect();
         let rules = Rules::new(&destination.rules);
         let limits = limits(&destination.rules, endpoints);
-        let budget = old.map(|old| Arc::clone(&old.budget)).unwrap_or_default();
         let elsewhere = Candidates::default();
         Self {
             target,
@@ -87,21 +84,20 @@ impl Route {
             destination: Some(destination),
             elsewhere,
             limits,
-            budget,
             renewing: AtomicBool::default(),
         }
     }
 
     fn elsewhere(target: Target, endpoints: &Endpoints) -> Self {
         let place = target.address().map_or_else(|| Place::Name(target.clone()), Place::Address);
+        let budget = endpoints.budget(Bounded::Elsewhere(target.clone()), RetryConstraint::DEFAULT);
         Self {
             target,
             destination: None,
             rules: Rules::default(),
             clusters: BTreeMap::new(),
-            elsewhere: Candidates::alone(endpoints.at(place, Transport::Plain, None, None)),
+            elsewhere: Candidates::alone(endpoints.at(place, Transport::Plain, None, None), budget),
             limits: HashMap::new(),
-            budget: Arc::default(),
             renewing: AtomicBool::default(),
         }
     }
@@ -204,8 +200,10 @@ fn candidates(
     let floor = endpoints.floor(name);
     let bounds = endpoints.bounds(Bounded::Service(cluster.service.clone()));
     bounds.limits.follow(cluster.policy.connection_pool.as_ref());
+    let constraint = cluster.policy.retry_constraint.unwrap_or_default();
+    let shared = (bounds, endpoints.budget(Bounded::Service(cluster.service.clone()), constraint));
     let all = all.collect();
-    Candidates::new(cluster, all, floor, bounds, &endpoints.zone)
+    Candidates::new(cluster, all, floor, shared, &endpoints.zone)
 }
 
 /// The limits of rules that have some; those of one route share them.
@@ -243,10 +241,10 @@ const LARGE: usize = 500;
 /// Routes that carry nothing go when there are this many.
 const MOST: usize = 4_096;
 
-/// Makes room for one more: what leads outside the mesh goes first. What carries requests stays, since its budget counts
-/// them, and however many those are, they are bounded.
+/// Makes room for one more: what leads outside the mesh goes first. What carries requests stays, and however many those
+/// are, they are bounded.
 fn make_room(known: &mut HashMap<Target, Arc<Route>>) {
-    let busy = |route: &Arc<Route>| Arc::strong_count(route) > 1 || route.budget.in_flight() > 0;
+    let busy = |route: &Arc<Route>| Arc::strong_count(route) > 1;
     if known.len() >= MOST {
         known.retain(|_, route| route.destination.is_some() || busy(route));
     }
@@ -418,15 +416,24 @@ mod tests {
     }
 
     #[test]
-    fn what_carries_requests_keeps_its_budget_however_many_targets_come() {
+    fn what_carries_requests_stays_however_many_targets_come() {
         let mut known = many();
-        let budget = Arc::clone(&known[&target(7)].budget);
-        budget.begin(Duration::ZERO);
         let held = Arc::clone(&known[&target(8)]);
         make_room(&mut known);
-        assert_eq!(known.len(), 2);
-        assert!(Arc::ptr_eq(&known[&target(7)].budget, &budget));
+        assert_eq!(known.len(), 1);
         assert!(Arc::ptr_eq(&known[&target(8)], &held));
+    }
+
+    #[test]
+    fn workers_share_one_budget_and_a_new_answer_does_not_refill_it() {
+        let endpoints = Endpoints::default();
+        let budget = || Route::elsewhere(target(1), &endpoints).elsewhere.budget;
+        let (one, other) = (budget(), budget());
+        assert!(Arc::ptr_eq(&one, &other));
+        // What 20 % and 3 at once leave of a hundred retries, of both together.
+        assert_eq!((0..100).filter(|at| [&one, &other][at % 2].take(Duration::ZERO)).count(), 3);
+        let less = RetryConstraint { percent: 0, ..RetryConstraint::DEFAULT };
+        assert!(!Arc::ptr_eq(&one, &endpoints.budget(Bounded::Elsewhere(target(1)), less)));
     }
 
     #[test]

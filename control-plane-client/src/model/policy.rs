@@ -13,7 +13,7 @@ use super::access::Access;
 use super::balancing::LoadBalancer;
 use super::health_check::HealthCheck;
 use super::limits::{ConnectionPool, TrafficLimits};
-use super::{CircuitBreaker, Fault, Filters, OutlierDetection, duration};
+use super::{CircuitBreaker, Fault, Filters, OutlierDetection, Retry, RetryConstraint, duration};
 
 /// What a rule wants of the requests that it takes.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -34,6 +34,9 @@ pub struct RulePolicy {
     /// What goes wrong on purpose.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub faults: Vec<Fault>,
+    /// What is sent again.
+    #[serde(skip_serializing_if = "Retry::is_default")]
+    pub retry: Retry,
 }
 
 /// `timeouts` of a Gateway API rule. Zero means none.
@@ -64,7 +67,10 @@ impl RulePolicy {
             (Some(all), Some(one)) if one > all && !all.is_zero() => {
                 Err(Unusable::new("timeouts.backendRequest", "it is longer than timeouts.request"))
             }
-            _ => Ok(()),
+            (Some(all), _) if !all.is_zero() && self.retry.backoff.is_some_and(|backoff| backoff >= all) => {
+                Err(Unusable::new("retry.backoff", "it leaves no time for a retry within timeouts.request"))
+            }
+            _ => self.retry.check(),
         }
     }
 }
@@ -88,6 +94,9 @@ pub struct BackendPolicy {
     /// How much may be under way to it at once.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub connection_pool: Option<ConnectionPool>,
+    /// How many of the requests to it may be retries.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub retry_constraint: Option<RetryConstraint>,
     /// When the whole destination is.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub circuit_breaker: Option<CircuitBreaker>,
@@ -99,6 +108,7 @@ impl BackendPolicy {
         self.load_balancer.as_ref().map_or(Ok(()), LoadBalancer::check)?;
         self.health_check.as_ref().map_or(Ok(()), HealthCheck::check)?;
         self.connection_pool.as_ref().map_or(Ok(()), ConnectionPool::check)?;
+        self.retry_constraint.map_or(Ok(()), |constraint| constraint.check())?;
         self.outlier_detection.as_ref().map_or(Ok(()), OutlierDetection::check)?;
         self.circuit_breaker.as_ref().map_or(Ok(()), CircuitBreaker::check)
     }

@@ -90,7 +90,21 @@ fn rule_policy(at: usize) -> Arc<RulePolicy> {
         false => TrafficLimits::default(),
     };
     let timeouts = Timeouts { request, ..Timeouts::default() };
-    Arc::new(RulePolicy { place: "web.yaml:1".into(), timeouts, limits, filters: filters(at), faults: faults(at) })
+    let retry = Retry {
+        attempts: request.map(|_| 3),
+        codes: vec![500; at % 3],
+        on: vec![RetryOn::Unavailable; at % 2],
+        non_idempotent: at % 2 == 1,
+        ..Retry::DEFAULT
+    };
+    Arc::new(RulePolicy {
+        place: "web.yaml:1".into(),
+        timeouts,
+        limits,
+        filters: filters(at),
+        faults: faults(at),
+        retry,
+    })
 }
 
 fn edits(at: usize) -> HeaderEdits {
@@ -143,6 +157,7 @@ fn backend_policy(at: usize) -> Arc<BackendPolicy> {
         health_check: at.is_multiple_of(2).then_some(check),
         connection_pool: at.is_multiple_of(2).then_some(pool),
         circuit_breaker: (at % 3 == 1).then(CircuitBreaker::default),
+        retry_constraint: (at % 3 == 1).then_some(RetryConstraint::DEFAULT),
     })
 }
 

@@ -17,11 +17,13 @@ mod faults;
 mod filters;
 mod limits;
 mod policy;
+mod retries;
 mod routes;
 
 pub(super) use faults::fault_injection;
 pub(super) use limits::traffic_limit;
 pub(super) use policy::backend_policy;
+pub(super) use retries::backend_traffic;
 pub(super) use routes::{grpc_route, http_route};
 
 pub(super) fn service(raw: kinds::Service) -> Checked<Service> {

@@ -13,9 +13,11 @@ pub(super) mod access;
 pub(super) mod balancing;
 mod filters;
 pub(super) mod limits;
+mod retries;
 mod routes;
 
 pub(super) use filters::*;
+pub(super) use retries::*;
 pub(super) use routes::*;
 
 #[derive(Debug, Deserialize)]
@@ -164,13 +166,7 @@ pub(super) struct HttpRule {
     #[serde(default)]
     pub(super) backend_refs: Vec<Reference>,
     pub(super) timeouts: Option<Timeouts>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub(super) struct Timeouts {
-    pub(super) request: Option<Spanned<String>>,
-    pub(super) backend_request: Option<Spanned<String>>,
+    pub(super) retry: Option<Retry>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -184,6 +180,9 @@ pub(super) struct GrpcRule {
     pub(super) filters: Vec<Filter>,
     #[serde(default)]
     pub(super) backend_refs: Vec<Reference>,
+    // Not in the Gateway API yet; annotations say the same where its schema is enforced.
+    pub(super) timeouts: Option<Timeouts>,
+    pub(super) retry: Option<Retry>,
 }
 
 #[derive(Debug, Deserialize)]

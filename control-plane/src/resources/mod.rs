@@ -156,9 +156,14 @@ pub(crate) enum FaultTarget {
     Route(RouteTarget),
 }
 
-/// A BackendPolicy.
+/// The Gateway API's kind for what callers of a service keep to.
+pub(crate) const BACKEND_TRAFFIC: &str = "XBackendTrafficPolicy";
+
+/// A BackendPolicy or an XBackendTrafficPolicy.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Backend {
+    /// Which.
+    pub(crate) kind: &'static str,
     pub(crate) object: ServiceName,
     /// The Services that it is about.
     pub(crate) targets: Vec<Parent>,
@@ -245,7 +250,7 @@ impl Resource {
             Self::Slice(slice) => ("EndpointSlice", &slice.object),
             Self::Route(route) => (route.kind, &route.name),
             Self::Faults(faults) => ("FaultInjection", &faults.object),
-            Self::Backend(backend) => ("BackendPolicy", &backend.object),
+            Self::Backend(backend) => (backend.kind, &backend.object),
             Self::Limit(limit) => ("TrafficLimit", &limit.object),
             Self::Authorization(authorization) => ("AuthorizationPolicy", &authorization.object),
             Self::Settings(settings) => ("MeshSettings", &settings.object),

@@ -180,12 +180,13 @@ const BYSTANDERS: [&str; 12] = [
     "CronJob",
     "NetworkPolicy",
 ];
-const KINDS: [&str; 9] = [
+const KINDS: [&str; 10] = [
     "Service",
     "EndpointSlice",
     "HTTPRoute",
     "GRPCRoute",
     "BackendPolicy",
+    "XBackendTrafficPolicy",
     "TrafficLimit",
     "FaultInjection",
     "AuthorizationPolicy",
@@ -258,6 +259,9 @@ fn resource(text: &str) -> Checked<Option<Resource>> {
         "AuthorizationPolicy" => expect(&["sheetbend.io/v1alpha1"])
             .and_then(|()| convert::access::authorization_policy(read(text)?).map(Resource::Authorization))
             .map(Some),
+        "XBackendTrafficPolicy" => expect(&["gateway.networking.x-k8s.io/v1alpha1"])
+            .and_then(|()| convert::backend_traffic(read(text)?).map(Resource::Backend))
+            .map(Some),
         "MeshSettings" => expect(&["sheetbend.io/v1alpha1"])
             .and_then(|()| convert::settings(read(text)?).map(Resource::Settings))
             .map(Some),
@@ -292,8 +296,8 @@ fn read<T: DeserializeOwned>(text: &str) -> Checked<T> {
 }
 
 /// Words of the Gateway API that change what traffic does, and which nothing here obeys yet.
-const NOT_YET: [&str; 7] =
-    ["requestMirror", "cors", "extensionRef", "retry", "sessionPersistence", "sectionName", "useDefaultGateways"];
+const NOT_YET: [&str; 6] =
+    ["requestMirror", "cors", "extensionRef", "sessionPersistence", "sectionName", "useDefaultGateways"];
 
 /// The parser's messages end with a place that stands in front of ours already.
 fn one_line(message: &str) -> String {

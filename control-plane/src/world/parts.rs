@@ -14,8 +14,8 @@ use sheetbend_control_plane_client::model::{
 use super::{ClusterEntry, Inputs, World, reuse};
 use crate::registry::Registered;
 use crate::resources::{
-    Authorization, FaultTarget, Faults, Limit, Parent, Rank, Ranked, Resource, Route, RouteRule, RouteTarget, Service,
-    Settings, Slice, in_order_of_age,
+    Authorization, BACKEND_TRAFFIC, FaultTarget, Faults, Limit, Parent, Rank, Ranked, Resource, Route, RouteRule,
+    RouteTarget, Service, Settings, Slice, in_order_of_age,
 };
 
 /// A service port while it is being put together.
@@ -39,6 +39,8 @@ pub(crate) struct Parts<'a> {
     pub(crate) policies: BTreeMap<&'a ServiceName, &'a Arc<BackendPolicy>>,
     pub(super) limits: Vec<&'a Limit>,
     pub(super) authorizations: Vec<&'a Authorization>,
+    /// How many retries there may be, by the same.
+    pub(crate) retry_constraints: BTreeMap<&'a ServiceName, &'a Arc<BackendPolicy>>,
     pub(super) settings: Vec<&'a Settings>,
 }
 
@@ -52,6 +54,7 @@ impl<'a> Parts<'a> {
             policies: BTreeMap::new(),
             limits: Vec::new(),
             authorizations: Vec::new(),
+            retry_constraints: BTreeMap::new(),
             settings: Vec::new(),
         };
         for resource in resources {
@@ -61,7 +64,8 @@ impl<'a> Parts<'a> {
                 Resource::Route(route) => parts.routes.push(route),
                 Resource::Faults(faults) => drop(parts.faults.insert(&faults.object, faults)),
                 Resource::Backend(backend) => {
-                    parts.policies.extend(backend.targets.iter().map(|target| (&target.service, &backend.policy)));
+                    let of = parts.of_kind(backend.kind);
+                    of.extend(backend.targets.iter().map(|target| (&target.service, &backend.policy)));
                 }
                 Resource::Limit(limit) => parts.limits.push(limit),
                 Resource::Authorization(one) => parts.authorizations.push(one),
@@ -69,6 +73,24 @@ impl<'a> Parts<'a> {
             }
         }
         parts
+    }
+
+    fn of_kind(&mut self, kind: &str) -> &mut BTreeMap<&'a ServiceName, &'a Arc<BackendPolicy>> {
+        match kind {
+            BACKEND_TRAFFIC => &mut self.retry_constraints,
+            _ => &mut self.policies,
+        }
+    }
+
+    /// What holds for callers of a service: how many retries there may be is one kind's, all else another's.
+    fn policy(&self, service: &ServiceName) -> Arc<BackendPolicy> {
+        let policy = self.policies.get(service).map(|policy| Arc::clone(policy)).unwrap_or_default();
+        match self.retry_constraints.get(service) {
+            None => policy,
+            Some(found) => {
+                BackendPolicy { retry_constraint: found.retry_constraint, ..BackendPolicy::clone(&policy) }.into()
+            }
+        }
     }
 
     pub(crate) fn ports(&self, inputs: &Inputs<'_>) -> BTreeMap<ServicePort, PortParts> {
@@ -330,7 +352,7 @@ pub(super) fn clusters(
         .map(|(service, (mut endpoints, protocol))| {
             close_ranks(&mut endpoints);
             let name: ClusterName = service.to_string().into();
-            let policy = parts.policies.get(&service.service).map(|policy| Arc::clone(policy)).unwrap_or_default();
+            let policy = parts.policy(&service.service);
             let cluster = Cluster { name: name.clone(), service, endpoints, policy };
             let cluster = reuse(cluster, former.clusters.get(&name).map(|entry| &entry.cluster));
             (name, ClusterEntry { cluster, protocol })

@@ -213,6 +213,12 @@ impl Keeper {
         Some(RequestBody::Kept(Attempt { shared: Arc::clone(&self.shared), at: 0, number: kept.attempt }))
     }
 
+    /// Whether all of it came, and is kept.
+    pub(crate) fn is_complete(&self) -> bool {
+        let kept = lock(&self.shared);
+        kept.frames.is_some() && (kept.ended || kept.body.is_end_stream())
+    }
+
     /// Whether [`Keeper::attempt`] would give a body.
     pub fn is_whole(&self) -> bool {
         lock(&self.shared).frames.is_some()
@@ -315,6 +321,8 @@ impl Kept {
 /// A response's body on its way back.
 pub struct ResponseBody {
     kind: Kind,
+    /// Its first frame, where somebody had to look at it before.
+    ahead: Option<Ahead>,
     /// Reports when it is dropped, so whatever ends this body ends the exchange. Boxed: hyper keeps room for a body as long
     /// as the connection is open.
     exchange: Option<Box<Exchange>>,
@@ -326,6 +334,9 @@ pub struct ResponseBody {
     /// The request's turn on its connection ends with its response.
     turn: Option<Turn>,
 }
+
+/// A frame that came early.
+pub(crate) type Ahead = Box<Result<Frame<Bytes>, hyper::Error>>;
 
 enum Kind {
     Empty,
@@ -346,11 +357,17 @@ impl ResponseBody {
         Self::of(Kind::Text(Some(text.into())))
     }
 
-    /// An endpoint's body.
-    pub fn of_endpoint(body: Incoming, checkout: Checkout, lease: Lease, deadline: Option<Deadline>) -> Self {
+    /// An endpoint's body, of which something may have come already, and of which `lease` has yet to hear the end.
+    pub(crate) fn of_endpoint(
+        body: Incoming,
+        ahead: Option<Ahead>,
+        checkout: Checkout,
+        lease: Option<Lease>,
+        deadline: Option<Deadline>,
+    ) -> Self {
         let deadline = deadline.map(|deadline| (deadline, Box::pin(tokio::time::sleep_until(deadline.at()))));
-        let (checkout, lease) = (Some(checkout), Some(lease));
-        Self { kind: Kind::Incoming(body), exchange: None, checkout, lease, deadline, turn: None }
+        let checkout = Some(checkout);
+        Self { kind: Kind::Incoming(body), ahead, exchange: None, checkout, lease, deadline, turn: None }
     }
 
     #[cfg(test)]
@@ -359,7 +376,7 @@ impl ResponseBody {
     }
 
     fn of(kind: Kind) -> Self {
-        Self { kind, exchange: None, checkout: None, lease: None, deadline: None, turn: None }
+        Self { kind, ahead: None, exchange: None, checkout: None, lease: None, deadline: None, turn: None }
     }
 
     /// Lets `exchange` end with this body.
@@ -427,6 +444,7 @@ impl Body for ResponseBody {
             return Poll::Ready(Some(Err(error)));
         }
         let frame = match &mut this.kind {
+            Kind::Incoming(_) if this.ahead.is_some() => this.ahead.take().map(|frame| *frame),
             Kind::Empty | Kind::Broken(_) => None,
             Kind::Text(text) => text.take().map(|text| Ok(Frame::data(text))),
             Kind::Incoming(body) => ready!(poll_useful_frame(body, cx)),
@@ -462,7 +480,7 @@ impl Body for ResponseBody {
         match &self.kind {
             Kind::Empty => true,
             Kind::Text(text) => text.is_none(),
-            Kind::Incoming(body) => body.is_end_stream(),
+            Kind::Incoming(body) => self.ahead.is_none() && body.is_end_stream(),
             Kind::Broken(_) => false,
         }
     }
@@ -471,6 +489,7 @@ impl Body for ResponseBody {
         match &self.kind {
             Kind::Empty => SizeHint::with_exact(0),
             Kind::Text(text) => SizeHint::with_exact(text.as_ref().map_or(0, |text| text.len() as u64)),
+            Kind::Incoming(_) if self.ahead.is_some() => SizeHint::default(),
             Kind::Incoming(body) => body.size_hint(),
             Kind::Broken(_) => SizeHint::default(),
         }

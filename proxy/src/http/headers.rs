@@ -6,6 +6,7 @@ use http::header::{
 };
 use http::uri::{Authority, PathAndQuery, Scheme, Uri};
 use http::{Method, Version, request};
+use sheetbend_control_plane_client::model::MOST_ATTEMPTS;
 
 use super::error::Refusal;
 use crate::traffic::outlier::Fault;
@@ -16,6 +17,10 @@ pub const SENT_VERSION: HeaderName = HeaderName::from_static("sheetbend-version"
 pub const UNSENT: HeaderName = HeaderName::from_static("sheetbend-unsent");
 /// Its value where the app was not asked because it has enough to do: it is well, and no fault of its is to be counted.
 pub(crate) const SHED: HeaderValue = HeaderValue::from_static("?1;shed");
+/// On a request: so many attempts were made before this one. Believed only from a mesh peer.
+pub const ATTEMPTS: HeaderName = HeaderName::from_static("sheetbend-attempts-before");
+/// The same as gRPC's own clients say it (gRFC A6).
+pub const GRPC_ATTEMPTS: HeaderName = HeaderName::from_static("grpc-previous-rpc-attempts");
 /// RFC 9209.
 pub const PROXY_STATUS: HeaderName = HeaderName::from_static("proxy-status");
 /// Made when it is missing; otherwise passed as it came.
@@ -25,7 +30,7 @@ const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection")
 const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
 
 /// Every header by which our proxies speak to each other.
-const OURS: [HeaderName; 2] = [SENT_VERSION, UNSENT];
+const OURS: [HeaderName; 3] = [SENT_VERSION, UNSENT, ATTEMPTS];
 
 /// A random UUID (RFC 9562 §5.4) of 128 random bits.
 pub fn request_id(bits: u128) -> HeaderValue {
@@ -38,6 +43,11 @@ pub fn request_id(bits: u128) -> HeaderValue {
         *digit = HEX[(bits >> (124 - 4 * nth)) as usize & 0xf];
     }
     HeaderValue::from_bytes(&text).unwrap_or(HeaderValue::from_static("-"))
+}
+
+/// How many attempts a mesh peer says were made before this one.
+pub fn attempts_before(headers: &HeaderMap) -> Option<u32> {
+    headers.get(ATTEMPTS)?.to_str().ok()?.parse().ok().filter(|before| *before <= MOST_ATTEMPTS)
 }
 
 /// Removes what only mesh peers may say.

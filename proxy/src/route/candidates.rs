@@ -11,6 +11,7 @@ use sheetbend_control_plane_client::model::{Cluster, ConsistentHash, HttpCookie,
 use crate::traffic::balance::levels::Shares;
 use crate::traffic::balance::{Level, Load, Member, ring, warmup};
 use crate::traffic::outlier::{Detection, Floor, Picked, State, Vitals};
+use crate::traffic::retry::Budget;
 use crate::upstream::{Bounds, EndpointState};
 
 /// Endpoints that may answer a request.
@@ -28,6 +29,8 @@ pub struct Candidates {
     hash: Option<ConsistentHash>,
     /// How much may be under way to all of them.
     pub bounds: Arc<Bounds>,
+    /// How many retries there may be, of all workers together.
+    pub budget: Arc<Budget>,
     /// What they were made of.
     cluster: Option<Arc<Cluster>>,
 }
@@ -47,7 +50,7 @@ impl Candidates {
         cluster: &Arc<Cluster>,
         endpoints: Vec<Arc<EndpointState>>,
         floor: Arc<Floor>,
-        bounds: Arc<Bounds>,
+        (bounds, budget): (Arc<Bounds>, Arc<Budget>),
         zone: &str,
     ) -> Self {
         let usual = LoadBalancer::default();
@@ -73,6 +76,7 @@ impl Candidates {
             warmup: policy.warmup.clone(),
             hash: policy.consistent_hash.clone(),
             bounds,
+            budget,
             cluster: Some(Arc::clone(cluster)),
         }
     }
@@ -85,9 +89,9 @@ impl Candidates {
     }
 
     /// One alone, which nobody ejects.
-    pub(super) fn alone(endpoint: Arc<EndpointState>) -> Self {
-        let bounds = Arc::clone(&endpoint.bounds);
-        Self { vitals: [Arc::clone(&endpoint.vitals)].into(), endpoints: [endpoint].into(), bounds, ..Self::default() }
+    pub(super) fn alone(endpoint: Arc<EndpointState>, budget: Arc<Budget>) -> Self {
+        let (vitals, bounds) = ([Arc::clone(&endpoint.vitals)].into(), Arc::clone(&endpoint.bounds));
+        Self { vitals, endpoints: [endpoint].into(), bounds, budget, ..Self::default() }
     }
 
     /// Whether nothing was said of the cluster since they were made of it.

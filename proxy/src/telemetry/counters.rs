@@ -31,15 +31,16 @@ metrics_of_the_process! {
     DetectedOpaque "sheetbend_detected_total" { protocol: "opaque" } "Connections by what their first bytes were.";
     DetectedSilent "sheetbend_detected_total" { protocol: "silent" } "Connections by what their first bytes were.";
 
-    RetriedConnect "sheetbend_retries_total" { reason: "connect" } "Second attempts, by why the first one failed.";
-    RetriedUnsent "sheetbend_retries_total" { reason: "unsent" } "Second attempts, by why the first one failed.";
-    RetriedRefused "sheetbend_retries_total" { reason: "refused_stream" } "Second attempts, by why the first one failed.";
-    RetriedGoAway "sheetbend_retries_total" { reason: "goaway" } "Second attempts, by why the first one failed.";
-    RetriedPeerConnect "sheetbend_retries_total" { reason: "peer_connect" } "Second attempts, by why the first one failed.";
-    RetriedShed "sheetbend_retries_total" { reason: "shed" } "Second attempts, by why the first one failed.";
-    RetriedReset "sheetbend_retries_total" { reason: "reset" } "Second attempts, by why the first one failed.";
-    RetriedTimeout "sheetbend_retries_total" { reason: "per_try_timeout" } "Second attempts, by why the first one failed.";
-    RetriedStatus "sheetbend_retries_total" { reason: "status" } "Second attempts, by why the first one failed.";
+    RetriedConnect "sheetbend_retries_total" { reason: "connect" } "Attempts after the first, by why the one before failed.";
+    RetriedUnsent "sheetbend_retries_total" { reason: "unsent" } "Attempts after the first, by why the one before failed.";
+    RetriedRefused "sheetbend_retries_total" { reason: "refused_stream" } "Attempts after the first, by why the one before failed.";
+    RetriedGoAway "sheetbend_retries_total" { reason: "goaway" } "Attempts after the first, by why the one before failed.";
+    RetriedPeerConnect "sheetbend_retries_total" { reason: "peer_connect" } "Attempts after the first, by why the one before failed.";
+    RetriedShed "sheetbend_retries_total" { reason: "shed" } "Attempts after the first, by why the one before failed.";
+    RetriedReset "sheetbend_retries_total" { reason: "reset" } "Attempts after the first, by why the one before failed.";
+    RetriedTimeout "sheetbend_retries_total" { reason: "per_try_timeout" } "Attempts after the first, by why the one before failed.";
+    RetriedStatus "sheetbend_retries_total" { reason: "status" } "Attempts after the first, by why the one before failed.";
+    RetriedGrpc "sheetbend_retries_total" { reason: "grpc_status" } "Attempts after the first, by why the one before failed.";
 
     EjectedErrors "sheetbend_ejections_total" { reason: "consecutive_failures" } "Endpoints left alone for a while, by why.";
     EjectedGatewayErrors "sheetbend_ejections_total" { reason: "consecutive_gateway_errors" } "Endpoints left alone for a while, by why.";
@@ -57,6 +58,9 @@ metrics_of_the_process! {
     NotRetriedBudget "sheetbend_not_retried_total" { reason: "budget" } "Failures that were not tried again, by why not.";
     NotRetriedAttempts "sheetbend_not_retried_total" { reason: "attempts" } "Failures that were not tried again, by why not.";
     NotRetriedDeadline "sheetbend_not_retried_total" { reason: "deadline" } "Failures that were not tried again, by why not.";
+    NotRetriedPolicy "sheetbend_not_retried_total" { reason: "not_asked_for" } "Failures that were not tried again, by why not.";
+    NotRetriedCaller "sheetbend_not_retried_total" { reason: "caller_retries" } "Failures that were not tried again, by why not.";
+    NotRetriedRefused "sheetbend_not_retried_total" { reason: "refused_here" } "Failures that were not tried again, by why not.";
 
     AccessAudited "sheetbend_authorization_audited_total" {} "Calls that a policy with action AUDIT matched.";
     DryRunAllowed "sheetbend_authorization_dry_run_total" { result: "allowed" } "Calls by what would have been if policies that run dry were obeyed.";

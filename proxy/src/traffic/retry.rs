@@ -1,20 +1,26 @@
 //! PURE: whether a failed request may be sent once more. The rule is that nothing is ever paid twice.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
+
+use sheetbend_control_plane_client::model::Retry;
 
 use crate::telemetry::Counter;
 
-/// Attempts after the first.
-pub const RETRIES: u32 = 1;
-/// Shortest and longest wait before the second attempt; it is drawn evenly between none and these (full jitter, AWS
-/// "Exponential Backoff and Jitter").
+mod budget;
+
+pub use budget::{Budget, Retrying};
+
+/// Shortest and longest ceiling of the wait before another attempt; the wait is drawn evenly between none and a ceiling
+/// that doubles (full jitter, AWS "Exponential Backoff and Jitter").
 pub const BACKOFF: (Duration, Duration) = (Duration::from_millis(25), Duration::from_millis(250));
-/// Bytes of a body that are kept for the second attempt.
+/// A route's own backoff is waited at least, and this many times as much at most.
+pub const LONGEST_BACKOFF: u32 = 10;
+/// Bytes of a body that are kept for another attempt.
 pub const BODY_COPY: usize = 64 * 1024;
 /// A `Retry-After` up to this long is waited for.
 pub const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(1);
+/// What holds for a request that no rule takes.
+pub static DEFAULT: Retry = Retry::DEFAULT;
 
 /// How an attempt failed, as far as it matters here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,16 +31,24 @@ pub enum Failure {
     Reset,
     /// There was no answer within the time of one attempt.
     TooSlow,
-    /// The answer was 502, 503 or 504; how long it asks us to wait, in whole seconds.
+    /// The answer was a failure; how long it asks us to wait, in whole seconds.
     Status {
+        /// From 400 on.
+        status: u16,
         /// `Retry-After`.
         retry_after: Option<Duration>,
     },
+    /// The call ended with this status before there was anything else of its answer.
+    Grpc(u16),
+    /// It was refused here, and would be again.
+    Refused,
 }
 
 /// What is known when an attempt has failed.
 #[derive(Debug, Clone, Copy)]
-pub struct Attempt {
+pub struct Attempt<'a> {
+    /// What its route wants.
+    pub policy: &'a Retry,
     /// How it failed.
     pub failure: Failure,
     /// Attempts before it.
@@ -43,7 +57,9 @@ pub struct Attempt {
     pub idempotent: bool,
     /// Whether the whole request is still at hand.
     pub replayable: bool,
-    /// Time left until the caller's deadline, if there is one.
+    /// Whether its caller sends it again itself: then nobody else does, but for what had no effect.
+    pub caller_retries: bool,
+    /// Time left until the request's deadline, if there is one.
     pub left: Option<Duration>,
 }
 
@@ -62,26 +78,37 @@ pub enum Verdict {
 }
 
 /// Decides. `chance` is in `0.0..1.0`; the budget is asked last, so that it is spent on nothing else.
-pub fn decide(attempt: &Attempt, chance: f64, budget: impl FnOnce() -> bool) -> Verdict {
+pub fn decide(attempt: &Attempt<'_>, chance: f64, budget: impl FnOnce() -> bool) -> Verdict {
+    let policy = attempt.policy;
     let reason = match attempt.failure {
         Failure::Unprocessed(reason) => reason,
-        _ if !attempt.idempotent => return Verdict::GiveUp(Counter::NotRetriedUnsafe),
         Failure::Reset => Counter::RetriedReset,
         Failure::TooSlow => Counter::RetriedTimeout,
-        Failure::Status { .. } => Counter::RetriedStatus,
+        Failure::Status { status, .. } if policy.wants_status(status) => Counter::RetriedStatus,
+        Failure::Grpc(status) if policy.wants_grpc(status) => Counter::RetriedGrpc,
+        Failure::Status { .. } | Failure::Grpc(_) => return Verdict::GiveUp(Counter::NotRetriedPolicy),
+        Failure::Refused => return Verdict::GiveUp(Counter::NotRetriedRefused),
     };
-    if attempt.before >= RETRIES {
+    // The one gate that keeps whatever may have been paid from being paid again.
+    let harmless = matches!(attempt.failure, Failure::Unprocessed(_)) || attempt.idempotent;
+    if !harmless && !policy.non_idempotent {
+        return Verdict::GiveUp(Counter::NotRetriedUnsafe);
+    }
+    if attempt.caller_retries && !matches!(attempt.failure, Failure::Unprocessed(_)) {
+        return Verdict::GiveUp(Counter::NotRetriedCaller);
+    }
+    if attempt.before >= policy.attempts() {
         return Verdict::GiveUp(Counter::NotRetriedAttempts);
     }
     if !attempt.replayable {
         return Verdict::GiveUp(Counter::NotRetriedBody);
     }
     let after = match attempt.failure {
-        Failure::Status { retry_after: Some(wait) } if wait > LONGEST_RETRY_AFTER => {
+        Failure::Status { retry_after: Some(wait), .. } if wait > LONGEST_RETRY_AFTER => {
             return Verdict::GiveUp(Counter::NotRetriedDeadline);
         }
-        Failure::Status { retry_after: Some(wait) } => wait,
-        _ => backoff(attempt.before, chance),
+        Failure::Status { retry_after: Some(wait), .. } => wait.max(policy.backoff.unwrap_or_default()),
+        _ => backoff(policy.backoff, attempt.before, chance),
     };
     if attempt.left.is_some_and(|left| after >= left) {
         return Verdict::GiveUp(Counter::NotRetriedDeadline);
@@ -92,111 +119,41 @@ pub fn decide(attempt: &Attempt, chance: f64, budget: impl FnOnce() -> bool) -> 
     Verdict::Retry { after, reason }
 }
 
-fn backoff(before: u32, chance: f64) -> Duration {
-    let ceiling = BACKOFF.0.saturating_mul(1 << before.min(8)).min(BACKOFF.1);
-    ceiling.mul_f64(chance.clamp(0.0, 1.0))
-}
-
-/// How many requests may be retries: 20 % of those in the last 10 s and 10 more a second, as Gateway API's
-/// `retryConstraint` words it; at most 20 % and 3 of those under way.
-#[derive(Debug, Default)]
-pub struct Budget {
-    /// Requests of each of the last ten seconds: counted by every request, so without a lock.
-    requests: [Slot; 10],
-    /// (second, retries) of the same. Locked only when a request has failed.
-    retries: Mutex<[(u64, u64); 10]>,
-    in_flight: AtomicU64,
-    retrying: AtomicU64,
-}
-
-#[derive(Debug, Default)]
-struct Slot {
-    second: AtomicU64,
-    count: AtomicU64,
-}
-
-const PERCENT: u64 = 20;
-const PER_SECOND: u64 = 10;
-
-impl Budget {
-    /// Counts a request that begins at `now` on the caller's clock. Undone by [`Budget::end`].
-    pub fn begin(&self, now: Duration) {
-        let second = now.as_secs();
-        let slot = &self.requests[(second % 10) as usize];
-        // Two workers may both see the second turn; a request or two is then not counted, which errs to fewer retries.
-        if slot.second.swap(second, Relaxed) != second {
-            slot.count.store(0, Relaxed);
+/// The wait before another attempt. What a route asks for is the least of it (HTTPRouteRetry, `backoff`).
+fn backoff(asked: Option<Duration>, before: u32, chance: f64) -> Duration {
+    let doubled = 1 << before.min(8);
+    let (least, ceiling) = match asked {
+        None => (Duration::ZERO, BACKOFF.0.saturating_mul(doubled).min(BACKOFF.1)),
+        Some(least) => {
+            let longest = least.saturating_mul(LONGEST_BACKOFF);
+            (least, least.saturating_mul(doubled).saturating_mul(2).min(longest))
         }
-        slot.count.fetch_add(1, Relaxed);
-        self.in_flight.fetch_add(1, Relaxed);
-    }
-
-    /// The request has ended.
-    pub fn end(&self) {
-        self.in_flight.fetch_sub(1, Relaxed);
-    }
-
-    /// Takes one retry out of the budget, if it has one left. The retry ends with [`Budget::retried`].
-    pub fn take(&self, now: Duration) -> bool {
-        let second = now.as_secs();
-        let recent = |at: u64| second.saturating_sub(at) < 10;
-        let mut retries = self.retries.lock().unwrap_or_else(PoisonError::into_inner);
-        let in_flight = self.in_flight.load(Relaxed);
-        if self.retrying.load(Relaxed) * 100 >= in_flight * PERCENT + 3 * 100 {
-            return false;
-        }
-        let requests: u64 = self
-            .requests
-            .iter()
-            .filter(|slot| recent(slot.second.load(Relaxed)))
-            .map(|slot| slot.count.load(Relaxed))
-            .sum();
-        let spent: u64 = retries.iter().filter(|slot| recent(slot.0)).map(|slot| slot.1).sum();
-        if (spent + 1) * 100 > requests * PERCENT + PER_SECOND * 10 * 100 {
-            return false;
-        }
-        let slot = &mut retries[(second % 10) as usize];
-        if slot.0 != second {
-            *slot = (second, 0);
-        }
-        slot.1 += 1;
-        self.retrying.fetch_add(1, Relaxed);
-        true
-    }
-
-    /// A retry that was taken out of the budget has ended.
-    pub fn retried(&self) {
-        self.retrying.fetch_sub(1, Relaxed);
-    }
-
-    /// Requests under way.
-    pub fn in_flight(&self) -> u64 {
-        self.in_flight.load(Relaxed)
-    }
-}
-
-/// A retry that was taken out of a budget; it has ended when this is dropped.
-pub struct Retrying<'a>(pub &'a Budget);
-
-impl Drop for Retrying<'_> {
-    fn drop(&mut self) {
-        self.0.retried();
-    }
+    };
+    least + ceiling.saturating_sub(least).mul_f64(chance.clamp(0.0, 1.0))
 }
 
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use sheetbend_control_plane_client::model::RetryOn;
 
     use super::*;
 
-    fn attempt(failure: Failure, idempotent: bool) -> Attempt {
-        Attempt { failure, before: 0, idempotent, replayable: true, left: None }
+    fn attempt(failure: Failure, idempotent: bool) -> Attempt<'static> {
+        Attempt {
+            policy: &DEFAULT,
+            failure,
+            before: 0,
+            idempotent,
+            replayable: true,
+            caller_retries: false,
+            left: None,
+        }
     }
 
     #[test]
     fn a_post_that_may_have_been_processed_is_never_sent_again() {
-        for failure in [Failure::Reset, Failure::TooSlow, Failure::Status { retry_after: None }] {
+        for failure in [Failure::Reset, Failure::TooSlow, UNAVAILABLE] {
             let verdict = decide(&attempt(failure, false), 0.5, || true);
             assert_eq!(verdict, Verdict::GiveUp(Counter::NotRetriedUnsafe));
         }
@@ -223,50 +180,91 @@ mod tests {
     #[test]
     fn retry_after_is_waited_for_up_to_a_second() {
         let wait = Duration::from_secs(1);
-        let failed = attempt(Failure::Status { retry_after: Some(wait) }, true);
+        let failed = attempt(Failure::Status { status: 503, retry_after: Some(wait) }, true);
         assert_eq!(decide(&failed, 0.0, || true), Verdict::Retry { after: wait, reason: Counter::RetriedStatus });
-        let longer = attempt(Failure::Status { retry_after: Some(Duration::from_secs(2)) }, true);
+        let longer = attempt(Failure::Status { status: 503, retry_after: Some(Duration::from_secs(2)) }, true);
         assert_eq!(decide(&longer, 0.0, || true), Verdict::GiveUp(Counter::NotRetriedDeadline));
     }
 
-    #[test]
-    fn at_most_a_fifth_and_three_of_those_under_way_are_retries() {
-        let budget = Budget::default();
-        (0..10).for_each(|_| budget.begin(Duration::ZERO));
-        assert_eq!((0..100).filter(|_| budget.take(Duration::ZERO)).count(), 5);
-        budget.retried();
-        assert!(budget.take(Duration::ZERO));
+    const UNAVAILABLE: Failure = Failure::Status { status: 503, retry_after: None };
+
+    fn with(policy: &Retry, failure: Failure, idempotent: bool, before: u32) -> Verdict {
+        decide(&Attempt { policy, before, ..attempt(failure, idempotent) }, 0.0, || true)
     }
 
     #[test]
-    fn two_threads_cannot_both_take_the_last_retry() {
-        let budget = Budget::default();
-        (0..1000).for_each(|_| budget.begin(Duration::ZERO));
-        let taken: usize = std::thread::scope(|scope| {
-            let take = || (0..1000).filter(|_| budget.take(Duration::ZERO)).count();
-            let threads = [scope.spawn(take), scope.spawn(take)];
-            threads.into_iter().map(|thread| thread.join().unwrap_or_default()).sum()
-        });
-        assert_eq!(taken, 203);
+    fn a_route_widens_what_is_retried() {
+        let own = |status| Failure::Status { status, retry_after: None };
+        assert_eq!(with(&DEFAULT, own(500), true, 0), Verdict::GiveUp(Counter::NotRetriedPolicy));
+        let codes = Retry { codes: vec![500, 429], ..Retry::DEFAULT };
+        for status in [429, 500, 503] {
+            assert!(matches!(with(&codes, own(status), true, 0), Verdict::Retry { .. }), "{status}");
+        }
+        let all = Retry { on: vec![RetryOn::ServerError], ..Retry::DEFAULT };
+        assert!(matches!(with(&all, own(599), true, 0), Verdict::Retry { .. }));
+        assert_eq!(with(&all, own(404), true, 0), Verdict::GiveUp(Counter::NotRetriedPolicy));
+        let none = Retry { attempts: Some(0), ..Retry::DEFAULT };
+        assert_eq!(with(&none, UNAVAILABLE, true, 0), Verdict::GiveUp(Counter::NotRetriedAttempts));
+    }
+
+    #[test]
+    fn a_call_is_retried_for_the_grpc_statuses_that_its_route_names_and_in_so_many_words() {
+        let asked = Retry { on: vec![RetryOn::Unavailable], non_idempotent: true, ..Retry::DEFAULT };
+        assert!(matches!(with(&asked, Failure::Grpc(14), false, 0), Verdict::Retry { .. }));
+        assert_eq!(with(&asked, Failure::Grpc(13), false, 0), Verdict::GiveUp(Counter::NotRetriedPolicy));
+        let half = Retry { non_idempotent: false, ..asked };
+        assert_eq!(with(&half, Failure::Grpc(14), false, 0), Verdict::GiveUp(Counter::NotRetriedUnsafe));
+    }
+
+    #[test]
+    fn whoever_retries_itself_is_not_helped_but_with_what_had_no_effect() {
+        let of = |failure| decide(&Attempt { caller_retries: true, ..attempt(failure, true) }, 0.0, || true);
+        assert_eq!(of(UNAVAILABLE), Verdict::GiveUp(Counter::NotRetriedCaller));
+        assert!(matches!(of(Failure::Unprocessed(Counter::RetriedConnect)), Verdict::Retry { .. }));
+    }
+
+    #[test]
+    fn waits_double_and_never_fall_below_what_the_route_asks_for() {
+        let ceiling = |asked, before| backoff(asked, before, 1.0).as_millis();
+        assert_eq!([0, 1, 2, 3, 9].map(|before| ceiling(None, before)), [25, 50, 100, 200, 250]);
+        let asked = Some(Duration::from_millis(100));
+        assert_eq!([0, 1, 2, 3, 9].map(|before| ceiling(asked, before)), [200, 400, 800, 1000, 1000]);
+        assert_eq!(backoff(asked, 5, 0.0), Duration::from_millis(100));
+    }
+
+    fn any_policy() -> impl Strategy<Value = Retry> {
+        let words = proptest::collection::vec(proptest::sample::select(RetryOn::ALL.to_vec()), 0..11);
+        let codes = proptest::collection::vec(400u16..600, 0..5);
+        (proptest::option::of(0u32..11), codes, words).prop_map(|(attempts, codes, words)| Retry {
+            attempts,
+            codes,
+            on: words.into_iter().map(|(_, on)| on).collect(),
+            backoff: None,
+            non_idempotent: false,
+        })
+    }
+
+    fn any_failure() -> impl Strategy<Value = Failure> {
+        prop_oneof![
+            Just(Failure::Reset),
+            Just(Failure::TooSlow),
+            Just(Failure::Refused),
+            (400u16..600).prop_map(|status| Failure::Status { status, retry_after: None }),
+            (0u16..17).prop_map(Failure::Grpc),
+        ]
     }
 
     proptest! {
         #[test]
-        fn retries_never_exceed_a_fifth_of_requests_and_ten_a_second(
-            steps in proptest::collection::vec((0u64..200, 0u64..200), 1..40)
+        fn no_policy_sends_a_post_twice_that_does_not_say_so_in_so_many_words(
+            policy in any_policy(), failure in any_failure(), before in 0u32..3
         ) {
-            let budget = Budget::default();
-            let mut history = Vec::new();
-            for (second, (requests, wanted)) in steps.into_iter().enumerate() {
-                let now = Duration::from_secs(second as u64);
-                (0..requests).for_each(|_| budget.begin(now));
-                let granted = (0..wanted).filter(|_| budget.take(now)).map(|_| budget.retried()).count() as u64;
-                history.push((requests, granted));
-                let from = history.len().saturating_sub(10);
-                let sums = history[from..].iter().fold((0, 0), |sum, s| (sum.0 + s.0, sum.1 + s.1));
-                // Of the moment of a grant: later, the window forgets requests whose retries it still holds.
-                prop_assert!(granted == 0 || sums.1 * 100 <= sums.0 * PERCENT + PER_SECOND * 10 * 100);
-            }
+            prop_assert!(matches!(with(&policy, failure, false, before), Verdict::GiveUp(_)));
+        }
+
+        #[test]
+        fn no_policy_makes_more_attempts_than_it_says(policy in any_policy(), failure in any_failure()) {
+            prop_assert!(matches!(with(&policy, failure, true, policy.attempts()), Verdict::GiveUp(_)));
         }
     }
 }

@@ -26,7 +26,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use sheetbend_certs::SpiffeId;
-use sheetbend_control_plane_client::model::{ClusterName, RateLimit, ServicePort, Target, Transport};
+use sheetbend_control_plane_client::model::{ClusterName, RateLimit, RetryConstraint, ServicePort, Target, Transport};
 
 pub use bounds::{Bounds, Permit};
 pub use dial::{BoxIo, DialError, Io};
@@ -43,6 +43,7 @@ use crate::telemetry::{Edge, EdgeKey, Peer, Protocol, Reporter, Telemetry};
 use crate::traffic::limit::Limit;
 use crate::traffic::outlier::{Detection, Floor, Tally, Vitals};
 use crate::traffic::rate::Rate;
+use crate::traffic::retry::Budget;
 
 /// Where an endpoint is.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -186,6 +187,7 @@ struct Known {
     bounds: HashMap<Bounded, Arc<Bounds>>,
     /// By name.
     rates: HashMap<Arc<str>, Arc<Rate>>,
+    budgets: HashMap<Bounded, Arc<Budget>>,
     /// What floors decided that are gone.
     past: Tally,
     swept: Duration,
@@ -258,6 +260,7 @@ impl Known {
         });
         self.bounds.retain(|_, bounds| Arc::strong_count(bounds) > 1);
         self.rates.retain(|_, rate| Arc::strong_count(rate) > 1);
+        self.budgets.retain(|_, budget| Arc::strong_count(budget) > 1);
         let past = &mut self.past;
         self.floors.retain(|_, floor| {
             let used = Arc::strong_count(floor) > 1;
@@ -270,6 +273,14 @@ impl Known {
 
     fn bounds(&mut self, of: Bounded) -> Arc<Bounds> {
         Arc::clone(self.bounds.entry(of).or_default())
+    }
+
+    fn budget(&mut self, of: Bounded, constraint: RetryConstraint) -> Arc<Budget> {
+        let known = self.budgets.entry(of).or_default();
+        if *known.constraint() != constraint {
+            *known = Arc::new(Budget::new(constraint));
+        }
+        Arc::clone(known)
     }
 
     fn floor(&mut self, backend: &ClusterName) -> Arc<Floor> {
@@ -349,6 +360,11 @@ impl Endpoints {
         let rate = Arc::new(Rate::new(wanted.clone(), RandomState::new(), now));
         known.rates.insert(Arc::clone(&wanted.name), Arc::clone(&rate));
         rate
+    }
+
+    /// How many retries there may be, of all workers together. Asked when a destination is indexed.
+    pub(crate) fn budget(&self, of: Bounded, constraint: RetryConstraint) -> Arc<Budget> {
+        self.lock().budget(of, constraint)
     }
 
     /// All limits of what is in use.

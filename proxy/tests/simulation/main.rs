@@ -15,6 +15,7 @@ use std::time::Duration;
 use rand::RngExt;
 use script::{Caller, Conduct, Script};
 use seeds::for_each_seed;
+use sheetbend_control_plane_client::model::{Retry, RetryOn};
 use world::play;
 
 const fn secs(seconds: u64) -> Duration {
@@ -22,7 +23,8 @@ const fn secs(seconds: u64) -> Duration {
 }
 
 fn of(servers: Vec<Conduct>, callers: Vec<Caller>, lasts: Duration) -> Script {
-    Script { servers, callers, changes: Vec::new(), pushes: Vec::new(), per_try: None, ejects: true, lasts }
+    let retry = Retry::DEFAULT;
+    Script { servers, callers, changes: Vec::new(), pushes: Vec::new(), per_try: None, retry, ejects: true, lasts }
 }
 
 #[test]
@@ -45,7 +47,11 @@ fn in_a_total_outage_retries_add_a_fifth_and_ten_a_second_at_most() {
         let rate = chance.random_range(5.0..500.0);
         let bad = [Conduct::failing(1.0), Conduct::Refuses, Conduct::Resets][chance.random_range(0..3)].clone();
         let servers = chance.random_range(1..8);
-        let record = play(&of(vec![bad; servers], vec![Caller::at(rate)], secs(20)), seed);
+        let mut script = of(vec![bad; servers], vec![Caller::at(rate)], secs(20));
+        if chance.random() {
+            script.retry = policy(chance);
+        }
+        let record = play(&script, seed);
         let (load, most) = (record.attempts(secs(0)..secs(20)), 1.0 + 0.2 + 10.0 / rate);
         // Arrivals are random: in 20 s their number is off by this much in one run of a million.
         let noise = 5.0 / (rate * 20.0).sqrt();
@@ -227,6 +233,18 @@ fn errors_of_a_common_cause_that_are_few_eject_hardly_anybody() {
     });
 }
 
+/// Whatever a route may ask for, but for sending twice what may have been processed.
+fn policy(chance: &mut rand::rngs::StdRng) -> Retry {
+    let codes = [429, 500, 501, 503].into_iter().filter(|_| chance.random()).collect();
+    Retry {
+        attempts: chance.random_bool(0.8).then(|| chance.random_range(0..=4)),
+        codes,
+        backoff: chance.random_bool(0.3).then(|| chance.random_range(secs(0)..secs(1))),
+        on: if chance.random() { vec![RetryOn::ServerError] } else { Vec::new() },
+        non_idempotent: false,
+    }
+}
+
 /// Anything that can happen.
 fn anything(chance: &mut rand::rngs::StdRng) -> Script {
     let conduct = |chance: &mut rand::rngs::StdRng, now| match chance.random_range(0..9) {
@@ -260,5 +278,6 @@ fn anything(chance: &mut rand::rngs::StdRng) -> Script {
     });
     let pushes = pushes.collect();
     let per_try = chance.random_bool(0.5).then(|| chance.random_range(Duration::from_millis(50)..secs(2)));
-    Script { servers, callers, changes, pushes, per_try, ejects: true, lasts: secs(10) }
+    let retry = policy(chance);
+    Script { servers, callers, changes, pushes, per_try, retry, ejects: true, lasts: secs(10) }
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use rand::RngExt;
 use rand::rngs::StdRng;
+use sheetbend_control_plane_client::model::Retry;
 use sheetbend_proxy::traffic::balance;
 use sheetbend_proxy::traffic::outlier::{Detection, Floor, Outcome, Reason, Sent, State, Vitals};
 use sheetbend_proxy::traffic::retry::{self, Attempt, Budget, Failure, Verdict};
@@ -64,24 +65,19 @@ impl Proxy {
         self.budget.end();
     }
 
-    /// An attempt begins, at another server than the one tried before.
-    pub(crate) fn pick(
-        &mut self,
-        tried: Option<usize>,
-        idempotent: bool,
-        chance: &mut StdRng,
-        now: Duration,
-    ) -> Attempted {
-        let tried = tried.and_then(|tried| self.servers.iter().position(|server| *server == tried));
+    /// An attempt begins, at another server than those tried before.
+    pub(crate) fn pick(&mut self, tried: &[usize], idempotent: bool, chance: &mut StdRng, now: Duration) -> Attempted {
+        let tried: Vec<usize> = tried.iter().filter_map(|tried| self.servers.iter().position(|s| s == tried)).collect();
         let endpoints = &self.endpoints;
         let cost = |chance| {
-            move |at: usize| match Some(at) == tried {
+            let tried = &tried;
+            move |at: usize| match tried.contains(&at) && tried.len() < endpoints.len() {
                 true => f64::INFINITY,
                 false => endpoints[at].cost(chance, now),
             }
         };
         let balance = |bits, chance| balance::pick(endpoints.len(), bits, cost(chance));
-        let picked = self.floor.pick(endpoints, idempotent && tried.is_none(), now, || chance.random(), balance);
+        let picked = self.floor.pick(endpoints, idempotent && tried.is_empty(), now, || chance.random(), balance);
         let picked = picked.expect("a script has servers");
         endpoints[picked.at].load.begin();
         let turn = endpoints[picked.at].turns();
@@ -111,13 +107,15 @@ impl Proxy {
 
     pub(crate) fn again(
         &mut self,
+        policy: &Retry,
         failure: Failure,
         before: u32,
         idempotent: bool,
         chance: f64,
         now: Duration,
     ) -> Verdict {
-        let attempt = Attempt { failure, before, idempotent, replayable: true, left: None };
+        let attempt =
+            Attempt { policy, failure, before, idempotent, replayable: true, caller_retries: false, left: None };
         let verdict = retry::decide(&attempt, chance, || self.budget.take(now));
         self.retrying += u64::from(matches!(verdict, Verdict::Retry { .. }));
         verdict

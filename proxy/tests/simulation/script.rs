@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use sheetbend_control_plane_client::model::Retry;
+
 /// A run, before it is played.
 #[derive(Clone, Debug)]
 pub(crate) struct Script {
@@ -14,6 +16,8 @@ pub(crate) struct Script {
     pub(crate) pushes: Vec<(Duration, Vec<usize>)>,
     /// How long one attempt may take.
     pub(crate) per_try: Option<Duration>,
+    /// What the route of all callers wants retried.
+    pub(crate) retry: Retry,
     /// Whether endpoints that fail are ejected.
     pub(crate) ejects: bool,
     /// How long the callers go on asking.

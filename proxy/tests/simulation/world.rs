@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
+use sheetbend_control_plane_client::model::Retry;
 use sheetbend_proxy::telemetry::Counter;
 use sheetbend_proxy::traffic::outlier::{self, Fault, Sent};
 use sheetbend_proxy::traffic::retry::{Failure, Verdict};
@@ -33,6 +34,8 @@ struct Call {
     /// Attempts before this one.
     before: u32,
     to: Attempted,
+    /// Where its attempts went.
+    tried: Vec<usize>,
     /// When this attempt began.
     sent: Duration,
     /// How often a server did what it asks for.
@@ -95,6 +98,7 @@ pub(crate) struct World {
     calls: Vec<Call>,
     record: Record,
     per_try: Option<Duration>,
+    retry: Retry,
 }
 
 /// Plays a script from its beginning to its end.
@@ -112,6 +116,7 @@ pub(crate) fn play(script: &Script, seed: u64) -> Record {
         calls: Vec::new(),
         record: Record::new(script.servers.len()),
         per_try: script.per_try,
+        retry: script.retry.clone(),
     };
     for (at, servers) in &script.pushes {
         world.plan(UPTIME + *at, Event::Push(servers.clone()));
@@ -199,7 +204,9 @@ impl World {
         }
         let to = Attempted { server: usize::MAX, sent: Sent { probe: false, turn: 0, at: begun } };
         let (sent, retrying, attempting, over) = (begun, false, false, false);
-        let call = Call { proxy, begun, idempotent, before: 0, to, sent, effects: 0, retrying, attempting, over };
+        let tried = Vec::new();
+        let call =
+            Call { proxy, begun, idempotent, before: 0, to, tried, sent, effects: 0, retrying, attempting, over };
         self.calls.push(call);
         self.proxies[proxy].begin(self.now);
         self.attempt(id);
@@ -207,9 +214,9 @@ impl World {
 
     fn attempt(&mut self, id: usize) {
         let call = &mut self.calls[id];
-        let tried = (call.before > 0).then_some(call.to.server);
-        let to = self.proxies[call.proxy].pick(tried, call.idempotent, &mut self.chance, self.now);
+        let to = self.proxies[call.proxy].pick(&call.tried, call.idempotent, &mut self.chance, self.now);
         (call.to, call.sent, call.attempting) = (to, self.now, true);
+        call.tried.push(to.server);
         let (server, attempt) = (to.server, call.before);
         self.record.asked(server, self.now - UPTIME);
         if let Some(per_try) = self.per_try {
@@ -257,11 +264,15 @@ impl World {
                     500.. => proxy.failed(call.to.server, self.now),
                     _ => proxy.answered(call.to.server, self.now - call.sent, self.now),
                 }
-                matches!(status, 502..=504).then_some(Failure::Status { retry_after: None })
+                (status >= 500).then_some(Failure::Status { status, retry_after: None })
             }
-            Outcome::Reset | Outcome::TimedOut => {
+            Outcome::Reset => {
                 proxy.failed(call.to.server, self.now);
                 Some(Failure::Reset)
+            }
+            Outcome::TimedOut => {
+                proxy.failed(call.to.server, self.now);
+                Some(Failure::TooSlow)
             }
             Outcome::Unreached => {
                 proxy.failed(call.to.server, self.now);
@@ -278,7 +289,7 @@ impl World {
         let proxy = &mut self.proxies[call.proxy];
         let verdict = failure.map(|failure| {
             let chance = self.chance.random_range(0.0..1.0);
-            proxy.again(failure, call.before, call.idempotent, chance, self.now)
+            proxy.again(&self.retry, failure, call.before, call.idempotent, chance, self.now)
         });
         if let Some(Verdict::Retry { after, .. }) = verdict {
             self.record.retried(proxy);
@@ -318,6 +329,9 @@ impl World {
         let proxy = &mut self.proxies[call.proxy];
         proxy.end_retry(call.retrying);
         proxy.end();
+        if call.before > self.retry.attempts() {
+            self.record.wrong(format!("request {id} was retried {} times", call.before));
+        }
         self.record.ended(call.begun - UPTIME, self.now - UPTIME, call.before + 1, end);
     }
 }

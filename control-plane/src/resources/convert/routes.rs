@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde_saphyr::{Location, Spanned};
 use sheetbend_control_plane_client::model::{Filters, Match, PathMatch, Pattern, RulePolicy, TextMatch};
 
-use super::{backends, filters, parents_of, policy};
+use super::{backends, filters, parents_of, retries};
 use crate::resources::kinds::{self, ValueMatch};
 use crate::resources::parse::{Checked, both, every, mistake};
 use crate::resources::precedence::Ranked;
@@ -26,7 +26,7 @@ pub(in crate::resources) fn http_route(raw: kinds::Route<kinds::HttpRule>) -> Ch
         let (at, rule) = (rule.referenced, &rule.value);
         at_most("matches", rule.matches.len(), MOST_MATCHES, at)?;
         let matches = every(rule.matches.iter().map(|one| http_match(one).map(Ranked::http)));
-        let policy = policy::http_rule(rule, at);
+        let policy = retries::rule(&raw.metadata, at, rule.timeouts.as_ref(), rule.retry.as_ref());
         let forwards = rule.backend_refs.first().map(|first| first.name.referenced);
         let filters = filters::of_rule(&rule.filters, &rule.matches, forwards);
         let backends = match &filters {
@@ -51,9 +51,11 @@ pub(in crate::resources) fn grpc_route(raw: kinds::Route<kinds::GrpcRule>) -> Ch
         at_most("matches", rule.matches.len(), MOST_MATCHES, at)?;
         let matches = every(rule.matches.iter().map(grpc_match));
         let headers = filters::edits(&rule.filters);
-        let (matches, (headers, backends)) = both(matches, both(headers, backends(&rule.backend_refs, &name, at)))?;
+        let policy = retries::rule(&raw.metadata, at, rule.timeouts.as_ref(), rule.retry.as_ref());
+        let backends = backends(&rule.backend_refs, &name, at);
+        let ((matches, headers), (policy, backends)) = both(both(matches, headers), both(policy, backends))?;
         let filters = Filters { headers, ..Filters::default() };
-        let policy = RulePolicy { filters, ..RulePolicy::default() }.into();
+        let policy = RulePolicy { filters, ..policy }.into();
         Ok(RouteRule { at: at.into(), matches, backends, policy })
     });
     let rules = every(rules)?;
