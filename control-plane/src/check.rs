@@ -11,7 +11,10 @@ use std::sync::Arc;
 
 use sheetbend_control_plane_client::model::{ServiceName, ServicePort};
 
-use crate::resources::{At, BACKEND_TRAFFIC, Backend, FaultTarget, Folder, Problem, Resource, RouteTarget, suggestion};
+use crate::resources::{
+    At, Authorization, BACKEND_TRAFFIC, Backend, FaultTarget, Folder, Problem, Resource, RouteTarget, Tokens,
+    suggestion,
+};
 use crate::world::{Inputs, Parts};
 
 /// A folder that was checked.
@@ -139,8 +142,8 @@ fn missing(folder: &Folder, known: &Known) -> Vec<Problem> {
                 });
                 problems.extend(routes.filter_map(|target| lost_route(folder, file, target)));
             }
-            Resource::Authorization(one) => {
-                for target in &one.targets {
+            Resource::Tokens(Tokens { targets, .. }) | Resource::Authorization(Authorization { targets, .. }) => {
+                for target in targets {
                     lacks("this policy is about nothing", &target.service, None, target.at);
                 }
             }

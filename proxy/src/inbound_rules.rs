@@ -8,12 +8,15 @@ use sheetbend_control_plane_client::model::InboundPolicy;
 
 use crate::admission::Admission;
 use crate::policy::authz::Authz;
+use crate::policy::tokens::Tokens;
 
 /// One thing that the control plane said, made ready.
 pub(crate) struct InboundRules {
     source: Arc<InboundPolicy>,
     /// Who may call.
     pub(crate) authz: Authz,
+    /// Whose tokens are believed.
+    pub(crate) tokens: Tokens,
     /// How much of what they ask for passes.
     pub(crate) admission: Admission,
 }
@@ -21,7 +24,8 @@ pub(crate) struct InboundRules {
 impl InboundRules {
     fn new(source: Arc<InboundPolicy>, former: &Admission) -> Self {
         let admission = Admission::new(&source.limits, former);
-        Self { authz: Authz::new(&source.access), admission, source }
+        let tokens = Tokens::new(&source.access.issuers);
+        Self { authz: Authz::new(&source.access), tokens, admission, source }
     }
 
     /// What holds now; `None` before a control plane said so, and nobody is let in then.

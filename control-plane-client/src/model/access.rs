@@ -6,7 +6,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use super::Unusable;
+use super::{TokenIssuer, Unusable};
 
 /// What decides about those who call.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,6 +18,9 @@ pub struct Access {
     /// Every policy that is about the service.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub policies: Vec<Arc<AuthorizationPolicy>>,
+    /// Whose tokens are believed.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub issuers: Vec<TokenIssuer>,
 }
 
 /// `defaultInboundPolicy` of a MeshSettings.
@@ -385,6 +388,7 @@ impl Access {
 
     /// Whether it can be obeyed; if not, the field and the reason.
     pub fn check(&self) -> Result<(), Unusable> {
+        self.issuers.iter().try_for_each(TokenIssuer::check)?;
         self.policies.iter().try_for_each(|policy| policy.check())
     }
 }

@@ -7,9 +7,10 @@ use std::time::SystemTime;
 use std::{fs, io};
 
 use sheetbend_control_plane_client::model::ServiceName;
+use sheetbend_control_plane_client::model::jwt::read_keys;
 
 use super::parse::{MAX_FILE, Parsed, Problem, parse};
-use super::{Resource, Settings};
+use super::{KeyFile, Resource, Settings};
 
 /// More files than this are not read.
 const MAX_FILES: usize = 2_000;
@@ -25,6 +26,8 @@ pub(crate) struct FileState {
     problems: Vec<Problem>,
     /// Services that stand where something is wrong.
     unread: Vec<ServiceName>,
+    /// Files with keys that it names, as they were when they were read.
+    beside: Vec<(PathBuf, Option<Stamp>)>,
 }
 
 impl FileState {
@@ -48,6 +51,10 @@ struct Stamp {
 }
 
 impl Stamp {
+    fn at(path: &Path) -> Option<Self> {
+        fs::metadata(path).ok().map(|meta| Self::of(&meta))
+    }
+
     fn of(meta: &fs::Metadata) -> Self {
         Self { modified: meta.modified().ok(), size: meta.len(), inode: meta.ino() }
     }
@@ -112,7 +119,8 @@ impl Folder {
             || found.iter().any(|(path, stamp)| self.files.get(path).is_none_or(|f| f.seen.as_ref() != Some(stamp)));
         for (path, stamp) in found {
             let state = self.files.entry(path.clone()).or_default();
-            let known = state.seen.as_ref() == Some(&stamp);
+            let known =
+                state.seen.as_ref() == Some(&stamp) && state.beside.iter().all(|(path, then)| Stamp::at(path) == *then);
             if known && (!moved || state.problems.is_empty()) {
                 continue;
             }
@@ -121,6 +129,7 @@ impl Folder {
                 Ok(text) => parse(&path, &text),
                 Err(problem) => Parsed { problems: vec![problem], ..Parsed::default() },
             };
+            let beside = read_keys_beside(&path, &mut parsed);
             parsed.problems.extend(self.check(&path, &parsed.resources));
             let Some(state) = self.files.get_mut(&path) else { continue };
             if parsed.problems.is_empty() || self.piecemeal {
@@ -128,7 +137,7 @@ impl Folder {
                 state.good = parsed.resources;
             }
             news.extend(parsed.problems.iter().filter(|problem| !state.problems.contains(problem)).cloned());
-            (state.problems, state.unread) = (parsed.problems, parsed.unread);
+            (state.problems, state.unread, state.beside) = (parsed.problems, parsed.unread, beside);
         }
         Ok((changed, news))
     }
@@ -163,6 +172,30 @@ impl Folder {
         }
         problems
     }
+}
+
+/// Reads the files with keys that resources name, from the folder in which the resources' own file is.
+fn read_keys_beside(file: &Path, parsed: &mut Parsed) -> Vec<(PathBuf, Option<Stamp>)> {
+    let mut beside = Vec::new();
+    let Parsed { resources, problems, .. } = parsed;
+    for (_, resource) in resources {
+        let Resource::Tokens(tokens) = resource else { continue };
+        for KeyFile { issuer, path, at } in &tokens.files {
+            let path = file.parent().map_or(path.clone(), |folder| folder.join(path));
+            // Before it is read: what changes meanwhile is read again.
+            beside.push((path.clone(), Stamp::at(&path)));
+            let keys = read(&path).map_err(|problem| problem.reason).and_then(|text| read_keys(&text));
+            match (keys, tokens.issuers.get_mut(*issuer)) {
+                (Ok(keys), Some(issuer)) => issuer.keys = keys,
+                (Err(why), _) => {
+                    let reason = format!("jwksFile {}: {why}", path.display());
+                    problems.push(Problem { file: file.into(), line: at.line, column: at.column, reason, hint: None });
+                }
+                (Ok(_), None) => {}
+            }
+        }
+    }
+    beside
 }
 
 fn read(path: &Path) -> Result<String, Problem> {

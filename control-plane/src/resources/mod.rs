@@ -13,7 +13,7 @@ mod precedence;
 mod without;
 
 use std::net::{IpAddr, SocketAddr};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use ipnet::IpNet;
@@ -39,6 +39,7 @@ pub(crate) enum Resource {
     Faults(Faults),
     Settings(Settings),
     Authorization(Authorization),
+    Tokens(Tokens),
 }
 
 /// A Kubernetes Service.
@@ -199,6 +200,27 @@ pub(crate) struct Authorization {
     pub(crate) policy: Arc<sheetbend_control_plane_client::model::AuthorizationPolicy>,
 }
 
+/// A RequestAuthentication.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Tokens {
+    pub(crate) object: ServiceName,
+    /// The Services that it is about; none: every one of its namespace.
+    pub(crate) targets: Vec<Parent>,
+    pub(crate) issuers: Vec<sheetbend_control_plane_client::model::TokenIssuer>,
+    /// Where keys are that do not stand here.
+    pub(crate) files: Vec<KeyFile>,
+}
+
+/// A file with an issuer's keys.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct KeyFile {
+    /// Which of the issuers.
+    pub(crate) issuer: usize,
+    /// As it is written; from the resource's own folder.
+    pub(crate) path: PathBuf,
+    pub(crate) at: At,
+}
+
 /// A MeshSettings.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Settings {
@@ -238,6 +260,10 @@ impl Resource {
                 limit.services.iter_mut().for_each(|target| target.at.line += before);
                 limit.routes.iter_mut().for_each(|target| target.at.line += before);
             }
+            Self::Tokens(tokens) => {
+                tokens.targets.iter_mut().for_each(|target| target.at.line += before);
+                tokens.files.iter_mut().for_each(|file| file.at.line += before);
+            }
             Self::Authorization(one) => one.targets.iter_mut().for_each(|target| target.at.line += before),
             Self::Service(_) | Self::Slice(_) | Self::Settings(_) => {}
         }
@@ -252,6 +278,7 @@ impl Resource {
             Self::Faults(faults) => ("FaultInjection", &faults.object),
             Self::Backend(backend) => (backend.kind, &backend.object),
             Self::Limit(limit) => ("TrafficLimit", &limit.object),
+            Self::Tokens(tokens) => ("RequestAuthentication", &tokens.object),
             Self::Authorization(authorization) => ("AuthorizationPolicy", &authorization.object),
             Self::Settings(settings) => ("MeshSettings", &settings.object),
         };

@@ -190,6 +190,7 @@ const KINDS: [&str; 10] = [
     "TrafficLimit",
     "FaultInjection",
     "AuthorizationPolicy",
+    "RequestAuthentication",
     "MeshSettings",
 ];
 
@@ -255,6 +256,9 @@ fn resource(text: &str) -> Checked<Option<Resource>> {
             .map(Some),
         "FaultInjection" => expect(&["sheetbend.io/v1alpha1"])
             .and_then(|()| convert::fault_injection(read(text)?).map(Resource::Faults))
+            .map(Some),
+        "RequestAuthentication" => expect(&["sheetbend.io/v1alpha1"])
+            .and_then(|()| convert::access::request_authentication(read(text)?).map(Resource::Tokens))
             .map(Some),
         "AuthorizationPolicy" => expect(&["sheetbend.io/v1alpha1"])
             .and_then(|()| convert::access::authorization_policy(read(text)?).map(Resource::Authorization))

@@ -4,12 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use sheetbend_control_plane_client::model::{
-    Access, AuthorizationPolicy, DefaultAccess, InboundPolicy, ServiceName, ServicePort, TrafficLimits, Transport,
+    Access, AuthorizationPolicy, DefaultAccess, InboundPolicy, ServiceName, ServicePort, TokenIssuer, TrafficLimits,
+    Transport,
 };
 
 use super::parts::{Parts, PortParts, service_of};
 use super::reuse;
-use crate::resources::Limit;
+use crate::resources::{Limit, Parent};
 
 /// Every service's policy. One that is not named here has that of its namespace, or of everybody.
 #[derive(Debug, Default)]
@@ -23,37 +24,29 @@ impl Inbound {
     /// What equals its counterpart in `former` is taken from there.
     pub(super) fn build(parts: &Parts<'_>, ports: &BTreeMap<ServicePort, PortParts>, former: &Self) -> Self {
         let mut names: BTreeSet<&ServiceName> = ports.keys().map(|name| &name.service).collect();
-        let (mut about, mut everywhere): (BTreeMap<_, Vec<_>>, BTreeMap<_, Vec<_>>) = Default::default();
         let accounts = accounts(parts);
-        for one in &parts.authorizations {
-            for target in one.targets.iter().map(|target| &target.service) {
-                let stand_for = accounts.get(target).into_iter().flatten();
-                for name in stand_for.chain([target]) {
-                    names.insert(name);
-                    about.entry(name).or_default().push(&one.policy);
-                }
-            }
-            if one.targets.is_empty() {
-                everywhere.entry(&one.object.namespace).or_default().push(&one.policy);
-            }
-        }
+        let (policies, issuers) = (About::policies(parts, &accounts), About::issuers(parts, &accounts));
+        names.extend(policies.services.keys().chain(issuers.services.keys()));
         names.extend(parts.limits.iter().flat_map(|limit| &limit.services).map(|target| &target.service));
         let default = parts.default_access();
-        let of = |own: Option<&Vec<&Arc<AuthorizationPolicy>>>, namespace: &Arc<str>| {
-            let all = own.into_iter().chain(everywhere.get(namespace)).flatten();
-            let mut policies: Vec<Arc<AuthorizationPolicy>> = all.map(|policy| Arc::clone(policy)).collect();
-            policies.sort_by(|a, b| a.name.cmp(&b.name));
-            policies.dedup_by(|a, b| a.name == b.name);
-            Access { default, policies }
+        let of = |name: Option<&ServiceName>, namespace: &Arc<str>| {
+            let mut access = Access { default, ..Access::default() };
+            access.policies = policies.of(name, namespace).cloned().collect();
+            access.policies.sort_by(|a, b| a.name.cmp(&b.name));
+            access.policies.dedup_by(|a, b| a.name == b.name);
+            access.issuers = issuers.of(name, namespace).flatten().cloned().collect();
+            access
         };
         let services = names.into_iter().map(|name| {
-            let access = of(about.get(name), &name.namespace);
+            let access = of(Some(name), &name.namespace);
             let policy = InboundPolicy { access, limits: parts.limits_of(name) };
             (name.clone(), reuse(policy, former.services.get(name)))
         });
-        let namespaces = everywhere.keys().map(|namespace| {
+        let everywhere: BTreeSet<&Arc<str>> =
+            policies.namespaces.keys().chain(issuers.namespaces.keys()).copied().collect();
+        let namespaces = everywhere.into_iter().map(|namespace| {
             let policy = InboundPolicy { access: of(None, namespace), ..InboundPolicy::default() };
-            ((*namespace).clone(), reuse(policy, former.namespaces.get(*namespace)))
+            (namespace.clone(), reuse(policy, former.namespaces.get(namespace)))
         });
         let everybody = InboundPolicy { access: Access { default, ..Access::default() }, ..InboundPolicy::default() };
         Self {
@@ -69,9 +62,53 @@ impl Inbound {
     }
 }
 
+/// What speaks of services, and of whole namespaces.
+struct About<'a, T> {
+    services: BTreeMap<&'a ServiceName, Vec<T>>,
+    namespaces: BTreeMap<&'a Arc<str>, Vec<T>>,
+}
+
+impl<'a> About<'a, &'a Arc<AuthorizationPolicy>> {
+    fn policies(parts: &Parts<'a>, accounts: &'a Accounts) -> Self {
+        let all = parts.authorizations.iter();
+        Self::collect(accounts, all.map(|one| (&one.object, &*one.targets, &one.policy)))
+    }
+}
+
+impl<'a> About<'a, &'a Vec<TokenIssuer>> {
+    fn issuers(parts: &Parts<'a>, accounts: &'a Accounts) -> Self {
+        Self::collect(accounts, parts.tokens.iter().map(|one| (&one.object, &*one.targets, &one.issuers)))
+    }
+}
+
+impl<'a, T: Copy> About<'a, T> {
+    fn collect(accounts: &'a Accounts, all: impl Iterator<Item = (&'a ServiceName, &'a [Parent], T)>) -> Self {
+        let mut about = Self { services: BTreeMap::new(), namespaces: BTreeMap::new() };
+        for (object, targets, what) in all {
+            for target in targets.iter().map(|target| &target.service) {
+                for name in accounts.get(target).into_iter().flatten().chain([target]) {
+                    about.services.entry(name).or_default().push(what);
+                }
+            }
+            if targets.is_empty() {
+                about.namespaces.entry(&object.namespace).or_default().push(what);
+            }
+        }
+        about
+    }
+
+    fn of(&self, name: Option<&ServiceName>, namespace: &Arc<str>) -> impl Iterator<Item = T> {
+        let own = name.and_then(|name| self.services.get(name));
+        own.into_iter().chain(self.namespaces.get(namespace)).flatten().copied()
+    }
+}
+
+/// By Service, the other names under which its proxies are known.
+type Accounts = BTreeMap<ServiceName, BTreeSet<ServiceName>>;
+
 /// A proxy is told by its identity, which may have another name than the Service whose endpoint it is beside.
-fn accounts(parts: &Parts<'_>) -> BTreeMap<ServiceName, BTreeSet<ServiceName>> {
-    let mut accounts: BTreeMap<ServiceName, BTreeSet<ServiceName>> = BTreeMap::new();
+fn accounts(parts: &Parts<'_>) -> Accounts {
+    let mut accounts = Accounts::new();
     for slice in &parts.slices {
         let (Transport::Sheetbend(id) | Transport::MutualTls(id)) = &slice.transport else { continue };
         if let Some(account) = service_of(id).filter(|account| *account != slice.service) {

@@ -15,7 +15,7 @@ use super::{ClusterEntry, Inputs, World, reuse};
 use crate::registry::Registered;
 use crate::resources::{
     Authorization, BACKEND_TRAFFIC, FaultTarget, Faults, Limit, Parent, Rank, Ranked, Resource, Route, RouteRule,
-    RouteTarget, Service, Settings, Slice, in_order_of_age,
+    RouteTarget, Service, Settings, Slice, Tokens, in_order_of_age,
 };
 
 /// A service port while it is being put together.
@@ -41,6 +41,7 @@ pub(crate) struct Parts<'a> {
     pub(super) authorizations: Vec<&'a Authorization>,
     /// How many retries there may be, by the same.
     pub(crate) retry_constraints: BTreeMap<&'a ServiceName, &'a Arc<BackendPolicy>>,
+    pub(super) tokens: Vec<&'a Tokens>,
     pub(super) settings: Vec<&'a Settings>,
 }
 
@@ -55,6 +56,7 @@ impl<'a> Parts<'a> {
             limits: Vec::new(),
             authorizations: Vec::new(),
             retry_constraints: BTreeMap::new(),
+            tokens: Vec::new(),
             settings: Vec::new(),
         };
         for resource in resources {
@@ -68,6 +70,7 @@ impl<'a> Parts<'a> {
                     of.extend(backend.targets.iter().map(|target| (&target.service, &backend.policy)));
                 }
                 Resource::Limit(limit) => parts.limits.push(limit),
+                Resource::Tokens(one) => parts.tokens.push(one),
                 Resource::Authorization(one) => parts.authorizations.push(one),
                 Resource::Settings(settings) => parts.settings.push(settings),
             }

@@ -15,6 +15,7 @@ use super::deadline::SetBy;
 use super::headers::{self, PROXY_STATUS, UNSENT};
 use crate::policy::Abort;
 use crate::policy::authz::{Ambiguous, Denied};
+use crate::policy::tokens::BadToken;
 use crate::telemetry::{Counter, Flags};
 use crate::traffic::limit::Limit;
 use crate::traffic::shed::Shed;
@@ -98,6 +99,8 @@ pub enum Error {
     },
     /// The caller may not.
     Denied(Denied),
+    /// It shows a token that is not to be believed.
+    Token(BadToken),
     /// The request would come back to this proxy.
     Loop(SocketAddr),
     /// Nobody knows where the connection was going before it came to this listener.
@@ -152,6 +155,7 @@ impl Error {
             | Self::RateLimited { .. }
             | Self::Deadline(_)
             | Self::Denied(_)
+            | Self::Token(_)
             | Self::Loop(_)
             | Self::NotRedirected(_)
             | Self::OwnConnection { .. }
@@ -187,6 +191,7 @@ impl Error {
             Self::Deadline(_) | Self::TooSlow { .. } => {
                 (StatusCode::GATEWAY_TIMEOUT, "http_response_timeout", Flags::UPSTREAM_TIMEOUT)
             }
+            Self::Token(_) => (StatusCode::UNAUTHORIZED, "http_request_denied", Flags::DENIED),
             Self::Denied(_) => (StatusCode::FORBIDDEN, "http_request_denied", Flags::DENIED),
             Self::Loop(_) | Self::NotRedirected(_) | Self::OwnConnection { .. } => {
                 (StatusCode::LOOP_DETECTED, "proxy_loop_detected", Flags::LOOP)
@@ -216,6 +221,7 @@ impl Error {
             Self::Shed(Shed::Waited) => Some(Counter::ShedWaited),
             Self::Shed(Shed::Late) => Some(Counter::ShedLate),
             Self::Denied(why) => Some(why.counter()),
+            Self::Token(_) => Some(Counter::RefusedToken),
             Self::Loop(_) | Self::OwnConnection { .. } => Some(Counter::RefusedLoop),
             Self::NotRedirected(_) => Some(Counter::RefusedNotRedirected),
             Self::NoRule(_) => Some(Counter::RejectedNoRule),
@@ -230,6 +236,7 @@ impl Error {
     pub fn detail(&self) -> String {
         match self {
             Self::Denied(why) => format!("{self}: {why}"),
+            Self::Token(why) => format!("{self}: {why}"),
             other => other.to_string(),
         }
     }
@@ -259,6 +266,10 @@ impl Error {
             headers.insert(UNSENT, if shed { headers::SHED } else { HeaderValue::from_static("?1") });
         }
         self.say_when(headers);
+        if matches!(self, Self::Token(_)) {
+            // RFC 6750 §3: which of them it was helps nobody but a stranger.
+            headers.insert(http::header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer error=\"invalid_token\""));
+        }
         if matches!(self, Self::Refused(_)) {
             // Where such a message ends, nobody can be sure. (HTTP/2 frames its messages; hyper leaves this out there.)
             headers.insert(http::header::CONNECTION, HeaderValue::from_static("close"));
@@ -295,6 +306,7 @@ impl Error {
         let code = match self {
             Self::Refused(_) => "13",
             Self::Denied(_) => "7",
+            Self::Token(_) => "16",
             Self::Deadline(_) | Self::TooSlow { .. } => "4",
             Self::NoRule(_) => "12",
             Self::RateLimited { .. } => "8",
@@ -360,6 +372,7 @@ impl fmt::Display for Error {
             Self::TooSlow { endpoint, within, .. } => {
                 write!(f, "no answer of {endpoint} within {within:?} (timeouts.backendRequest)")
             }
+            Self::Token(_) => f.write_str("the token is not valid"),
             Self::Denied(_) => f.write_str("the caller is not allowed"),
             Self::Loop(own) => write!(f, "{own} is this proxy itself"),
             Self::NotRedirected(own) => write!(

@@ -1,5 +1,7 @@
 //! Whether somebody may call: what the policies decide is carried out, counted and told here.
 
+use std::time::SystemTime;
+
 use http::request;
 use http::uri::Authority;
 
@@ -38,12 +40,13 @@ impl Inbound {
     pub(super) fn admit(&self, caller: &Caller, head: &request::Parts, authority: &Authority) -> Result<(), Error> {
         self.lists(caller).map_err(Error::Denied)?;
         let rules = self.shared.inbound_rules.load();
+        let claims = rules.tokens.claims(&head.headers, SystemTime::now()).map_err(Error::Token)?;
         let asked = Asked {
             method: &head.method,
             authority: authority.as_str(),
             path: head.uri.path(),
             headers: &head.headers,
-            claims: None,
+            claims: claims.as_ref(),
         };
         let decision = rules.authz.request(&caller.shown(self.port.port), &asked);
         let decision = decision.map_err(|why| Error::Refused(Refusal::Ambiguous(why)))?;

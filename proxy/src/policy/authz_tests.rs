@@ -11,7 +11,7 @@ fn authz(policies: Value) -> Authz {
 
 fn with_default(policies: Value, default: DefaultAccess) -> Authz {
     let policies: Vec<Arc<AuthorizationPolicy>> = serde_json::from_value(policies).unwrap();
-    let access = Access { default, policies };
+    let access = Access { default, policies, ..Access::default() };
     access.check().unwrap();
     Authz::new(&access)
 }

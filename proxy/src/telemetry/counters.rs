@@ -70,6 +70,7 @@ metrics_of_the_process! {
     RefusedIdentity "sheetbend_refused_total" { reason: "identity" } "Connections and requests refused, by why.";
     RefusedNotAllowed "sheetbend_refused_total" { reason: "not_allowed" } "Connections and requests refused, by why.";
     RefusedAuthorization "sheetbend_refused_total" { reason: "authorization_policy" } "Connections and requests refused, by why.";
+    RefusedToken "sheetbend_refused_total" { reason: "token" } "Connections and requests refused, by why.";
     RefusedPlain "sheetbend_refused_total" { reason: "plain" } "Connections and requests refused, by why.";
     RefusedTlsVersion "sheetbend_refused_total" { reason: "tls_version" } "Connections and requests refused, by why.";
     RefusedHandshake "sheetbend_refused_total" { reason: "handshake" } "Connections and requests refused, by why.";

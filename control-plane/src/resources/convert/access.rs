@@ -1,13 +1,16 @@
 //! Who may call, as it is written, made into what a proxy obeys.
 
+use std::path::PathBuf;
+
 use ipnet::IpNet;
 use serde_saphyr::Spanned;
-use sheetbend_control_plane_client::model::{self, Action, DefaultAccess, Glob, ServiceName};
+use sheetbend_control_plane_client::model::jwt::read_keys;
+use sheetbend_control_plane_client::model::{self, Action, DefaultAccess, Glob, ServiceName, TokenIssuer};
 
 use super::kinds::{Reference, access as kinds};
 use super::{name_of, range, to_service};
 use crate::resources::parse::{Checked, mistake};
-use crate::resources::{Authorization, Parent};
+use crate::resources::{Authorization, KeyFile, Parent, Tokens};
 
 /// `defaultInboundPolicy` of a MeshSettings.
 pub(super) fn default_access(raw: Option<&Spanned<String>>) -> Checked<Option<DefaultAccess>> {
@@ -58,6 +61,37 @@ pub(super) fn targets(refs: Option<&Spanned<Vec<Reference>>>, object: &ServiceNa
         }
     };
     refs.value.iter().map(one).collect()
+}
+
+/// Keys that stand in files are read by whoever knows where those are.
+pub(in crate::resources) fn request_authentication(raw: kinds::RequestAuthentication) -> Checked<Tokens> {
+    let object = name_of(&raw.metadata)?;
+    let targets = targets(raw.spec.target_refs.as_ref(), &object)?;
+    let rules = &raw.spec.jwt_rules;
+    if rules.value.is_empty() {
+        return mistake(rules.referenced, "no jwtRule: nobody's tokens are believed", "name an issuer and its keys");
+    }
+    let (mut issuers, mut files) = (Vec::new(), Vec::new());
+    for rule in &rules.value {
+        if rule.issuer.value.is_empty() {
+            return mistake(rule.issuer.referenced, "an empty issuer", "write what `iss` of its tokens is");
+        }
+        let keys = match (&rule.jwks, &rule.jwks_file) {
+            (Some(keys), None) => read_keys(&keys.value).or_else(|why| mistake(keys.referenced, why, None))?,
+            (None, Some(file)) => {
+                let (issuer, path) = (issuers.len(), PathBuf::from(&file.value));
+                files.push(KeyFile { issuer, path, at: file.referenced.into() });
+                Vec::new()
+            }
+            _ => {
+                let hint = "write one of jwks, the keys themselves, and jwksFile, where they are";
+                return mistake(rule.issuer.referenced, "this issuer has no keys, or has them twice", hint);
+            }
+        };
+        let audiences = rule.audiences.iter().map(|audience| audience.value.as_str().into()).collect();
+        issuers.push(TokenIssuer { issuer: rule.issuer.value.as_str().into(), audiences, keys });
+    }
+    Ok(Tokens { object, targets, issuers, files })
 }
 
 fn rule(raw: &Spanned<kinds::Rule>) -> Checked<model::AccessRule> {

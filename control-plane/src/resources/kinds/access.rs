@@ -19,6 +19,36 @@ pub(in crate::resources) struct AuthorizationPolicy {
     pub(in crate::resources) spec: AuthorizationPolicySpec,
 }
 
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(in crate::resources) struct RequestAuthentication {
+    #[serde(rename = "apiVersion")]
+    _api_version: String,
+    #[serde(rename = "kind")]
+    _kind: String,
+    pub(in crate::resources) metadata: Meta,
+    pub(in crate::resources) spec: RequestAuthenticationSpec,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(in crate::resources) struct RequestAuthenticationSpec {
+    /// None: every Service of the namespace.
+    pub(in crate::resources) target_refs: Option<Spanned<Vec<Reference>>>,
+    pub(in crate::resources) jwt_rules: Spanned<Vec<JwtRule>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(in crate::resources) struct JwtRule {
+    pub(in crate::resources) issuer: Spanned<String>,
+    #[serde(default)]
+    pub(in crate::resources) audiences: Words,
+    /// The keys themselves, or the file that has them.
+    pub(in crate::resources) jwks: Option<Spanned<String>>,
+    pub(in crate::resources) jwks_file: Option<Spanned<String>>,
+}
+
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(in crate::resources) struct AuthorizationPolicySpec {
