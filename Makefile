@@ -6,7 +6,7 @@ ARGS ?=
 # Programs written in Python and Node that the stories talk to; everything else comes from the system's packages.
 export SHEETBEND_TEST_TOOLS := $(CURDIR)/target/tools
 
-.PHONY: help demo test test-tools bench lint docs
+.PHONY: help demo test test-tools simulate bench lint docs
 
 help: ## What there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -21,6 +21,15 @@ test: test-tools ## Install what the tests need, then run every test; a missing 
 
 test-tools:
 	@tests/install-tools
+
+simulate: ## The proxies' judgement in virtual time, from many seeds: ARGS="--seeds 100000 verdicts", or ARGS="--seed 7"
+	@seeds=10000 only=; set -- $(ARGS); \
+	while [ $$# -gt 0 ]; do case "$$1" in \
+	--seeds) seeds=$$2; shift 2 ;; \
+	--seed) export SHEETBEND_SEED=$$2; shift 2 ;; \
+	*) only="$$only $$1"; shift ;; \
+	esac; done; \
+	SHEETBEND_SEEDS=$$seeds CARGO_PROFILE_DEV_OPT_LEVEL=2 $(CARGO) test -p sheetbend-proxy --test simulation -- $$only
 
 bench: ## The whole beside nginx, HAProxy and Envoy, on this machine
 	@benches/run $(ARGS)

@@ -1,4 +1,5 @@
-//! `/breakers`: which endpoints are serving, ejected or probing, why, since when, and when they are tried next.
+//! `/breakers`: which endpoints are serving, ejected or probing, why, since when, and when they are tried next; and the
+//! circuit breakers of whole destinations.
 
 use std::time::{Duration, SystemTime};
 
@@ -6,6 +7,7 @@ use serde_json::{Value, json};
 use sheetbend_certs::format_time;
 use sheetbend_control_plane_client::model::duration;
 
+use crate::traffic::breaker::{Circuit, Shown};
 use crate::traffic::outlier::{Reason, State, Turn};
 use crate::upstream::{EndpointState, Endpoints};
 
@@ -16,7 +18,10 @@ pub(crate) fn document(endpoints: &Endpoints) -> Value {
     let mut all: Vec<_> = endpoints.of_backends();
     all.sort_by_cached_key(|endpoint| (endpoint.backend().cloned(), endpoint.place.to_string()));
     let shown: Vec<Value> = all.iter().map(|endpoint| endpoint_as_json(endpoint, &clock)).collect();
-    json!({ "endpoints": shown })
+    let mut circuits = endpoints.circuits(now);
+    circuits.sort_by(|a, b| a.0.cmp(&b.0));
+    let circuits: Vec<Value> = circuits.iter().map(|(backend, one)| circuit_as_json(backend, one, &clock)).collect();
+    json!({ "endpoints": shown, "circuit_breakers": circuits })
 }
 
 /// Turns times of the proxy's own clock into those of the wall.
@@ -64,6 +69,33 @@ fn endpoint_as_json(endpoint: &EndpointState, clock: &Clock) -> Value {
         "in_flight": vitals.load.in_flight(),
         "history": history.iter().map(turn).collect::<Vec<_>>(),
     })
+}
+
+fn circuit_as_json(backend: &str, breaker: &Shown, clock: &Clock) -> Value {
+    let next_trial = match breaker.circuit {
+        Circuit::Open { until } => Some(clock.time(until)),
+        Circuit::Closed | Circuit::HalfOpen { .. } => None,
+    };
+    let turn = |(at, circuit): &(Duration, Circuit)| json!({ "at": clock.time(*at), "state": circuit_name(*circuit) });
+    json!({
+        "backend": backend,
+        "state": circuit_name(breaker.circuit),
+        "since": breaker.history.last().map(|(at, _)| clock.time(*at)),
+        "next_trial": next_trial,
+        "failures": breaker.failures,
+        "opened": breaker.opened,
+        "rejected": breaker.rejected,
+        "policy": breaker.policy,
+        "history": breaker.history.iter().map(turn).collect::<Vec<_>>(),
+    })
+}
+
+fn circuit_name(circuit: Circuit) -> &'static str {
+    match circuit {
+        Circuit::Closed => "Closed",
+        Circuit::Open { .. } => "Open",
+        Circuit::HalfOpen { .. } => "HalfOpen",
+    }
 }
 
 /// The three that an operator knows: one whose share grows is being tried still.

@@ -162,6 +162,7 @@ fn measure(shared: &Shared) {
     for (reason, ejections) in Reason::ALL.into_iter().zip(tally.ejections) {
         telemetry.count_is(ejected(reason), ejections);
     }
+    telemetry.count_is(Counter::CircuitOpened, tally.opened);
     telemetry.count_is(Counter::NotEjectedFloor, tally.floor);
     telemetry.count_is(Counter::NotEjectedCommonCause, tally.common_cause);
 

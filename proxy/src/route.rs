@@ -23,6 +23,7 @@ use crate::faults::Delayed;
 use crate::http::error::Error;
 use crate::policy::{Changes, Fault, Rules};
 use crate::telemetry::{Counter, Telemetry};
+use crate::traffic::breaker::IsOpen;
 use crate::upstream::{Bounded, EndpointState, Endpoints, Lease, Place};
 
 /// A destination made ready.
@@ -180,9 +181,13 @@ impl Route {
         retryable: bool,
         now: Duration,
     ) -> Result<Lease, Error> {
+        let admitted = candidates.admit(now).map_err(|IsOpen(wait)| Error::CircuitOpen(self.target.clone(), wait))?;
         let picked = candidates.pick(caller, tried, retryable && tried.is_empty(), now);
-        let (picked, endpoint) = picked.ok_or_else(|| Error::NoEndpoint(self.target.to_string()))?;
-        Ok(Lease::of(endpoint, picked, now))
+        let Some((picked, endpoint)) = picked else {
+            candidates.forgo(admitted, now);
+            return Err(Error::NoEndpoint(self.target.to_string()));
+        };
+        Ok(Lease::of(endpoint, picked, admitted, now))
     }
 }
 

@@ -88,6 +88,34 @@ async fn an_endpoint_that_fails_is_ejected_unnoticed_and_serves_again_once_it_is
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_circuit_breaker_answers_at_once_while_it_is_open_and_closes_once_the_service_is_well() {
+    let server = [Moody::start().await];
+    let policy = "---\napiVersion: sheetbend.io/v1alpha1\nkind: BackendPolicy\nmetadata: {name: web}\nspec:\n  \
+                  targetRefs: [{kind: Service, name: web}]\n  circuitBreaker: {failureThreshold: 3, recoveryTimeout: 2s}\n";
+    let mesh = Mesh::with_resources(&format!("{}{policy}", service(&server)), &[]);
+    let caller = mesh.caller("caller");
+    caller.first_answer("http://web/").await;
+    server[0].fails.store(true, Relaxed);
+    let open = eventually("the circuit is open", START, || async {
+        let answer = sheetbend_tests::http::get(caller.proxy(), "http://web/").await.ok()?;
+        let said = answer.headers.get("proxy-status")?.to_str().ok()?;
+        said.contains("the circuit breaker of web:80 is open").then_some(answer)
+    });
+    let open = open.await;
+    assert_eq!(open.status, 503);
+    assert!(open.headers.get("retry-after").is_some_and(|wait| wait == "1" || wait == "2"), "{open:?}");
+    let shown = caller.page("/breakers").await.json();
+    assert_eq!(shown["circuit_breakers"][0]["backend"], "web.default:80", "{shown:#}");
+    assert!(caller.counter("sheetbend_circuit_opened_total", &[]).await >= 1.0);
+    assert!(caller.counter("sheetbend_circuit_rejected_total", &[]).await >= 1.0);
+
+    server[0].fails.store(false, Relaxed);
+    caller.first_answer("http://web/").await;
+    let shown = caller.page("/breakers").await.json();
+    assert_eq!(shown["circuit_breakers"][0]["state"], "Closed", "{shown:#}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn when_all_endpoints_fail_none_is_ejected() {
     let servers = [Moody::start().await, Moody::start().await, Moody::start().await];
     let mesh = Mesh::with_resources(&service(&servers), &[]);

@@ -70,6 +70,8 @@ pub enum Error {
     },
     /// The app has enough to do.
     Shed(Shed),
+    /// The destination's circuit breaker lets nothing through for so long.
+    CircuitOpen(Target, Duration),
     /// The endpoint could not be reached.
     Connect {
         /// Which.
@@ -153,6 +155,7 @@ impl Error {
             | Self::NoEndpoint(_)
             | Self::Overflow { .. }
             | Self::RateLimited { .. }
+            | Self::CircuitOpen(..)
             | Self::Deadline(_)
             | Self::Denied(_)
             | Self::Token(_)
@@ -178,6 +181,7 @@ impl Error {
             Self::Overflow { .. } | Self::Shed(_) => {
                 (StatusCode::SERVICE_UNAVAILABLE, "connection_limit_reached", Flags::UPSTREAM_OVERFLOW)
             }
+            Self::CircuitOpen(..) => (StatusCode::SERVICE_UNAVAILABLE, "destination_unavailable", Flags::CIRCUIT_OPEN),
             Self::Connect { source, .. } => source.verdict(),
             Self::Broken { source, .. } if h2_reason(source).is_some() => {
                 (StatusCode::BAD_GATEWAY, "connection_terminated", Flags::UPSTREAM_RESET)
@@ -220,6 +224,7 @@ impl Error {
             Self::Shed(Shed::Full) => Some(Counter::ShedFull),
             Self::Shed(Shed::Waited) => Some(Counter::ShedWaited),
             Self::Shed(Shed::Late) => Some(Counter::ShedLate),
+            Self::CircuitOpen(..) => Some(Counter::CircuitRejected),
             Self::Denied(why) => Some(why.counter()),
             Self::Token(_) => Some(Counter::RefusedToken),
             Self::Loop(_) | Self::OwnConnection { .. } => Some(Counter::RefusedLoop),
@@ -281,7 +286,9 @@ impl Error {
     /// draft-ietf-httpapi-ratelimit-headers does.
     fn say_when(&self, headers: &mut http::HeaderMap) {
         let seconds = match self {
-            Self::RateLimited { after, .. } => after.as_secs() + u64::from(after.subsec_nanos() > 0),
+            Self::RateLimited { after, .. } | Self::CircuitOpen(_, after) => {
+                after.as_secs() + u64::from(after.subsec_nanos() > 0)
+            }
             Self::Shed(_) => 1,
             _ => return,
         };
@@ -364,6 +371,7 @@ impl fmt::Display for Error {
             Self::Shed(Shed::Waited) => f.write_str("no room at the app came free in time"),
             Self::Shed(Shed::Late) => f.write_str("the deadline passed before there was room at the app"),
             Self::Overflow { limit, of } => write!(f, "the limit of {limit} is reached for {of}"),
+            Self::CircuitOpen(target, _) => write!(f, "the circuit breaker of {target} is open"),
             Self::Connect { endpoint, source } => write!(f, "cannot connect to {endpoint}: {source}"),
             Self::Broken { endpoint, source, .. } => {
                 write!(f, "the connection to {endpoint} broke before an answer: {}", Causes(source))

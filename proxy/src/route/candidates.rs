@@ -10,7 +10,8 @@ use sheetbend_control_plane_client::model::{Cluster, ConsistentHash, HttpCookie,
 
 use crate::traffic::balance::levels::Shares;
 use crate::traffic::balance::{Level, Load, Member, ring, warmup};
-use crate::traffic::outlier::{Detection, Floor, Picked, State, Vitals};
+use crate::traffic::breaker::{Admitted, IsOpen};
+use crate::traffic::outlier::{Detection, Floor, Outcome, Picked, State, Vitals};
 use crate::traffic::retry::Budget;
 use crate::upstream::{Bounds, EndpointState};
 
@@ -85,7 +86,25 @@ impl Candidates {
     pub(super) fn follow(&self, cluster: &Cluster, now: Duration, is_current: impl FnOnce() -> bool) {
         let Some(floor) = &self.floor else { return };
         let detection = cluster.policy.outlier_detection.as_ref().map_or(Detection::DEFAULT, Detection::of);
-        floor.follow(&self.vitals, &detection, now, is_current);
+        floor.follow(&self.vitals, &detection, now, || {
+            let current = is_current();
+            if current {
+                floor.breaker.follow(cluster.policy.circuit_breaker.as_ref());
+            }
+            current
+        });
+    }
+
+    /// Whether their breaker lets a request pass, and as what.
+    pub(super) fn admit(&self, now: Duration) -> Result<Option<Admitted>, IsOpen> {
+        self.floor.as_ref().map_or(Ok(None), |floor| floor.breaker.admit(now))
+    }
+
+    /// A request that might have passed is not sent.
+    pub(super) fn forgo(&self, admitted: Option<Admitted>, now: Duration) {
+        if let (Some(floor), Some(admitted)) = (&self.floor, admitted) {
+            floor.breaker.report(admitted, Outcome::Unknown, now);
+        }
     }
 
     /// One alone, which nobody ejects.

@@ -46,6 +46,7 @@ flags! {
     DRAINING = 23, "DR", "this proxy is shutting down";
     DELAY_INJECTED = 24, "DI", "the request was delayed on purpose";
     FAULT_INJECTED = 25, "FI", "the request was answered with a failure on purpose";
+    CIRCUIT_OPEN = 26, "CB", "the circuit breaker of the destination is open";
 }
 
 impl Flags {

@@ -1,6 +1,7 @@
 //! PURE: state and `now` in, a decision out.
 
 pub mod balance;
+pub mod breaker;
 pub mod limit;
 pub mod outlier;
 pub mod rate;

@@ -182,6 +182,8 @@ pub struct Tally {
     pub floor: u64,
     /// The same, had not most failed at once.
     pub common_cause: u64,
+    /// Circuit breakers that opened.
+    pub opened: u64,
 }
 
 impl Tally {
@@ -195,5 +197,6 @@ impl std::ops::AddAssign for Tally {
         self.ejections.iter_mut().zip(other.ejections).for_each(|(all, more)| *all += more);
         self.floor += other.floor;
         self.common_cause += other.common_cause;
+        self.opened += other.opened;
     }
 }

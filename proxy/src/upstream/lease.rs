@@ -7,6 +7,7 @@ use super::{DialError, EndpointState};
 use crate::http::deadline::Deadline;
 use crate::http::error::Processed;
 use crate::http::headers;
+use crate::traffic::breaker::Admitted;
 use crate::traffic::outlier::{Fault, Outcome, Picked, Sent};
 
 /// The use of an endpoint, which hears of it once: with the head of the answer, with what failed, or, when this is dropped
@@ -15,6 +16,8 @@ pub struct Lease {
     /// Whose.
     pub endpoint: Arc<EndpointState>,
     sent: Sent,
+    /// By the destination's breaker, which hears of it once.
+    admitted: Option<Admitted>,
     /// On the clock of the endpoint.
     began: Duration,
     deadline: Option<Deadline>,
@@ -25,15 +28,15 @@ pub struct Lease {
 
 impl Lease {
     /// Of a pick.
-    pub(crate) fn of(endpoint: Arc<EndpointState>, picked: Picked, now: Duration) -> Self {
+    pub(crate) fn of(endpoint: Arc<EndpointState>, picked: Picked, admitted: Option<Admitted>, now: Duration) -> Self {
         let sent = Sent { probe: picked.probe, turn: endpoint.vitals.turns(), at: now };
-        Self { endpoint, sent, began: now, deadline: None, reported: false, head_came: false }
+        Self { endpoint, sent, admitted, began: now, deadline: None, reported: false, head_came: false }
     }
 
     /// Of the only one there is, such as the app.
     pub(crate) fn alone(endpoint: Arc<EndpointState>) -> Self {
         let now = endpoint.now();
-        Self::of(endpoint, Picked { at: 0, probe: false }, now)
+        Self::of(endpoint, Picked { at: 0, probe: false }, None, now)
     }
 
     /// When the caller will no longer care.
@@ -50,7 +53,7 @@ impl Lease {
         self.endpoint.vitals.load.sample(now.saturating_sub(self.began), now);
         self.head_came = true;
         // Nobody waits for the end of a stream to learn whether an endpoint is back.
-        if !more || self.sent.probe {
+        if !more || self.sent.probe || self.admitted.is_some_and(Admitted::is_trial) {
             self.report(Outcome::Good);
         }
     }
@@ -149,6 +152,11 @@ impl Lease {
         self.reported = true;
         let (endpoint, now) = (&self.endpoint, self.endpoint.now());
         let Some(floor) = &endpoint.floor else { return };
+        if let Some(admitted) = self.admitted.take()
+            && floor.breaker.report(admitted, outcome, now)
+        {
+            tracing::warn!(backend = endpoint.backend().map_or("", |name| name), "opened the circuit");
+        }
         let ejected = floor.report(&endpoint.vitals, sent, outcome, now, rand::random);
         if let Some(reason) = ejected {
             let (state, period) = (endpoint.vitals.state(), endpoint.vitals.period());

@@ -40,6 +40,7 @@ pub use sender::{SendError, Sender, Wire};
 pub(crate) use windows::{STREAMS, Windows};
 
 use crate::telemetry::{Edge, EdgeKey, Peer, Protocol, Reporter, Telemetry};
+use crate::traffic::breaker::Shown;
 use crate::traffic::limit::Limit;
 use crate::traffic::outlier::{Detection, Floor, Tally, Vitals};
 use crate::traffic::rate::Rate;
@@ -339,6 +340,12 @@ impl Endpoints {
         let known = self.lock();
         let used = known.endpoints.values().filter(|remembered| Arc::strong_count(&remembered.endpoint) > 1);
         used.map(|remembered| Arc::clone(&remembered.endpoint)).filter(|found| found.backend.is_some()).collect()
+    }
+
+    /// The circuit breakers that policies ask for.
+    pub(crate) fn circuits(&self, now: Duration) -> Vec<(ClusterName, Shown)> {
+        let known = self.lock();
+        known.floors.iter().filter_map(|(name, floor)| Some((name.clone(), floor.breaker.shown(now)?))).collect()
     }
 
     /// Who is ejected among a backend's endpoints.

@@ -10,6 +10,7 @@ use arc_swap::ArcSwap;
 
 use super::detection::Everybody;
 use super::{Detection, InARow, Outcome, Picked, Reason, Sent, State, Tally, Vitals};
+use crate::traffic::breaker::Breaker;
 
 mod checked;
 
@@ -17,6 +18,8 @@ mod checked;
 #[derive(Debug, Default)]
 pub struct Floor {
     turning: Mutex<Turning>,
+    /// The switch for all of them at once, where a policy asks for one.
+    pub breaker: Breaker,
     /// Written under the lock.
     detection: ArcSwap<Detection>,
     /// From then on somebody wants a probe, in nanoseconds; 0 before the first look.
@@ -468,7 +471,7 @@ impl Floor {
 
     /// What was decided so far.
     pub fn tally(&self) -> Tally {
-        self.lock().tally
+        Tally { opened: self.breaker.opened(), ..self.lock().tally }
     }
 }
 
