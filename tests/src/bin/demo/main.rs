@@ -9,14 +9,19 @@ use clap::{Parser, ValueEnum};
 
 mod graph;
 mod mesh;
+mod scenario;
 mod shop;
 
 use graph::Graph;
 use mesh::Mesh;
+use scenario::Scenario;
 use shop::Shop;
 
 /// Set by Ctrl-C and by SIGTERM; looked at wherever the demo waits.
 static STOP: AtomicBool = AtomicBool::new(false);
+
+/// How long a scenario takes where nobody says.
+const SCENARIO: Duration = Duration::from_secs(30);
 
 /// A small shop on loopback: five services and their customers, each beside its own sidecar.
 #[derive(Parser)]
@@ -25,10 +30,13 @@ struct Args {
     /// End after this long (`10s`, `2m`), with status 0 only if every expected edge was seen with mutual TLS and no request failed
     #[arg(long = "for", value_name = "DURATION", value_parser = duration)]
     length: Option<Duration>,
-    /// Requests a second
-    #[arg(long, default_value_t = 50)]
-    rate: u32,
-    /// With `json`, the last line is the final graph as one JSON document
+    /// Play one of these instead: what the mesh does when something is wrong. Status 0 only if callers got what it promises
+    #[arg(long, value_enum)]
+    scenario: Option<Scenario>,
+    /// Requests a second [default: 50, in a scenario 200]
+    #[arg(long)]
+    rate: Option<u32>,
+    /// With `json`, the last line is one JSON document: the final graph, or what a scenario came to
     #[arg(short, long, value_enum, default_value = "table")]
     output: Output,
 }
@@ -42,7 +50,17 @@ enum Output {
 fn main() -> ExitCode {
     let args = Args::parse();
     listen_for_signals();
-    let outcome = demo(&args);
+    let outcome = match args.scenario {
+        None => demo(&args),
+        Some(scenario) => scenario::play(
+            scenario,
+            &scenario::Settings {
+                length: args.length.unwrap_or(SCENARIO),
+                rate: args.rate.unwrap_or(200),
+                output: args.output,
+            },
+        ),
+    };
     match outcome {
         Ok(code) => code,
         Err(_) if STOP.load(Ordering::Relaxed) => ExitCode::from(130),
@@ -61,7 +79,7 @@ fn demo(args: &Args) -> Result<ExitCode, String> {
     };
     say("Starting the control plane, and five services with a sidecar each …");
     let mut mesh = Mesh::start()?;
-    let mut shop = Shop::open(&mut mesh, args.rate)?;
+    let mut shop = Shop::open(&mut mesh, args.rate.unwrap_or(50))?;
     say(&format!("The shop is open after {:.1} s. Its graph: {}/graph", began.elapsed().as_secs_f32(), mesh.admin()));
 
     let live = args.output == Output::Table && std::io::stdout().is_terminal();
