@@ -127,9 +127,15 @@ pub(super) async fn canary(settings: &Settings) -> (Vec<Promise>, Tally) {
     let mut promises = Vec::new();
     for percent in [10, 50, 100] {
         stage.mesh.write_resources(&resources(percent));
-        stage.act(&format!("{percent} % of the requests go to the new version"), stage.part(2), &load).await;
+        stage
+            .act(
+                &format!("{percent} % of the requests go to the new version"),
+                stage.part(2).max(Duration::from_secs(1)),
+                &load,
+            )
+            .await;
         let (old_before, new_before) = (seen(&old), seen(&new));
-        stage.act("", stage.part(28), &load).await;
+        stage.act("its share is measured", stage.part(28), &load).await;
         let (old, new) = (seen(&old) - old_before, seen(&new) - new_before);
         let share = 100.0 * new as f64 / (old + new).max(1) as f64;
         // Each request is drawn by itself: four standard deviations, of as many requests as there were.
