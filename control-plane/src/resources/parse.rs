@@ -180,7 +180,7 @@ const BYSTANDERS: [&str; 12] = [
     "CronJob",
     "NetworkPolicy",
 ];
-const KINDS: [&str; 10] = [
+const KINDS: [&str; 11] = [
     "Service",
     "EndpointSlice",
     "HTTPRoute",
