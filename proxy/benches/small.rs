@@ -7,10 +7,13 @@ use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Duration;
 
-use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
+use criterion::measurement::WallTime;
+use criterion::{BatchSize, BenchmarkGroup, Criterion, criterion_group, criterion_main};
 use http::{Request, Version, request};
 use sheetbend_control_plane_client::discovery::Discovery;
-use sheetbend_control_plane_client::model::{Backend, Match, PathMatch, Resolution, Rule, ServiceName, Target};
+use sheetbend_control_plane_client::model::{
+    Backend, ConsistentHash, LoadBalancer, Match, PathMatch, Resolution, Rule, ServiceName, Simple, Target,
+};
 use sheetbend_proxy::detect::detect;
 use sheetbend_proxy::http::headers;
 use sheetbend_proxy::policy::Index;
@@ -18,7 +21,8 @@ use sheetbend_proxy::route::{Caller, Routes};
 use sheetbend_proxy::telemetry::{
     AccessLogSettings, EdgeKey, Flags, Outcome, Peer, Protocol, Reporter, Settings, Telemetry,
 };
-use sheetbend_proxy::traffic::balance::{self, Load};
+use sheetbend_proxy::traffic::balance::{self, Level, Load, Member};
+use sheetbend_proxy::traffic::outlier::{Detection, Floor, Vitals};
 use sheetbend_proxy::traffic::retry::Budget;
 
 use self::mesh::{Mesh, PATIENCE};
@@ -117,6 +121,7 @@ fn balancing(c: &mut Criterion) {
             });
         });
     }
+    kinds_of_ten_thousand(&mut group);
     let load = Load::default();
     group.bench_function("a request's sample", |b| {
         b.iter(|| {
@@ -132,6 +137,44 @@ fn balancing(c: &mut Criterion) {
             budget.end();
         });
     });
+}
+
+/// Each kind of balancer, through the floor as a request's way has it, with 10,000 endpoints of two weights.
+fn kinds_of_ten_thousand(group: &mut BenchmarkGroup<'_, WallTime>) {
+    const ENDPOINTS: u32 = 10_000;
+    let hash = ConsistentHash { use_source_ip: Some(true), ..ConsistentHash::default() };
+    let kind = |simple| LoadBalancer { simple: Some(simple), ..LoadBalancer::default() };
+    let kinds = [
+        ("peak EWMA", kind(Simple::PeakEwma)),
+        ("least request", kind(Simple::LeastRequest)),
+        ("round robin", kind(Simple::RoundRobin)),
+        ("random", kind(Simple::Random)),
+        ("ring hash", LoadBalancer { consistent_hash: Some(hash), ..LoadBalancer::default() }),
+    ];
+    let now = Duration::from_secs(5);
+    let vitals: Arc<[Arc<Vitals>]> = (0..ENDPOINTS).map(|_| Arc::default()).collect();
+    let floor = Floor::default();
+    floor.follow(&vitals, &Detection::DEFAULT, now, || true);
+    for (name, policy) in kinds {
+        let address = |number: u32| ([127, 1, (number >> 8) as u8, number as u8], 80).into();
+        let members = (0..ENDPOINTS).map(|number| Member { number, address: address(number), weight: 1 + number % 2 });
+        let mut chance = 1u64;
+        let mut next = || {
+            chance = chance.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            chance.rotate_left(24) ^ chance
+        };
+        let level = Level::new(members.collect(), &policy, &mut next);
+        group.bench_function(format!("pick of {ENDPOINTS} by {name}"), |b| {
+            b.iter(|| {
+                let place = black_box(next());
+                let balance = |bits, chance| {
+                    let load = |at: usize| vitals.get(at).filter(|v| v.admits(chance, now)).map(|v| &v.load);
+                    level.pick(Some(place), bits, now, load)
+                };
+                floor.pick(&vitals, true, now, &mut next, balance)
+            });
+        });
+    }
 }
 
 fn typical_request() -> request::Parts {

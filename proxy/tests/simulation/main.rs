@@ -15,7 +15,7 @@ use std::time::Duration;
 use rand::RngExt;
 use script::{Caller, Conduct, Script};
 use seeds::for_each_seed;
-use sheetbend_control_plane_client::model::{Retry, RetryOn};
+use sheetbend_control_plane_client::model::{ConsistentHash, LoadBalancer, Retry, RetryOn, Simple};
 use world::play;
 
 const fn secs(seconds: u64) -> Duration {
@@ -23,8 +23,18 @@ const fn secs(seconds: u64) -> Duration {
 }
 
 fn of(servers: Vec<Conduct>, callers: Vec<Caller>, lasts: Duration) -> Script {
-    let retry = Retry::DEFAULT;
-    Script { servers, callers, changes: Vec::new(), pushes: Vec::new(), per_try: None, retry, ejects: true, lasts }
+    let (retry, balancer) = (Retry::DEFAULT, LoadBalancer::default());
+    Script {
+        servers,
+        callers,
+        changes: Vec::new(),
+        pushes: Vec::new(),
+        per_try: None,
+        retry,
+        ejects: true,
+        balancer,
+        lasts,
+    }
 }
 
 #[test]
@@ -245,6 +255,54 @@ fn policy(chance: &mut rand::rngs::StdRng) -> Retry {
     }
 }
 
+fn simple(simple: Simple) -> LoadBalancer {
+    LoadBalancer { simple: Some(simple), ..LoadBalancer::default() }
+}
+
+#[test]
+fn by_least_request_and_by_turns_the_busiest_of_equal_endpoints_has_a_tenth_more_than_the_mean_at_most() {
+    for_each_seed(40, |seed, chance| {
+        let n = chance.random_range(2..60);
+        let callers = vec![Caller::at(chance.random_range(1_000.0..2_000.0))];
+        for kind in [Simple::LeastRequest, Simple::RoundRobin] {
+            let mut script = of(vec![Conduct::good(); n], callers.clone(), secs(11));
+            script.balancer = simple(kind);
+            let loads = play(&script, seed).loads(secs(1)..secs(11));
+            let mean = loads.iter().sum::<usize>() as f64 / n as f64;
+            let busiest = loads.into_iter().max().unwrap_or(0) as f64;
+            // Whole requests: one more is more than a tenth of a few.
+            if busiest > (mean * 1.1).ceil() {
+                return Err(format!("{kind:?}: the busiest of {n} has {busiest}, the mean is {mean}"));
+            }
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn with_one_slow_endpoint_calls_take_the_least_time_by_peak_ewma() {
+    for_each_seed(40, |seed, chance| {
+        let mut servers = vec![Conduct::good(); chance.random_range(3..10)];
+        servers[0] = Conduct::slower(chance.random_range(5..20));
+        let callers = vec![Caller::at(chance.random_range(100.0..1_000.0))];
+        let mean = |balancer| {
+            let script = Script { balancer, ..of(servers.clone(), callers.clone(), secs(21)) };
+            play(&script, seed).mean(secs(1)..secs(21))
+        };
+        let ours = mean(simple(Simple::PeakEwma));
+        let hash = ConsistentHash { use_source_ip: Some(true), ..ConsistentHash::default() };
+        let ring = LoadBalancer { consistent_hash: Some(hash), ..LoadBalancer::default() };
+        let kinds = [Simple::LeastRequest, Simple::RoundRobin, Simple::Random].map(simple);
+        for other in kinds.into_iter().chain([ring]) {
+            let theirs = mean(other.clone());
+            if theirs <= ours {
+                return Err(format!("{theirs:?} by {other:?}, {ours:?} by peak EWMA"));
+            }
+        }
+        Ok(())
+    });
+}
+
 /// Anything that can happen.
 fn anything(chance: &mut rand::rngs::StdRng) -> Script {
     let conduct = |chance: &mut rand::rngs::StdRng, now| match chance.random_range(0..9) {
@@ -279,5 +337,7 @@ fn anything(chance: &mut rand::rngs::StdRng) -> Script {
     let pushes = pushes.collect();
     let per_try = chance.random_bool(0.5).then(|| chance.random_range(Duration::from_millis(50)..secs(2)));
     let retry = policy(chance);
-    Script { servers, callers, changes, pushes, per_try, retry, ejects: true, lasts: secs(10) }
+    let kinds = [Simple::PeakEwma, Simple::LeastRequest, Simple::RoundRobin, Simple::Random];
+    let balancer = simple(kinds[chance.random_range(0..kinds.len())]);
+    Script { servers, callers, changes, pushes, per_try, retry, ejects: true, balancer, lasts: secs(10) }
 }

@@ -5,10 +5,12 @@ use std::time::Duration;
 
 use rand::RngExt;
 use rand::rngs::StdRng;
-use sheetbend_control_plane_client::model::Retry;
-use sheetbend_proxy::traffic::balance;
+use sheetbend_control_plane_client::model::{LoadBalancer, Retry};
+use sheetbend_proxy::traffic::balance::{Level, Member};
 use sheetbend_proxy::traffic::outlier::{Detection, Floor, Outcome, Reason, Sent, State, Vitals};
 use sheetbend_proxy::traffic::retry::{self, Attempt, Budget, Failure, Verdict};
+
+use super::script::Script;
 
 pub(crate) struct Proxy {
     /// What is known of each server, whether it is an endpoint now or not.
@@ -18,6 +20,8 @@ pub(crate) struct Proxy {
     endpoints: Arc<[Arc<Vitals>]>,
     floor: Floor,
     detection: Detection,
+    balancer: LoadBalancer,
+    level: Level,
     pub(crate) budget: Budget,
     pub(crate) retrying: u64,
 }
@@ -30,8 +34,8 @@ pub(crate) struct Attempted {
 }
 
 impl Proxy {
-    pub(crate) fn new(servers: usize, ejects: bool) -> Self {
-        let detection = match ejects {
+    pub(crate) fn new(servers: usize, script: &Script) -> Self {
+        let detection = match script.ejects {
             true => Detection::default(),
             false => Detection { errors: 0, success_rate: 0.0, ..Detection::default() },
         };
@@ -41,6 +45,8 @@ impl Proxy {
             endpoints: Arc::new([]),
             floor: Floor::default(),
             detection,
+            level: Level::new(Vec::new(), &script.balancer, || 0),
+            balancer: script.balancer.clone(),
             budget: Budget::default(),
             retrying: 0,
         };
@@ -51,6 +57,17 @@ impl Proxy {
     /// The control plane says that these are the endpoints.
     pub(crate) fn follow(&mut self, servers: Vec<usize>, now: Duration) {
         self.endpoints = servers.iter().map(|server| Arc::clone(&self.known[*server])).collect();
+        let members = (0..).zip(&servers).map(|(number, server)| {
+            let address = ([127, 0, (server >> 8) as u8, *server as u8], 80).into();
+            Member { number, address, weight: 1 }
+        });
+        // Any row will do, as long as it is the same one each time that a seed is played.
+        let mut chance = 0u64;
+        let chance = move || {
+            chance = chance.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            chance
+        };
+        self.level = Level::new(members.collect(), &self.balancer, chance);
         self.servers = servers;
         self.floor.follow(&self.endpoints, &self.detection, now, || true);
     }
@@ -69,14 +86,12 @@ impl Proxy {
     pub(crate) fn pick(&mut self, tried: &[usize], idempotent: bool, chance: &mut StdRng, now: Duration) -> Attempted {
         let tried: Vec<usize> = tried.iter().filter_map(|tried| self.servers.iter().position(|s| s == tried)).collect();
         let endpoints = &self.endpoints;
-        let cost = |chance| {
-            let tried = &tried;
-            move |at: usize| match tried.contains(&at) && tried.len() < endpoints.len() {
-                true => f64::INFINITY,
-                false => endpoints[at].cost(chance, now),
-            }
+        let level = &self.level;
+        let balance = |bits, chance| {
+            let all = tried.len() >= endpoints.len();
+            let may = |at: usize| (all || !tried.contains(&at)) && endpoints[at].admits(chance, now);
+            level.pick(None, bits, now, |at| may(at).then(|| &endpoints[at].load))
         };
-        let balance = |bits, chance| balance::pick(endpoints.len(), bits, cost(chance));
         let picked = self.floor.pick(endpoints, idempotent && tried.is_empty(), now, || chance.random(), balance);
         let picked = picked.expect("a script has servers");
         endpoints[picked.at].load.begin();

@@ -163,6 +163,12 @@ impl Record {
         all.get(at.min(all.len().saturating_sub(1))).copied().unwrap_or_default()
     }
 
+    /// How long calls that began then took, on average.
+    pub(crate) fn mean(&self, when: Range<Duration>) -> Duration {
+        let all: Duration = self.within(when.clone()).map(|call| call.at - call.begun).sum();
+        all.div_f64(self.calls(when).max(1) as f64)
+    }
+
     /// How many attempts each server saw.
     pub(crate) fn loads(&self, when: Range<Duration>) -> Vec<usize> {
         self.reached.iter().map(|times| times.iter().filter(|at| when.contains(*at)).count()).collect()

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use sheetbend_control_plane_client::model::Retry;
+use sheetbend_control_plane_client::model::{LoadBalancer, Retry};
 
 /// A run, before it is played.
 #[derive(Clone, Debug)]
@@ -20,6 +20,8 @@ pub(crate) struct Script {
     pub(crate) retry: Retry,
     /// Whether endpoints that fail are ejected.
     pub(crate) ejects: bool,
+    /// How proxies choose.
+    pub(crate) balancer: LoadBalancer,
     /// How long the callers go on asking.
     pub(crate) lasts: Duration,
 }

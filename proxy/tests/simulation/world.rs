@@ -111,7 +111,7 @@ pub(crate) fn play(script: &Script, seed: u64) -> Record {
         free: Vec::new(),
         chance: StdRng::seed_from_u64(seed),
         callers: script.callers.clone(),
-        proxies: script.callers.iter().map(|_| Proxy::new(script.servers.len(), script.ejects)).collect(),
+        proxies: script.callers.iter().map(|_| Proxy::new(script.servers.len(), script)).collect(),
         servers: script.servers.iter().map(Server::new).collect(),
         calls: Vec::new(),
         record: Record::new(script.servers.len()),
