@@ -1,6 +1,8 @@
 //! `/breakers`: which endpoints are serving, ejected or probing, why, since when, and when they are tried next; and the
 //! circuit breakers of whole destinations.
 
+mod operator;
+
 use std::time::{Duration, SystemTime};
 
 use serde_json::{Value, json};
@@ -11,10 +13,12 @@ use crate::traffic::breaker::{Circuit, Shown};
 use crate::traffic::outlier::{Reason, State, Turn};
 use crate::upstream::{EndpointState, Endpoints};
 
+pub(crate) use operator::obey;
+
 /// All endpoints of the mesh that this proxy uses, in the order of their names.
 pub(crate) fn document(endpoints: &Endpoints) -> Value {
     let now = endpoints.epoch.elapsed();
-    let clock = Clock { now, wall: SystemTime::now() };
+    let clock = Clock::at(now);
     let mut all: Vec<_> = endpoints.of_backends();
     all.sort_by_cached_key(|endpoint| (endpoint.backend().cloned(), endpoint.place.to_string()));
     let shown: Vec<Value> = all.iter().map(|endpoint| endpoint_as_json(endpoint, &clock)).collect();
@@ -31,6 +35,10 @@ struct Clock {
 }
 
 impl Clock {
+    fn at(now: Duration) -> Self {
+        Self { now, wall: SystemTime::now() }
+    }
+
     fn time(&self, at: Duration) -> String {
         let wall = if at > self.now { self.wall + (at - self.now) } else { self.wall - (self.now - at) };
         format_time(wall)
@@ -60,6 +68,7 @@ fn endpoint_as_json(endpoint: &EndpointState, clock: &Clock) -> Value {
         "reason": reason.map(Reason::word),
         "since": last.map(|turn| clock.time(turn.at)),
         "next_probe": until,
+        "held_until": Some(vitals.spared()).filter(|until| *until > clock.now).map(|until| clock.time(until)),
         "consecutive_failures": in_a_row.errors,
         "consecutive_gateway_errors": in_a_row.gateway_errors,
         "consecutive_local_origin_failures": in_a_row.local_failures,

@@ -21,7 +21,7 @@ use crate::upstream::{Bounded, Bounds, Pooled, Windows};
 pub(crate) fn admin_state(shared: &Arc<Shared>) -> AdminState {
     let of = || Arc::clone(shared);
     let (ready, measured, dump, clusters, breakers, certs, info) = (of(), of(), of(), of(), of(), of(), of());
-    let previewed = of();
+    let (previewed, operated) = (of(), of());
     AdminState {
         telemetry: Arc::clone(&shared.telemetry),
         ready: Box::new(move || match *ready.inbound_drain.borrow() {
@@ -48,6 +48,7 @@ pub(crate) fn admin_state(shared: &Arc<Shared>) -> AdminState {
             json!({ "clusters": found.collect::<Vec<_>>(), "limits": limits(&clusters) })
         }),
         breakers: Box::new(move || crate::breakers::document(&breakers.endpoints)),
+        operate: Box::new(move |asked| crate::breakers::obey(&operated.endpoints, asked)),
         preview: Box::new(move |described| preview(&previewed, described)),
         certs: Box::new(move || match certs.identity.current() {
             Some(material) => json!({
@@ -187,7 +188,7 @@ fn ejected(reason: Reason) -> Counter {
         Reason::Deviation => Counter::EjectedDeviation,
         Reason::FailureShare => Counter::EjectedFailureShare,
         Reason::Probe => Counter::EjectedProbe,
-        Reason::ByHand => Counter::EjectedByHand,
+        Reason::Operator => Counter::EjectedOperator,
         Reason::HealthCheck => Counter::EjectedHealthCheck,
     }
 }

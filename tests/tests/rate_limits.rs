@@ -69,7 +69,7 @@ async fn who_asks_too_often_is_told_how_long_to_wait_and_passes_then() {
     assert!(web.counter("istio_requests_total", &["response_flags=\"RL\"", "response_code=\"429\""]).await >= 1.0);
     // It says nothing against the endpoint.
     let breakers = caller.page("/breakers").await.json();
-    assert_eq!(breakers["endpoints"][0]["failures_10s"], 0, "{breakers:#}");
+    assert_eq!(breakers["endpoints"][0]["failures"], 0, "{breakers:#}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -107,7 +107,7 @@ async fn an_app_that_can_do_ten_at_once_has_ten_and_goes_on_answering() {
     // It is well, and its callers do not hold against it that it had enough to do.
     let breakers = caller.page("/breakers").await.json();
     assert_eq!(breakers["endpoints"][0]["state"], "Serving", "{breakers:#}");
-    assert_eq!(breakers["endpoints"][0]["failures_10s"], 0, "{breakers:#}");
+    assert_eq!(breakers["endpoints"][0]["failures"], 0, "{breakers:#}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -48,6 +48,8 @@ pub struct AdminState {
     pub clusters: Document,
     /// `/breakers`: which endpoints are ejected, and why.
     pub breakers: Document,
+    /// `POST /breakers/ENDPOINT/eject` and `…/restore`: does as an operator says, and shows the endpoint.
+    pub operate: Operate,
     /// `POST /explain`: what would be decided for a request, described in JSON.
     pub preview: Preview,
     /// `/certs`: the certificate chain, the trust bundle, when each expires.
@@ -63,7 +65,10 @@ pub struct AdminState {
 /// Says what would be decided for a request that is described.
 pub type Preview = Box<dyn Fn(&[u8]) -> Result<serde_json::Value, Refused> + Send + Sync>;
 
-/// Why a request that was only described gets no answer: a status, and the reason.
+/// Does as an operator says.
+pub type Operate = Box<dyn Fn(&Asked) -> Result<serde_json::Value, Refused> + Send + Sync>;
+
+/// Why an operator's wish is not obeyed: a status, and the reason.
 pub type Refused = (StatusCode, String);
 
 /// Which paths a listener has.
@@ -99,14 +104,18 @@ impl Admin {
     }
 }
 
-const EVERYTHING: &str = "/ready /live /metrics /config_dump /clusters /breakers /explain[/REQUEST-ID][?format=text] /certs /logging /server_info /graph[?format=json|dot|mermaid|table|html]";
+const EVERYTHING: &str = "/ready /live /metrics /config_dump /clusters /breakers[/ENDPOINT/eject|restore] /explain[/REQUEST-ID][?format=text] /certs /logging /server_info /graph[?format=json|dot|mermaid|table|html]";
 
 fn answer(state: &AdminState, scope: Scope, rendered: &Rendered, asked: &Asked) -> Answer {
     let get = asked.method == Method::GET;
     match (asked.path.as_str(), scope) {
         ("/logging", Scope::Everything) => logging::answer(asked, &state.log_filter, &state.set_log_filter),
         (path, Scope::Everything) if path == "/explain" || path.starts_with("/explain/") => explain(state, asked),
-        _ if !get => Answer::text(StatusCode::METHOD_NOT_ALLOWED, "Only /logging and /explain take a POST.\n"),
+        (path, Scope::Everything) if path.starts_with("/breakers/") => operate(state, asked),
+        _ if !get => Answer::text(
+            StatusCode::METHOD_NOT_ALLOWED,
+            "Only /logging, /explain and /breakers/ENDPOINT/eject or /restore take a POST.\n",
+        ),
         ("/live", _) => Answer::text(StatusCode::OK, "live\n"),
         ("/ready", _) => match (state.ready)() {
             Ok(()) => Answer::text(StatusCode::OK, "ready\n"),
@@ -132,6 +141,21 @@ fn answer(state: &AdminState, scope: Scope, rendered: &Rendered, asked: &Asked) 
     }
 }
 
+/// `/breakers/ENDPOINT/eject` and `…/restore`.
+fn operate(state: &AdminState, asked: &Asked) -> Answer {
+    if asked.method != Method::POST {
+        return Answer::text(StatusCode::METHOD_NOT_ALLOWED, "This changes something, and takes a POST.\n");
+    }
+    said((state.operate)(asked))
+}
+
+fn said(answer: Result<serde_json::Value, Refused>) -> Answer {
+    match answer {
+        Ok(document) => Answer::json(&document),
+        Err((status, why)) => Answer::text(status, format!("{why}\n")),
+    }
+}
+
 /// `/explain` lists the requests that are told, `/explain/REQUEST-ID` tells one. A POST to `/explain?keep_one_in=N` sets how
 /// many successes are kept; one with a request in its body says what would be decided for it.
 fn explain(state: &AdminState, asked: &Asked) -> Answer {
@@ -146,10 +170,7 @@ fn explain(state: &AdminState, asked: &Asked) -> Answer {
                 }
                 Err(_) => Answer::text(StatusCode::BAD_REQUEST, "keep_one_in takes a number; 0 keeps no success\n"),
             },
-            (None, None) => match (state.preview)(&asked.body) {
-                Ok(preview) => Answer::json(&preview),
-                Err((status, why)) => Answer::text(status, format!("{why}\n")),
-            },
+            (None, None) => said((state.preview)(&asked.body)),
             (Some(_), _) => Answer::text(StatusCode::METHOD_NOT_ALLOWED, "What was decided cannot be changed.\n"),
         };
     }

@@ -29,6 +29,10 @@ fn state(ready: &Arc<AtomicBool>) -> AdminState {
         config_dump: Box::new(|| json!({"listen": "127.0.0.1:1"})),
         clusters: Box::new(|| json!([])),
         breakers: Box::new(|| json!({"endpoints": []})),
+        operate: Box::new(|asked| match asked.path.as_str() {
+            "/breakers/10.0.0.1:80/eject" => Ok(json!({"state": "Ejected"})),
+            _ => Err((StatusCode::CONFLICT, "too few would be left".to_string())),
+        }),
         preview: Box::new(|described| match described {
             b"{}" => Ok(json!({ "decided": true })),
             _ => Err((StatusCode::BAD_REQUEST, "not a request".to_string())),
@@ -142,4 +146,17 @@ async fn the_log_level_is_changed_by_a_post_and_a_wrong_one_is_refused() {
     assert!(post(&proxy, "/logging?level=debug", "").await.starts_with("HTTP/1.1 200"));
     assert_eq!(get(&proxy, "/logging").await.unwrap(), "debug\n");
     assert!(post(&proxy, "/clusters", "").await.starts_with("HTTP/1.1 405"));
+}
+
+#[tokio::test]
+async fn an_endpoint_is_ejected_by_a_post_of_this_machine_alone() {
+    let proxy = started(Scope::Everything).await;
+    let said = post(&proxy, "/breakers/10.0.0.1:80/eject", "").await;
+    assert!(said.starts_with("HTTP/1.1 200") && said.contains("Ejected"), "{said}");
+    let said = post(&proxy, "/breakers/10.0.0.2:80/eject", "").await;
+    assert!(said.starts_with("HTTP/1.1 409") && said.ends_with("too few would be left\n"), "{said}");
+    assert!(get(&proxy, "/breakers/10.0.0.1:80/eject").await.unwrap_err().contains("405"));
+    assert!(post(&proxy, "/breakers", "").await.starts_with("HTTP/1.1 405"));
+    let health = started(Scope::Health).await;
+    assert!(post(&health, "/breakers/10.0.0.1:80/eject", "").await.starts_with("HTTP/1.1 403"));
 }

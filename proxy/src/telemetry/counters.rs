@@ -50,7 +50,7 @@ metrics_of_the_process! {
     EjectedFailureShare "sheetbend_ejections_total" { reason: "failure_percentage" } "Endpoints left alone for a while, by why.";
     EjectedProbe "sheetbend_ejections_total" { reason: "probe_failed" } "Endpoints left alone for a while, by why.";
     EjectedHealthCheck "sheetbend_ejections_total" { reason: "health_check" } "Endpoints left alone for a while, by why.";
-    EjectedByHand "sheetbend_ejections_total" { reason: "by_hand" } "Endpoints left alone for a while, by why.";
+    EjectedOperator "sheetbend_ejections_total" { reason: "operator" } "Endpoints left alone for a while, by why.";
     CircuitRejected "sheetbend_circuit_rejected_total" {} "Requests answered at once, since the circuit breaker of their destination is open.";
     CircuitOpened "sheetbend_circuit_opened_total" {} "How often circuit breakers of destinations have opened.";
     NotEjectedFloor "sheetbend_not_ejected_total" { reason: "floor" } "Endpoints that failed and were kept, by why.";

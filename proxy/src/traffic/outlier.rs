@@ -106,8 +106,8 @@ pub enum Reason {
     FailureShare,
     /// It was tried again, and failed again.
     Probe,
-    /// Somebody said so.
-    ByHand,
+    /// An operator said so.
+    Operator,
     /// It fails its health checks.
     HealthCheck,
 }
@@ -122,7 +122,7 @@ impl Reason {
         Self::Deviation,
         Self::FailureShare,
         Self::Probe,
-        Self::ByHand,
+        Self::Operator,
         Self::HealthCheck,
     ];
 
@@ -136,7 +136,7 @@ impl Reason {
             Self::Deviation => "success_rate_deviation",
             Self::FailureShare => "failure_percentage",
             Self::Probe => "probe_failed",
-            Self::ByHand => "by_hand",
+            Self::Operator => "operator",
             Self::HealthCheck => "health_check",
         }
     }

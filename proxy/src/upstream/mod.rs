@@ -42,7 +42,7 @@ pub(crate) use windows::{STREAMS, Windows};
 use crate::telemetry::{Edge, EdgeKey, Peer, Protocol, Reporter, Telemetry};
 use crate::traffic::breaker::Shown;
 use crate::traffic::limit::Limit;
-use crate::traffic::outlier::{Detection, Floor, Tally, Vitals};
+use crate::traffic::outlier::{Detection, Floor, NotEjected, Tally, Vitals};
 use crate::traffic::rate::Rate;
 use crate::traffic::retry::Budget;
 
@@ -120,6 +120,21 @@ impl EndpointState {
     /// How it is judged.
     pub(crate) fn detection(&self) -> Arc<Detection> {
         self.floor.as_ref().map_or_else(Arc::default, |floor| floor.detection())
+    }
+
+    /// Leaves it alone for so long, as an operator says.
+    pub(crate) fn eject(&self, time: Duration) -> Result<(), NotEjected> {
+        match &self.floor {
+            Some(floor) => floor.eject_by_hand(&self.vitals, time, self.now()),
+            None => Err(NotEjected::Gone),
+        }
+    }
+
+    /// Takes it into use, and ejects it not again for so long, as an operator says.
+    pub(crate) fn restore(&self, time: Duration) {
+        if let Some(floor) = &self.floor {
+            floor.restore_by_hand(&self.vitals, time, self.now());
+        }
     }
 
     /// Who must answer there; `None` outside the mesh.

@@ -1,7 +1,6 @@
 //! Who is ejected among the endpoints of one backend.
 
 use std::collections::HashSet;
-use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -12,7 +11,10 @@ use super::detection::Everybody;
 use super::{Detection, InARow, Outcome, Picked, Reason, Sent, State, Tally, Vitals};
 use crate::traffic::breaker::Breaker;
 
+mod by_hand;
 mod checked;
+
+pub use by_hand::NotEjected;
 
 /// Who is ejected among the endpoints of one backend, shared by all workers.
 #[derive(Debug, Default)]
@@ -117,10 +119,9 @@ impl Turning {
             return None;
         }
         let alone = |vitals: &&Arc<Vitals>| vitals.is_doubted() && !vitals.probed.load(Relaxed);
-        self.doubted
-            .iter()
-            .find(|vitals| alone(vitals) && self.has_room_for(vitals))
-            .map(|vitals| (self.common_cause, vitals))
+        let from = |vitals: &Arc<Vitals>| self.common_cause.max(vitals.spared());
+        let doubted = self.doubted.iter().filter(|vitals| alone(vitals) && self.has_room_for(vitals));
+        doubted.map(|vitals| (from(vitals), vitals)).min_by_key(|(from, _)| *from)
     }
 
     /// Who is to be tried by this request.
@@ -427,37 +428,6 @@ impl Floor {
         Some(reason)
     }
 
-    /// Leaves an endpoint alone for so long, because somebody says so. Then it is tried like any other that was ejected.
-    pub fn eject_by_hand(&self, vitals: &Arc<Vitals>, time: Duration, now: Duration) -> Result<(), NotEjected> {
-        let mut turning = self.lock();
-        if !vitals.present.load(Relaxed) {
-            return Err(NotEjected::Gone);
-        }
-        let is_out = matches!(vitals.state(), State::Ejected { .. });
-        if !is_out && !turning.has_room_for(vitals) {
-            return Err(NotEjected::Floor { ejected: turning.ejected.len(), all: turning.members.len() });
-        }
-        vitals.spare(Duration::ZERO);
-        vitals.runs.end();
-        vitals.take(self.detection.load().base_ejection_time);
-        turning.eject(vitals, now + time, Some(Reason::ByHand), now);
-        turning.tally.ejected(Reason::ByHand);
-        self.want(&turning);
-        Ok(())
-    }
-
-    /// Takes an endpoint into use, because somebody says so, and ejects it not again for so long.
-    pub fn restore_by_hand(&self, vitals: &Arc<Vitals>, time: Duration, now: Duration) {
-        let mut turning = self.lock();
-        turning.leave(vitals);
-        vitals.spare(now + time);
-        vitals.forget();
-        if vitals.state() != State::Serving {
-            vitals.turn(State::Serving, Some(Reason::ByHand), now);
-        }
-        self.want(&turning);
-    }
-
     /// How endpoints are judged.
     pub fn detection(&self) -> Arc<Detection> {
         self.detection.load_full()
@@ -472,33 +442,6 @@ impl Floor {
     /// What was decided so far.
     pub fn tally(&self) -> Tally {
         Tally { opened: self.breaker.opened(), ..self.lock().tally }
-    }
-}
-
-/// Why somebody's word does not eject an endpoint.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum NotEjected {
-    /// Too few would be left.
-    Floor {
-        /// So many others are ejected.
-        ejected: usize,
-        /// Of so many.
-        all: usize,
-    },
-    /// It is none of the backend's endpoints any more.
-    Gone,
-}
-
-impl fmt::Display for NotEjected {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Floor { ejected, all } => write!(
-                f,
-                "{ejected} other endpoints of {all} are ejected, and one more would leave too few: half stay, rounded up, \
-                 and as many as maxEjectionPercent and minHealthPercent say"
-            ),
-            Self::Gone => f.write_str("its backend has no such endpoint any more"),
-        }
     }
 }
 

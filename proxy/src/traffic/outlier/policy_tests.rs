@@ -1,4 +1,4 @@
-//! What a policy changes, and what somebody's word does.
+//! What a policy changes, and what an operator's word does.
 
 use std::sync::Arc;
 
@@ -113,11 +113,11 @@ fn who_has_heard_of_new_endpoints_first_and_comes_last_changes_nothing() {
 }
 
 #[test]
-fn somebodys_word_ejects_for_as_long_as_it_says_and_then_the_endpoint_is_tried() {
+fn an_operators_word_ejects_for_as_long_as_it_says_and_then_the_endpoint_is_tried() {
     let backend = Backend::of(2);
     assert_eq!(backend.floor.eject_by_hand(&backend.members[0], secs(30), secs(1)), Ok(()));
     assert_eq!(backend.members[0].state(), State::Ejected { until: secs(31) });
-    assert_eq!(backend.members[0].history().last().unwrap().reason, Some(Reason::ByHand));
+    assert_eq!(backend.members[0].history().last().unwrap().reason, Some(Reason::Operator));
     assert!((0..50).all(|_| backend.pick(true, secs(30)).at == 1));
     assert_eq!(backend.pick(true, secs(31)), Picked { at: 0, probe: true });
     backend.probed(0, Outcome::Good, secs(31));
@@ -125,7 +125,7 @@ fn somebodys_word_ejects_for_as_long_as_it_says_and_then_the_endpoint_is_tried()
 }
 
 #[test]
-fn somebodys_word_ejects_nobody_below_the_floor_and_nobody_who_is_gone() {
+fn an_operators_word_ejects_nobody_below_the_floor_and_nobody_who_is_gone() {
     let backend = Backend::of(3);
     assert_eq!(backend.floor.eject_by_hand(&backend.members[0], secs(30), secs(1)), Ok(()));
     let refused = backend.floor.eject_by_hand(&backend.members[1], secs(30), secs(1));
@@ -137,11 +137,32 @@ fn somebodys_word_ejects_nobody_below_the_floor_and_nobody_who_is_gone() {
 }
 
 #[test]
-fn somebodys_word_restores_and_nothing_ejects_for_as_long_as_it_says() {
+fn an_operators_word_restores_and_nothing_ejects_for_as_long_as_it_says() {
     let backend = Backend::of(2);
     backend.fails(0, 7, secs(1));
     backend.floor.restore_by_hand(&backend.members[0], secs(30), secs(1));
     assert_eq!((backend.members[0].state(), backend.floor.ejected()), (State::Serving, (0, 1)));
     assert_eq!(backend.fails(0, 100, secs(30)), None);
     assert_eq!(backend.fails(0, 1, secs(31)), Some(Reason::Errors));
+}
+
+#[test]
+fn one_that_is_held_restored_is_asked_on_purpose_by_nobody_however_it_fails() {
+    let backend = Backend::of(3);
+    backend.floor.restore_by_hand(&backend.members[0], secs(30), secs(1));
+    assert_eq!(backend.members[0].history().last().unwrap().reason, Some(Reason::Operator));
+    backend.fails(0, 20, secs(2));
+    assert!((0..100).all(|_| !backend.pick(true, secs(2)).probe));
+    assert!((0..10).any(|_| backend.pick(true, secs(31)) == Picked { at: 0, probe: true }));
+}
+
+#[test]
+fn whoever_an_operator_ejected_comes_back_where_too_few_others_are_left() {
+    let backend = Backend::of(4);
+    backend.floor.eject_by_hand(&backend.members[0], secs(300), secs(1)).unwrap();
+    backend.floor.eject_by_hand(&backend.members[1], secs(300), secs(2)).unwrap();
+    let three: Arc<[_]> = backend.members[..3].iter().cloned().collect();
+    backend.floor.follow(&three, &Detection::DEFAULT, secs(3), || true);
+    assert_eq!(backend.members[0].state(), State::Serving, "the oldest first");
+    assert!(matches!(backend.members[1].state(), State::Ejected { .. }));
 }

@@ -71,7 +71,12 @@ impl Vitals {
         Duration::from_nanos(self.period.load(Relaxed))
     }
 
-    /// Until when nothing ejects it, because somebody said so.
+    /// Whether it is one of its backend's endpoints now.
+    pub fn is_present(&self) -> bool {
+        self.present.load(Relaxed)
+    }
+
+    /// Until when nothing ejects it, because an operator said so.
     pub fn spared(&self) -> Duration {
         Duration::from_nanos(self.spared.load(Relaxed))
     }

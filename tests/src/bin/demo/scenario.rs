@@ -216,10 +216,10 @@ impl<'a> Stage<'a> {
         let page: Value = serde_json::from_slice(&page.body).unwrap_or_default();
         let text = |value: &Value| value.as_str().unwrap_or("-").to_string();
         let mut states = Vec::new();
-        let mut table = format!("{:<24}{:<12}{:<24}{}\n", "ENDPOINT", "STATE", "REASON", "FAILED IN 10 S");
+        let mut table = format!("{:<24}{:<12}{:<24}{}\n", "ENDPOINT", "STATE", "REASON", "FAILED LATELY");
         for one in page["endpoints"].as_array().into_iter().flatten() {
             let (place, state) = (text(&one["endpoint"]), text(&one["state"]));
-            let failed = format!("{} of {}", one["failures_10s"], one["requests_10s"]);
+            let failed = format!("{} of {}", one["failures"], one["requests"]);
             let _ = writeln!(table, "{place:<24}{state:<12}{:<24}{failed}", text(&one["reason"]));
             let before = self.states.iter().find(|(known, _)| *known == place).map(|(_, state)| state.as_str());
             if !self.live && before.is_some_and(|before| before != state) {

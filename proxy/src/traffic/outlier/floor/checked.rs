@@ -52,7 +52,7 @@ impl Floor {
         }
         for vitals in members.iter().filter(|vitals| !all && is_unwell(vitals)) {
             let state = vitals.state();
-            if state.is_until_well() || now < vitals.spared() {
+            if state.is_until_well() || now < vitals.spared() || vitals.is_out_by_hand(now) {
                 continue;
             }
             if !matches!(state, State::Ejected { .. }) && !turning.has_room_for(vitals) {
@@ -115,6 +115,24 @@ mod tests {
         floor.checked(&members[0], false, NOW);
         floor.unchecked(NOW);
         assert!(!members[0].state().is_until_well());
+    }
+
+    #[test]
+    fn what_an_operator_says_holds_whatever_checks_say_until_its_time_is_over() {
+        let (floor, members) = floor(3);
+        let (minute, later) = (Duration::from_secs(60), NOW + Duration::from_secs(61));
+        floor.eject_by_hand(&members[0], minute, NOW).unwrap();
+        floor.checked(&members[0], false, NOW);
+        floor.checked(&members[0], true, NOW);
+        assert_eq!(members[0].state(), State::Ejected { until: NOW + minute });
+        floor.checked(&members[0], false, NOW);
+        floor.follow_checks(later);
+        assert!(members[0].state().is_until_well());
+        floor.restore_by_hand(&members[0], minute, later);
+        floor.follow_checks(later + minute / 2);
+        assert_eq!(members[0].state(), State::Serving);
+        floor.follow_checks(later + minute);
+        assert!(members[0].state().is_until_well());
     }
 
     #[test]
