@@ -12,6 +12,8 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
+use crate::app::AnyBody;
+
 /// What may go wrong with a call: only printed.
 pub type Error = Box<dyn std::error::Error + Send + Sync>;
 
@@ -27,6 +29,8 @@ pub struct Answer {
     pub headers: HeaderMap,
     /// Its body.
     pub body: Bytes,
+    /// What came after the body.
+    pub trailers: HeaderMap,
 }
 
 impl Answer {
@@ -59,10 +63,20 @@ pub async fn http2(stream: TcpStream) -> Result<http2::SendRequest<Full<Bytes>>,
     Ok(sender)
 }
 
+/// The same, for bodies of any kind.
+pub async fn http2_of_any(stream: TcpStream) -> Result<http2::SendRequest<AnyBody>, Error> {
+    stream.set_nodelay(true)?;
+    let (sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await?;
+    tokio::spawn(connection);
+    Ok(sender)
+}
+
 /// Reads a response to its end.
 pub async fn read(response: http::Response<hyper::body::Incoming>) -> Result<Answer, Error> {
     let (head, body) = response.into_parts();
-    Ok(Answer { status: head.status, headers: head.headers, body: body.collect().await?.to_bytes() })
+    let body = body.collect().await?;
+    let trailers = body.trailers().cloned().unwrap_or_default();
+    Ok(Answer { status: head.status, headers: head.headers, body: body.to_bytes(), trailers })
 }
 
 /// One request over a connection of its own: `to` is where to connect, `url` what to ask for. An absolute `url` is what

@@ -14,6 +14,7 @@ mod look;
 mod mesh;
 mod need;
 mod netns;
+pub mod planned;
 mod pod;
 mod process;
 mod scripted;
