@@ -14,6 +14,7 @@ use sheetbend_certs::SpiffeId;
 pub mod access;
 mod balancing;
 mod breaker;
+mod connections;
 pub mod duration;
 mod faults;
 mod filters;
@@ -28,6 +29,7 @@ mod retry;
 pub use access::{Access, AccessRule, Action, AuthorizationPolicy, Condition, DefaultAccess, Glob, Operation, Source};
 pub use balancing::{ConsistentHash, HttpCookie, LoadBalancer, LocalityLbSetting, MAX_RING, Simple, Standing, Warmup};
 pub use breaker::CircuitBreaker;
+pub use connections::{ConnectionBackend, ConnectionRule, is_hostname};
 pub use faults::{Abort, Delay, Fault};
 pub use filters::{Filters, HeaderEdit, HeaderEdits, PathEdit, REDIRECTS, Redirect, Rewrite};
 pub use health_check::{GrpcCheck, HealthCheck, HttpCheck, Statuses, TcpCheck};
@@ -258,9 +260,13 @@ pub struct Destination {
     /// HTTP rules in the order in which they are tried. The first that matches decides; none: `default_cluster`.
     #[serde(default)]
     pub rules: Vec<Rule>,
+    /// Rules for connections as a whole, in the order in which they are tried. Where there are some, what none of them takes
+    /// is refused.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub connections: Vec<ConnectionRule>,
     /// Where everything goes that no rule claims.
     pub default_cluster: ClusterName,
-    /// Every cluster that `rules` and `default_cluster` name; decoding guarantees it.
+    /// Every cluster that `rules`, `connections` and `default_cluster` name; decoding guarantees it.
     pub clusters: BTreeMap<ClusterName, Arc<Cluster>>,
 }
 

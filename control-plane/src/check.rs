@@ -17,6 +17,8 @@ use crate::resources::{
 };
 use crate::world::{Inputs, Parts};
 
+mod connections;
+
 /// A folder that was checked.
 #[derive(Debug, serde::Serialize)]
 pub struct Checked {
@@ -65,6 +67,19 @@ impl Known {
         }
     }
 
+    /// The ports of a service; 0, where any may be there.
+    fn ports(&self, service: &ServiceName) -> Vec<u16> {
+        let ports = self.0.get(service).and_then(Option::as_ref);
+        ports.map_or(vec![0], |ports| ports.iter().copied().collect())
+    }
+
+    /// Every service port; port 0 of a service that may have any.
+    fn all_ports(&self) -> impl Iterator<Item = ServicePort> {
+        self.0.keys().flat_map(|service| {
+            self.ports(service).into_iter().map(|port| ServicePort { service: service.clone(), port })
+        })
+    }
+
     /// Why there is no such service port, and a hint.
     fn lacks(&self, service: &ServiceName, port: Option<u16>) -> Option<(String, String)> {
         match (self.0.get(service), port) {
@@ -98,6 +113,8 @@ pub(crate) fn between(folder: &Folder, mut known: Known) -> Vec<Problem> {
     let parts = Parts::sort(&resources);
     problems.extend(overruled_policies(folder, &parts));
     problems.extend(overruled_rules(&parts, &known));
+    problems.extend(connections::overruled_kinds(folder, &parts, &known));
+    problems.extend(connections::rules(&parts, &known));
     problems
 }
 
@@ -211,33 +228,30 @@ fn overruled_policies(folder: &Folder, parts: &Parts<'_>) -> Vec<Problem> {
 /// Rules that take nothing, since another one of the same Service takes just that before them.
 fn overruled_rules(parts: &Parts<'_>, known: &Known) -> Vec<Problem> {
     let (mut problems, mut told) = (Vec::new(), HashSet::new());
-    for (service, ports) in &known.0 {
-        let ports = ports.clone().unwrap_or_else(|| BTreeSet::from([0]));
-        for port in ports {
-            let rules = parts.rules(&ServicePort { service: service.clone(), port });
-            let mut first = HashMap::new();
-            for rule in &rules {
-                let matches = match rule.matches.is_empty() {
-                    true => "everything".to_string(),
-                    false => format!("{:?}", rule.matches),
-                };
-                let winner = *first.entry(matches).or_insert(rule);
-                let (place, wins) = (&rule.policy.place, &winner.policy.place);
-                if std::ptr::eq(winner, rule) || !told.insert((place.clone(), wins.clone())) {
-                    continue;
-                }
-                let Some((file, line)) = place.rsplit_once(':') else { continue };
-                problems.push(Problem {
-                    file: PathBuf::from(file),
-                    line: line.parse().unwrap_or(1),
-                    column: 1,
-                    reason: format!(
-                        "the rule {} cannot hold beside {} ({wins}): both match the same, and that one wins",
-                        rule.name, winner.name
-                    ),
-                    hint: Some("let them match different requests, or take one out".to_string()),
-                });
+    for name in known.all_ports() {
+        let rules = parts.rules(&name);
+        let mut first = HashMap::new();
+        for rule in &rules {
+            let matches = match rule.matches.is_empty() {
+                true => "everything".to_string(),
+                false => format!("{:?}", rule.matches),
+            };
+            let winner = *first.entry(matches).or_insert(rule);
+            let (place, wins) = (&rule.policy.place, &winner.policy.place);
+            if std::ptr::eq(winner, rule) || !told.insert((place.clone(), wins.clone())) {
+                continue;
             }
+            let Some((file, line)) = place.rsplit_once(':') else { continue };
+            problems.push(Problem {
+                file: PathBuf::from(file),
+                line: line.parse().unwrap_or(1),
+                column: 1,
+                reason: format!(
+                    "the rule {} cannot hold beside {} ({wins}): both match the same, and that one wins",
+                    rule.name, winner.name
+                ),
+                hint: Some("let them match different requests, or take one out".to_string()),
+            });
         }
     }
     problems
@@ -351,6 +365,75 @@ mod tests {
               that one wins; let them match different requests, or take one out"
             ]
         );
+    }
+
+    fn connections(kind: &str, name: &str, spec: &str) -> String {
+        format!(
+            "apiVersion: gateway.networking.k8s.io/v1alpha2\nkind: {kind}\nmetadata: {{name: {name}}}\nspec:\n  \
+             parentRefs: [{{kind: Service, group: '', name: web, port: 80}}]\n{spec}"
+        )
+    }
+
+    #[test]
+    fn rules_for_connections_that_take_none_are_told() {
+        let rule = "  rules: [{backendRefs: [{name: web, port: 80}]}]\n";
+        let tls = |name: &str| connections("TLSRoute", name, &format!("  hostnames: [a.example]\n{rule}"));
+        let closed = "  hostnames: [b.example]\n  rules: [{backendRefs: [{name: web, port: 80, weight: 0}]}]\n";
+        let told = problems(&[
+            ("a.yaml", WEB),
+            ("b.yaml", &tls("one")),
+            ("c.yaml", &tls("two")),
+            ("d.yaml", &connections("TCPRoute", "tcp", rule)),
+            ("e.yaml", &connections("TLSRoute", "closed", closed)),
+        ]);
+        assert_eq!(
+            told,
+            [
+                "c.yaml:7:1: the rule default/two#0 cannot hold beside default/one#0 (b.yaml:7): both take `a.example`, \
+                 and that one wins; put both into one, each backend with its weight, or take one out",
+                "d.yaml:5:49: this TCPRoute takes nothing of web.default:80: TLSRoute default/closed is there, and of \
+                 different kinds of routes the most specific alone counts; name another port in parentRefs, or take one out",
+                "e.yaml:7:1: the rule default/closed#0 has no backend with any weight: every connection that it takes is \
+                 refused; give a backend a weight of 1 or more, unless nobody is to connect",
+            ]
+        );
+    }
+
+    #[test]
+    fn what_a_route_of_connections_does_not_obey_is_refused() {
+        let to_web = "  rules: [{backendRefs: [{name: web, port: 80}]}]\n";
+        let mistakes = [
+            ("TCPRoute", "  hostnames: [a]\n", to_web, "6:15: a TCPRoute has no hostnames"),
+            ("TLSRoute", "", to_web, "3:18: a TLSRoute without hostnames takes no connection"),
+            ("TLSRoute", "  hostnames: [127.0.0.1]\n", to_web, "6:15: `127.0.0.1` is not a hostname"),
+            ("TLSRoute", "  hostnames: [a.x, A.x]\n", to_web, "6:20: `a.x` is there twice"),
+            ("TCPRoute", "", "", "3:18: a TCPRoute without a rule leads nowhere"),
+            ("TCPRoute", "", "  rules: [{matches: []}]\n", "6:12: unknown field `matches`"),
+            (
+                "TCPRoute",
+                "",
+                "  rules: [{backendRefs: [{name: web, port: 80}]}, {backendRefs: []}]\n",
+                "6:51: of the rules of a TCPRoute only the first could ever hold",
+            ),
+            (
+                "TCPRoute",
+                "",
+                "  rules: [{backendRefs: [{name: web, port: 80, filters: [{type: RequestHeaderModifier}]}]}]\n",
+                "nothing filters bytes that nobody looks into",
+            ),
+            ("TCPRoute", "", "  rules: [{backendRefs: [{name: web}]}]\n", "this backendRef has no `port`"),
+            (
+                "TCPRoute",
+                "",
+                "  rules: [{backendRefs: [{name: wob, port: 80}]}]\n",
+                "missing backend: there is no Service default/wob; did you mean `web`?",
+            ),
+        ];
+        for (kind, hostnames, rules, wanted) in mistakes {
+            let route = connections(kind, "r", &format!("{hostnames}{rules}"));
+            let told = problems(&[("a.yaml", WEB), ("b.yaml", &route)]);
+            assert!(told.len() == 1 && told[0].contains(wanted), "{wanted}: {told:#?}");
+        }
     }
 
     #[test]

@@ -8,7 +8,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use sheetbend_control_plane_client::model::{
-    AppProtocol, Cluster, ClusterName, Destination, Endpoint, InboundPolicy, Mesh, ServiceName, ServicePort, Target,
+    AppProtocol, Cluster, ClusterName, ConnectionRule, Destination, Endpoint, InboundPolicy, Mesh, ServiceName,
+    ServicePort, Target,
 };
 
 use self::inbound::Inbound;
@@ -17,6 +18,7 @@ use self::parts::clusters;
 use crate::registry::Registered;
 use crate::resources::Resource;
 
+mod connections;
 mod inbound;
 mod parts;
 #[cfg(test)]
@@ -70,11 +72,12 @@ impl World {
         };
         let owners = parts.owners(inputs);
         for (name, port) in &ports {
-            let rules = parts.rules(name);
+            let (rules, connections) = (parts.rules(name), parts.connections(name));
             let default_cluster: ClusterName = name.to_string().into();
             let mut named: BTreeMap<ClusterName, Arc<Cluster>> = BTreeMap::new();
             let wanted = rules.iter().flat_map(|rule| rule.backends.iter().map(|b| &b.cluster));
-            for wanted in wanted.chain([&default_cluster]) {
+            let of_connections = connections.iter().flat_map(|rule| rule.backends.iter().map(|b| &b.cluster));
+            for wanted in wanted.chain(of_connections).chain([&default_cluster]) {
                 if let Some(entry) = clusters.get(wanted) {
                     named.insert(wanted.clone(), entry.cluster.clone());
                 }
@@ -82,8 +85,9 @@ impl World {
             let destination = Destination {
                 name: name.clone(),
                 trust_domain: inputs.trust_domain.clone(),
-                protocol: port.protocol,
+                protocol: protocol(port.protocol, &connections),
                 rules,
+                connections,
                 default_cluster,
                 clusters: named,
             };
@@ -123,6 +127,7 @@ impl World {
         let cluster = Cluster { policy: policy.unwrap_or_default(), ..pinned_cluster(name, endpoint) };
         Some(Arc::new(Destination {
             rules: Vec::new(),
+            connections: Vec::new(),
             default_cluster: cluster.name.clone(),
             clusters: BTreeMap::from([(cluster.name.clone(), Arc::new(cluster))]),
             ..Destination::clone(whole)
@@ -211,6 +216,15 @@ impl World {
     /// Every cluster that is not of a single address.
     pub(crate) fn clusters(&self) -> impl Iterator<Item = &ClusterEntry> {
         self.clusters.values()
+    }
+}
+
+/// What a port speaks: where its connections are routed as a whole, nobody looks into them.
+fn protocol(said: AppProtocol, connections: &[ConnectionRule]) -> AppProtocol {
+    match connections.first() {
+        Some(rule) if rule.hostname.is_some() => AppProtocol::Tls,
+        Some(_) => AppProtocol::Tcp,
+        None => said,
     }
 }
 

@@ -1,5 +1,6 @@
 //! App → mesh: whom a connection or a request is for, and its way there.
 
+use std::io;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
@@ -15,9 +16,10 @@ use sheetbend_certs::MeshAlpn;
 use sheetbend_control_plane_client::model::{AppProtocol, OutboundPolicy, Retry, Target, Transport};
 
 use crate::app::Shared;
+use crate::client_hello::Hello;
 use crate::detect::{Detected, is_known_opaque};
 use crate::faults::suffer;
-use crate::first_bytes::{FirstBytes, Patience, Speaker, read_first, who_speaks_first};
+use crate::first_bytes::{FirstBytes, Patience, Speaker, read_first, read_hello, who_speaks_first};
 use crate::forward::{Body1, Outgoing, Sending, Way, finish, protocol, strip, within};
 use crate::http::body::ResponseBody;
 use crate::http::deadline::Deadline;
@@ -33,7 +35,7 @@ use crate::rest::{Rest, splice_for};
 use crate::rewind::Rewind;
 use crate::route::{Caller, Candidates, Choice, Route, Routes};
 use crate::tcp::Abort;
-use crate::telemetry::{Counter, Protocol, Reporter};
+use crate::telemetry::{Counter, Protocol, Reporter, Telemetry};
 use crate::traffic::limit::Limit;
 use crate::traffic::retry::{self, Retrying, Verdict};
 use crate::upstream::{BoxIo, EndpointState, Permit, Pool, Wire, dial};
@@ -83,15 +85,21 @@ impl Outbound {
             Some(AppProtocol::Tcp | AppProtocol::Tls) => true,
             Some(_) => is_known_opaque(target.port()),
         };
+        if route.asks_server_name() {
+            if let Ok(name) = server_name(&mut io, &mut bytes, &self.shared.telemetry).await {
+                self.opaque(io, bytes, &route, name.as_deref(), None, peer).boxed().await;
+            }
+            return;
+        }
         if opaque {
             self.shared.telemetry.detected(FirstBytes::Detected(Detected::Opaque));
-            return self.opaque(io, bytes, &route, None, peer).boxed().await;
+            return self.opaque(io, bytes, &route, None, None, peer).boxed().await;
         }
         let mut first = read_first(&mut io, &mut bytes, Patience::default()).await;
         first.iter().for_each(|first| self.shared.telemetry.detected(*first));
         let mut dialed = None;
         if matches!(first, Ok(FirstBytes::ServerFirst)) {
-            let mut server = match self.connect(&route, peer).await {
+            let mut server = match self.connect(&route, None, peer).await {
                 Ok(server) => server,
                 Err(error) => return self.refuse(io, bytes, error, peer).await,
             };
@@ -103,7 +111,7 @@ impl Outbound {
                     first = read_first(&mut io, &mut bytes, Patience::default()).await;
                     dialed = Some(server);
                 }
-                Ok(_) => return self.opaque(io, bytes, &route, Some(server), peer).boxed().await,
+                Ok(_) => return self.opaque(io, bytes, &route, None, Some(server), peer).boxed().await,
                 // Half a conversation is not a whole one: whoever is left sees it break.
                 Err(_) => return io.abort(),
             }
@@ -116,7 +124,7 @@ impl Outbound {
                 self.http(io, spoken == Detected::Http2, Some(target), peer).await;
             }
             Ok(FirstBytes::Closed) | Err(_) => {}
-            Ok(_) => self.opaque(io, bytes, &route, dialed, peer).boxed().await,
+            Ok(_) => self.opaque(io, bytes, &route, None, dialed, peer).boxed().await,
         }
     }
 
@@ -349,14 +357,15 @@ impl Outbound {
         Way { pool: &self.pool, identity: &shared.identity, telemetry: &shared.telemetry, epoch: shared.epoch }
     }
 
-    async fn connect(&self, route: &Route, peer: SocketAddr) -> Result<Connected, Error> {
-        let caller = route.opaque().caller(None, peer);
+    async fn connect(&self, route: &Route, server_name: Option<&str>, peer: SocketAddr) -> Result<Connected, Error> {
+        let candidates = route.opaque(server_name)?;
+        let caller = candidates.caller(None, peer);
         let mut tried = Vec::new();
         let full = || Error::overflow(Limit::Connections, route.target());
-        let permit = route.opaque().bounds.take(Limit::Connections).ok_or_else(full)?;
+        let permit = candidates.bounds.take(Limit::Connections).ok_or_else(full)?;
         loop {
             let (now, telemetry) = (self.shared.epoch.elapsed(), &self.shared.telemetry);
-            let mut lease = route.pick(route.opaque(), &caller, &tried, true, now)?;
+            let mut lease = route.pick(candidates, &caller, &tried, true, now)?;
             let endpoint = Arc::clone(&lease.endpoint);
             let dialed = dial(&endpoint, MeshAlpn::Tcp, &self.shared.identity, telemetry, &self.pool.own).await;
             match &dialed {
@@ -366,7 +375,7 @@ impl Outbound {
             match dialed {
                 Ok(dialed) => return Ok(Connected { endpoint, io: dialed.io, rest: dialed.rest, permit }),
                 // Nothing was sent yet: another endpoint may be tried, once.
-                Err(_) if tried.is_empty() && route.opaque().len() > 1 => tried.push(endpoint),
+                Err(_) if tried.is_empty() && candidates.len() > 1 => tried.push(endpoint),
                 Err(source) => {
                     endpoint.edge(&self.shared.telemetry, Protocol::Tcp).connection_failed();
                     return Err(Error::unreachable(endpoint.place.clone(), source));
@@ -376,11 +385,19 @@ impl Outbound {
     }
 
     /// Bytes that nobody looks into.
-    async fn opaque(&self, io: BoxIo, bytes: BytesMut, route: &Route, dialed: Option<Connected>, peer: SocketAddr) {
+    async fn opaque(
+        &self,
+        io: BoxIo,
+        bytes: BytesMut,
+        route: &Route,
+        server_name: Option<&str>,
+        dialed: Option<Connected>,
+        peer: SocketAddr,
+    ) {
         let _under_way = self.shared.outbound_drain.subscribe();
         let Connected { endpoint, io: mut server, rest, permit: _counted } = match dialed {
             Some(dialed) => dialed,
-            None => match self.connect(route, peer).await {
+            None => match self.connect(route, server_name, peer).await {
                 Ok(dialed) => dialed,
                 Err(error) => return self.refuse(io, bytes, error, peer).await,
             },
@@ -416,6 +433,20 @@ struct Connected {
     io: BoxIo,
     rest: Option<Rest>,
     permit: Permit,
+}
+
+/// The server that a client's hello names; none where it is no hello, or names nobody. Reads no more than that takes.
+async fn server_name(io: &mut BoxIo, bytes: &mut BytesMut, telemetry: &Telemetry) -> io::Result<Option<Box<str>>> {
+    let first = read_first(io, bytes, PATIENCE).await?;
+    telemetry.detected(first);
+    match first {
+        FirstBytes::Detected(Detected::Tls) => match read_hello(io, bytes, PATIENCE.decision).await? {
+            Hello::Parsed(hello) => Ok(hello.sni),
+            Hello::NotParseable | Hello::NeedMore => Ok(None),
+        },
+        FirstBytes::Closed => Err(io::ErrorKind::UnexpectedEof.into()),
+        FirstBytes::Detected(_) | FirstBytes::ServerFirst => Ok(None),
+    }
 }
 
 /// What is spoken to an endpoint. One that is not ours, behind TLS, chooses itself between HTTP's versions.

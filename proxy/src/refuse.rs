@@ -27,7 +27,12 @@ pub(crate) async fn refuse(
     error: Error,
     peer: SocketAddr,
 ) {
-    let http2 = match read_first(&mut io, &mut bytes, Patience::default()).await {
+    let first = match error {
+        // Whatever is spoken: nobody looks into it.
+        Error::Unrouted(..) => Ok(FirstBytes::Closed),
+        _ => read_first(&mut io, &mut bytes, Patience::default()).await,
+    };
+    let http2 = match first {
         Ok(FirstBytes::Detected(Detected::Http1)) => false,
         Ok(FirstBytes::Detected(Detected::Http2)) => true,
         // Whoever waits for the server to speak first, or speaks what we do not, cannot be told.

@@ -21,7 +21,7 @@ pub use candidates::{Caller, Candidates};
 use crate::admission::RouteLimits;
 use crate::faults::Delayed;
 use crate::http::error::Error;
-use crate::policy::{Changes, Fault, Rules};
+use crate::policy::{Changes, Fault, Rules, connect};
 use crate::telemetry::{Counter, Telemetry};
 use crate::traffic::breaker::IsOpen;
 use crate::upstream::{Bounded, EndpointState, Endpoints, Lease, Place};
@@ -118,6 +118,11 @@ impl Route {
         let Some(destination) = &self.destination else {
             return Choice { rule: None, endpoints: Some(&self.elsewhere), changes: Changes::default(), faults: &[] };
         };
+        if !destination.connections.is_empty() {
+            // Requests for a port whose connections are routed go where those go that name no server.
+            let endpoints = self.opaque(None).ok();
+            return Choice { rule: None, endpoints, changes: Changes::default(), faults: &[] };
+        }
         let chosen = self.rules.choose(destination, head, rand::random());
         let endpoints = chosen.cluster.map(|cluster| self.of(cluster));
         Choice { rule: chosen.rule, endpoints, changes: chosen.changes, faults: chosen.faults }
@@ -131,9 +136,21 @@ impl Route {
         self.limits.get(&rule?.name).map(|limits| &**limits)
     }
 
-    /// The endpoints of an opaque connection.
-    pub fn opaque(&self) -> &Candidates {
-        self.destination.as_ref().map_or(&self.elsewhere, |destination| self.of(&destination.default_cluster))
+    /// The endpoints of an opaque connection; chosen anew for each. `server_name` is what its ClientHello names.
+    pub fn opaque(&self, server_name: Option<&str>) -> Result<&Candidates, Error> {
+        match self.destination.as_deref() {
+            None => Ok(&self.elsewhere),
+            Some(destination) if destination.connections.is_empty() => Ok(self.of(&destination.default_cluster)),
+            Some(destination) => connect(&destination.connections, server_name, rand::random())
+                .map(|cluster| self.of(cluster))
+                .map_err(|why| Error::Unrouted(self.target.clone(), why)),
+        }
+    }
+
+    /// Whether it takes a ClientHello to tell where an opaque connection goes.
+    pub fn asks_server_name(&self) -> bool {
+        let rules = self.destination.iter().flat_map(|destination| &destination.connections);
+        rules.into_iter().any(|rule| rule.hostname.is_some())
     }
 
     /// What would be decided for a request, without sending it.
@@ -161,6 +178,7 @@ impl Route {
         };
         json!({
             "destination": destination.name.to_string(),
+            "connections": destination.connections,
             "rule": rule.map(|rule| json!({ "name": &*rule.name, "place": &*rule.policy.place, "policy": &*rule.policy })),
             "backends": backends.iter().map(backend).collect::<Vec<_>>(),
         })

@@ -49,7 +49,7 @@ impl<'a> Parts<'a> {
 
     /// Some more than once.
     fn clusters(&self) -> impl Iterator<Item = &'a ClusterName> {
-        self.listener.opaque.iter().chain(self.routes.into_iter().flat_map(Routes::clusters))
+        self.listener.clusters().chain(self.routes.into_iter().flat_map(Routes::clusters))
     }
 
     /// `None`: nothing is newer than `generation`.
@@ -63,6 +63,7 @@ impl<'a> Parts<'a> {
             trust_domain: self.listener.trust_domain.clone(),
             protocol: self.listener.protocol,
             rules: self.routes.map(|routes| routes.rules.clone()).unwrap_or_default(),
+            connections: self.listener.connections.clone(),
             default_cluster: self.default_cluster.clone(),
             clusters: clusters.collect(),
         };

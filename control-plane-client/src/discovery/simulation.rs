@@ -84,6 +84,7 @@ impl World {
                 backends: backends.collect(),
                 policy: Arc::default(),
             }],
+            connections: vec![],
             default_cluster: clusters.keys().next().unwrap().clone(),
             clusters,
         })

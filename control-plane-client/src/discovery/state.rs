@@ -292,7 +292,7 @@ impl State {
         let mut clusters: BTreeSet<ClusterName> = BTreeSet::new();
         for wanted in self.targets.values() {
             let Some(listener) = self.stores.listener(&wanted.name) else { continue };
-            clusters.extend(listener.opaque.clone());
+            clusters.extend(listener.clusters().cloned());
             if let Some(name) = &listener.routes {
                 routes.insert(name.clone());
                 clusters.extend(self.stores.routes(name).into_iter().flat_map(|routes| routes.clusters()).cloned());

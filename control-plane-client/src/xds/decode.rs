@@ -24,7 +24,8 @@ pub use super::routes::{MAX_BACKENDS, MAX_HEADERS, MAX_ROUTES, Routes, routes};
 use super::words::{ClusterWords, EndpointWords, ListenerWords, ServiceWords, Wire};
 use super::{DecodeError, Kind, ROOT_CA, WORDS, shown};
 use crate::model::{
-    AppProtocol, BackendPolicy, ClusterName, Endpoint, InboundPolicy, Mesh, ServicePort, Standing, Transport, Unusable,
+    AppProtocol, BackendPolicy, ClusterName, ConnectionRule, Endpoint, InboundPolicy, Mesh, ServicePort, Standing,
+    Transport, Unusable,
 };
 
 /// Endpoints of one cluster. At 150 bytes each this is 1.5 MiB on the wire.
@@ -66,6 +67,16 @@ pub struct Listener {
     pub routes: Option<Arc<str>>,
     /// The cluster for bytes that nobody looks into.
     pub opaque: Option<ClusterName>,
+    /// Rules for connections as a whole; where there are some, there are no routes.
+    pub connections: Vec<ConnectionRule>,
+}
+
+impl Listener {
+    /// Every cluster that it names itself, some more than once.
+    pub fn clusters(&self) -> impl Iterator<Item = &ClusterName> {
+        let backends = self.connections.iter().flat_map(|rule| &rule.backends).map(|backend| &backend.cluster);
+        self.opaque.iter().chain(backends)
+    }
 }
 
 /// Decodes one resource of a response. `name` is the resource's name on the stream, and must be the payload's own.
@@ -108,7 +119,14 @@ pub fn listener(message: &lds::Listener) -> Result<Listener, DecodeError> {
     let words: ListenerWords = typed_words(message.metadata.as_ref(), "metadata")?;
     let name = service_port(words.service)?;
     let trust_domain = text("trust_domain", &words.trust_domain)?;
-    let mut found = Listener { name, trust_domain, protocol: words.protocol, routes: None, opaque: None };
+    let mut found =
+        Listener { name, trust_domain, protocol: words.protocol, routes: None, opaque: None, connections: Vec::new() };
+    if let Some(connections) = words.connections {
+        at_most("rules for connections", connections.rules.len(), MAX_ROUTES)?;
+        connections.rules.iter().try_for_each(ConnectionRule::check).map_err(unusable)?;
+        found.opaque = Some(text("default_cluster", &connections.default_cluster)?);
+        return Ok(Listener { connections: connections.rules, ..found });
+    }
     for chain in message.filter_chains.iter().chain(&message.default_filter_chain) {
         // The last filter is the one that ends a chain; those before it are for peers that know them.
         let filter = chain.filters.last().ok_or(DecodeError::Missing("filter_chains.filters"))?;

@@ -27,8 +27,8 @@ use serde::Serialize;
 use sheetbend_certs::SpiffeId;
 
 use super::metadata::to_struct;
-use super::words::{ClusterWords, DEFAULT_ROUTE, EndpointWords, ListenerWords, Wire};
-use super::{OWN_CERTIFICATE, ROOT_CA, WORDS, filters};
+use super::words::{ClusterWords, ConnectionWords, DEFAULT_ROUTE, EndpointWords, ListenerWords, Wire};
+use super::{OWN_CERTIFICATE, ROOT_CA, WORDS, connections, filters};
 use crate::model::{
     AppProtocol, Cluster, Destination, Endpoint, InboundPolicy, Match, Mesh, PathMatch, Pattern, Rule, RulePolicy,
     ServicePort, Target, TextMatch, Transport,
@@ -76,8 +76,8 @@ pub fn listener(target: &Target, destination: &Destination) -> lds::Listener {
         };
         network_filter("envoy.filters.network.tcp_proxy", proxy)
     };
-    let chain = |filter| lds::FilterChain { filters: vec![filter], ..lds::FilterChain::default() };
     let (filter_chains, default_filter_chain) = match destination.protocol {
+        _ if !destination.connections.is_empty() => (connections::chains(&destination.connections), None),
         Http | Http2 | Grpc => (vec![chain(http())], None),
         Tcp | Tls => (vec![chain(opaque())], None),
         Detect => {
@@ -88,6 +88,10 @@ pub fn listener(target: &Target, destination: &Destination) -> lds::Listener {
             (vec![lds::FilterChain { filter_chain_match: Some(only_http), ..chain(http()) }], Some(chain(opaque())))
         }
     };
+    let connections = (!destination.connections.is_empty()).then(|| ConnectionWords {
+        rules: destination.connections.clone(),
+        default_cluster: destination.default_cluster.clone(),
+    });
     lds::Listener {
         name: target.to_string(),
         address: target.address().map(socket_address),
@@ -98,9 +102,14 @@ pub fn listener(target: &Target, destination: &Destination) -> lds::Listener {
             service: (&destination.name).into(),
             trust_domain: destination.trust_domain.clone(),
             protocol: destination.protocol,
+            connections,
         })),
         ..lds::Listener::default()
     }
+}
+
+pub(super) fn chain(filter: lds::Filter) -> lds::FilterChain {
+    lds::FilterChain { filters: vec![filter], ..lds::FilterChain::default() }
 }
 
 /// The Listener that tells what the mesh is.
@@ -331,7 +340,7 @@ fn http_manager(routes: &str) -> hcm::HttpConnectionManager {
     }
 }
 
-fn network_filter<M: Name + Message>(name: &str, config: M) -> lds::Filter {
+pub(super) fn network_filter<M: Name + Message>(name: &str, config: M) -> lds::Filter {
     lds::Filter { name: name.to_string(), config_type: Some(lds::filter::ConfigType::TypedConfig(pack_any(config))) }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! | resource | name | says |
 //! |---|---|---|
-//! | Listener | the target, `web:80` | which service port it is; its routes, its cluster for opaque bytes, or both |
+//! | Listener | the target, `web:80` | which service port it is; its routes, its cluster for opaque bytes, or both; or rules for whole connections |
 //! | RouteConfiguration | the service port, `web.default:8000` | the HTTP rules, and last the default cluster |
 //! | Cluster | `web.default:8000` | the service port behind it; TLS for peers that are not ours |
 //! | ClusterLoadAssignment | the cluster's name | endpoints, with identity and transport in their metadata |
@@ -17,6 +17,7 @@
 //! not fit is a [`DecodeError`], which the stream sends back as a refusal while the last good resource stays.
 
 mod balancing;
+mod connections;
 pub mod decode;
 pub mod encode;
 mod error;

@@ -191,10 +191,21 @@ fn destination() -> impl Strategy<Value = Destination> {
         let cluster = |(name, (service, endpoints)): (ClusterName, (ServicePort, Vec<Endpoint>))| {
             (name.clone(), Arc::new(Cluster { name, service, policy: backend_policy(endpoints.len()), endpoints }))
         };
+        let connection = |at: usize| ConnectionRule {
+            name: format!("default/tls#{at}").into(),
+            place: "tls.yaml:7".into(),
+            hostname: [None, Some("*.db.example".into()), Some("db.example".into())][at % 3].clone(),
+            backends: names
+                .iter()
+                .take(at)
+                .map(|name| ConnectionBackend { cluster: name.clone(), weight: 7 })
+                .collect(),
+        };
         Destination {
             name,
             trust_domain,
             protocol,
+            connections: if opaque { (0..rules.len()).map(connection).collect() } else { Vec::new() },
             rules: if opaque { Vec::new() } else { rules.into_iter().enumerate().map(rule).collect() },
             default_cluster: names[0].clone(),
             clusters: clusters.into_iter().map(cluster).collect(),
@@ -234,6 +245,7 @@ fn there_and_back(target: &Target, sent: &Destination) -> Result<Destination, De
         trust_domain: listener.trust_domain.clone(),
         protocol: listener.protocol,
         rules,
+        connections: listener.connections.clone(),
         default_cluster,
         clusters,
     })
@@ -405,6 +417,7 @@ fn web() -> Destination {
         trust_domain: "cluster.local".into(),
         protocol: AppProtocol::Detect,
         rules: vec![],
+        connections: vec![],
         default_cluster: "web.default:80".into(),
         clusters: BTreeMap::from([("web.default:80".into(), Arc::new(empty_cluster()))]),
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use sheetbend_certs::SpiffeId;
 
-use crate::model::{AppProtocol, BackendPolicy, ServiceName, ServicePort};
+use crate::model::{AppProtocol, BackendPolicy, ClusterName, ConnectionRule, ServiceName, ServicePort};
 
 /// What a Listener of ours says beyond xDS.
 #[derive(Serialize, Deserialize)]
@@ -15,6 +15,15 @@ pub(super) struct ListenerWords {
     pub(super) trust_domain: Arc<str>,
     #[serde(default)]
     pub(super) protocol: AppProtocol,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) connections: Option<ConnectionWords>,
+}
+
+/// Rules for connections as a whole. A chain of filters says the same as far as Envoy can obey it.
+#[derive(Serialize, Deserialize)]
+pub(super) struct ConnectionWords {
+    pub(super) rules: Vec<ConnectionRule>,
+    pub(super) default_cluster: ClusterName,
 }
 
 /// A service port, spelled out, so that no name has to be taken apart.

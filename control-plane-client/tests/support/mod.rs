@@ -307,6 +307,7 @@ pub fn web(cluster: &Arc<Cluster>) -> Destination {
         trust_domain: "cluster.local".into(),
         protocol: AppProtocol::Http,
         rules: vec![],
+        connections: vec![],
         default_cluster: cluster.name.clone(),
         clusters: BTreeMap::from([(cluster.name.clone(), cluster.clone())]),
     }

@@ -161,7 +161,7 @@ impl View<'_> {
             (_, Basis::Mesh(mesh)) => encode::version(&**mesh),
             (_, Basis::Inbound(policy)) => encode::version(&**policy),
             (Kind::Listener, Basis::Destination(d)) => {
-                encode::version(&(&d.name, &d.trust_domain, d.protocol, &d.default_cluster))
+                encode::version(&(&d.name, &d.trust_domain, d.protocol, &d.connections, &d.default_cluster))
             }
             (_, Basis::Destination(d)) => encode::version(&(&d.name, &d.rules, &d.default_cluster)),
             (Kind::Cluster, Basis::Cluster(entry)) => {

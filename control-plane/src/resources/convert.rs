@@ -13,6 +13,7 @@ use super::{Backend, Parent, RouteBackend, Service, ServicePort, Settings, Slice
 
 pub(super) mod access;
 mod balancing;
+mod connections;
 mod faults;
 mod filters;
 mod limits;
@@ -20,6 +21,7 @@ mod policy;
 mod retries;
 mod routes;
 
+pub(super) use connections::{tcp_route, tls_route};
 pub(super) use faults::fault_injection;
 pub(super) use limits::traffic_limit;
 pub(super) use policy::backend_policy;
@@ -123,6 +125,21 @@ fn parents_of(meta: &kinds::Meta, refs: &Spanned<Vec<Reference>>) -> Checked<(Se
 
 /// The backends of a rule. `at` is where the rule is, as far as that is known.
 fn backends(refs: &[Reference], route: &ServiceName, at: Location) -> Checked<Vec<RouteBackend>> {
+    let backends = backend_refs(refs, route)?;
+    if refs.is_empty() {
+        return mistake(at, "a rule without a backend answers nothing", "name a Service and its port in backendRefs");
+    }
+    if let Some(first) = refs.first().filter(|_| backends.iter().all(|backend| backend.weight == 0)) {
+        return mistake(
+            first.name.referenced,
+            "the weights of this rule's backends sum to zero: it answers nothing",
+            "give one of them a weight of 1 or more",
+        );
+    }
+    Ok(backends)
+}
+
+fn backend_refs(refs: &[Reference], route: &ServiceName) -> Checked<Vec<RouteBackend>> {
     let mut backends = Vec::new();
     for reference in refs {
         let (service, port) = to_service(reference, route, "backendRef")?;
@@ -135,16 +152,6 @@ fn backends(refs: &[Reference], route: &ServiceName, at: Location) -> Checked<Ve
         }
         let (at, headers) = (reference.name.referenced.into(), filters::edits(&reference.filters)?);
         backends.push(RouteBackend { at, service, port, weight, headers });
-    }
-    if refs.is_empty() {
-        return mistake(at, "a rule without a backend answers nothing", "name a Service and its port in backendRefs");
-    }
-    if let Some(first) = refs.first().filter(|_| backends.iter().all(|backend| backend.weight == 0)) {
-        return mistake(
-            first.name.referenced,
-            "the weights of this rule's backends sum to zero: it answers nothing",
-            "give one of them a weight of 1 or more",
-        );
     }
     Ok(backends)
 }

@@ -11,11 +11,13 @@ use sheetbend_control_plane_client::model;
 
 pub(super) mod access;
 pub(super) mod balancing;
+mod connections;
 mod filters;
 pub(super) mod limits;
 mod retries;
 mod routes;
 
+pub(super) use connections::*;
 pub(super) use filters::*;
 pub(super) use retries::*;
 pub(super) use routes::*;

@@ -92,14 +92,21 @@ impl Slice {
     }
 }
 
-/// An HTTPRoute or a GRPCRoute.
+/// The Gateway API's kinds for connections as a whole.
+pub(crate) const TCP_ROUTE: &str = "TCPRoute";
+pub(crate) const TLS_ROUTE: &str = "TLSRoute";
+
+/// A route of requests, or of connections.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Route {
-    /// `HTTPRoute` or `GRPCRoute`.
+    /// `HTTPRoute`, `GRPCRoute`, [`TLS_ROUTE`] or [`TCP_ROUTE`].
     pub(crate) kind: &'static str,
     pub(crate) name: ServiceName,
     pub(crate) created: Option<jiff::Timestamp>,
     pub(crate) parents: Vec<Parent>,
+    /// Of a TLSRoute: the server names of the connections that it takes, lower case.
+    pub(crate) hostnames: Vec<Arc<str>>,
+    /// Of connections: one.
     pub(crate) rules: Vec<RouteRule>,
 }
 

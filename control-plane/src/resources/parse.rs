@@ -180,11 +180,13 @@ const BYSTANDERS: [&str; 12] = [
     "CronJob",
     "NetworkPolicy",
 ];
-const KINDS: [&str; 11] = [
+const KINDS: [&str; 13] = [
     "Service",
     "EndpointSlice",
     "HTTPRoute",
     "GRPCRoute",
+    "TLSRoute",
+    "TCPRoute",
     "BackendPolicy",
     "XBackendTrafficPolicy",
     "TrafficLimit",
@@ -247,6 +249,16 @@ fn resource(text: &str) -> Checked<Option<Resource>> {
             .map(Some),
         "GRPCRoute" => expect(&["gateway.networking.k8s.io/v1"])
             .and_then(|()| convert::grpc_route(read(text)?).map(Resource::Route))
+            .map(Some),
+        "TLSRoute" => expect(&[
+            "gateway.networking.k8s.io/v1",
+            "gateway.networking.k8s.io/v1alpha3",
+            "gateway.networking.k8s.io/v1alpha2",
+        ])
+        .and_then(|()| convert::tls_route(read(text)?).map(Resource::Route))
+        .map(Some),
+        "TCPRoute" => expect(&["gateway.networking.k8s.io/v1alpha2", "gateway.networking.k8s.io/v1"])
+            .and_then(|()| convert::tcp_route(read(text)?).map(Resource::Route))
             .map(Some),
         "BackendPolicy" => expect(&["sheetbend.io/v1alpha1"])
             .and_then(|()| convert::backend_policy(read(text)?).map(Resource::Backend))

@@ -154,6 +154,7 @@ mod tests {
             name: ServiceName { service: name.into(), namespace: namespace.into() },
             created: created.map(|text| text.parse().unwrap()),
             parents: vec![],
+            hostnames: vec![],
             rules: vec![],
         };
         let routes = [

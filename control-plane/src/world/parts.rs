@@ -11,11 +11,12 @@ use sheetbend_control_plane_client::model::{
     OutboundPolicy, Rule, RulePolicy, ServiceName, ServicePort, TrafficLimits, Transport,
 };
 
+use super::connections::is_of_connections;
 use super::{ClusterEntry, Inputs, World, reuse};
 use crate::registry::Registered;
 use crate::resources::{
     Authorization, BACKEND_TRAFFIC, FaultTarget, Faults, Limit, Parent, Rank, Ranked, Resource, Route, RouteRule,
-    RouteTarget, Service, Settings, Slice, Tokens, in_order_of_age,
+    RouteTarget, Service, Settings, Slice, TCP_ROUTE, TLS_ROUTE, Tokens, in_order_of_age,
 };
 
 /// A service port while it is being put together.
@@ -193,12 +194,10 @@ impl<'a> Parts<'a> {
 
     /// What is asked of requests to a port, in order.
     pub(crate) fn rules(&self, name: &ServicePort) -> Vec<Rule> {
-        let attached =
-            |p: &crate::resources::Parent| p.service == name.service && p.port.is_none_or(|port| port == name.port);
-        let here: Vec<&Route> = self.routes.iter().copied().filter(|r| r.parents.iter().any(attached)).collect();
-        // GEP-1426: of routes of different kinds, the most specific kind alone counts.
-        let kind = if here.iter().any(|route| route.kind == "GRPCRoute") { "GRPCRoute" } else { "HTTPRoute" };
-        let routes = in_order_of_age(here.into_iter().filter(|route| route.kind == kind));
+        let routes = self.routes_of(name);
+        if routes.first().is_some_and(|route| is_of_connections(route)) {
+            return Vec::new();
+        }
         let mut rules = Vec::new();
         for route in &routes {
             let limits = self.limits_of_route(route);
@@ -225,6 +224,14 @@ impl<'a> Parts<'a> {
             None => rules.extend(self.only_faults(name)),
         }
         rules
+    }
+
+    /// The routes of a port, in order. GEP-1426: of routes of different kinds, the most specific kind alone counts.
+    pub(crate) fn routes_of(&self, name: &ServicePort) -> Vec<&'a Route> {
+        let attached = |p: &Parent| p.service == name.service && p.port.is_none_or(|port| port == name.port);
+        let here: Vec<&Route> = self.routes.iter().copied().filter(|r| r.parents.iter().any(attached)).collect();
+        let kind = KINDS.into_iter().find(|kind| here.iter().any(|route| route.kind == *kind));
+        in_order_of_age(here.into_iter().filter(|route| Some(route.kind) == kind))
     }
 
     /// Of a port that no route is about: all of its requests, where some of them fail on purpose.
@@ -273,6 +280,9 @@ impl<'a> Parts<'a> {
         Mesh { trust_domain: inputs.trust_domain.clone(), ranges, domains, outbound_policy }
     }
 }
+
+/// From the most specific to the least.
+const KINDS: [&str; 4] = ["GRPCRoute", "HTTPRoute", TLS_ROUTE, TCP_ROUTE];
 
 /// Beside a local process the service account is the service.
 pub(super) fn service_of(identity: &SpiffeId) -> Option<ServiceName> {

@@ -3,7 +3,8 @@ use sheetbend_control_plane_client::model::{Abort, DefaultAccess, Fault, Match, 
 use super::*;
 use crate::registry::Instance;
 use crate::resources::{
-    FaultTarget, Faults, Parent, Ranked, Route, RouteBackend, RouteRule, RouteTarget, Service, Settings,
+    FaultTarget, Faults, Parent, Ranked, Route, RouteBackend, RouteRule, RouteTarget, Service, Settings, TCP_ROUTE,
+    TLS_ROUTE,
 };
 use sheetbend_control_plane_client::registration::RegisteredPort;
 
@@ -131,6 +132,7 @@ fn the_most_specific_match_comes_first_and_missing_backends_are_empty_clusters()
         name: name("split"),
         created: None,
         parents: vec![Parent { at: Default::default(), service: name("web"), port: None }],
+        hostnames: vec![],
         rules: vec![
             RouteRule {
                 at: Default::default(),
@@ -164,6 +166,7 @@ fn a_grpc_route_keeps_http_routes_away_from_its_port_and_from_no_other() {
             name: name(to),
             created: None,
             parents: vec![Parent { at: Default::default(), service: name("web"), port }],
+            hostnames: vec![],
             rules: vec![RouteRule { at: Default::default(), matches: Vec::new(), backends, policy: Arc::default() }],
         })
     };
@@ -207,6 +210,7 @@ fn requests_that_no_rule_takes_find_nothing_there() {
         name: name("get"),
         created: None,
         parents: vec![Parent { at: Default::default(), service: name("web"), port: None }],
+        hostnames: vec![],
         rules: vec![RouteRule { at: Default::default(), matches, backends, policy: Arc::default() }],
     };
     let world = world(&[registered("web", [127, 0, 0, 1], 8000, 41000)], &[Resource::Route(route)]);
@@ -230,6 +234,7 @@ fn a_fault_happens_at_the_routes_of_its_service_or_where_there_is_none_to_all_of
         name: name("nine"),
         created: None,
         parents: vec![Parent { at: Default::default(), service: name("web"), port: Some(9000) }],
+        hostnames: vec![],
         rules: vec![RouteRule { at: Default::default(), matches: Vec::new(), backends, policy: Arc::default() }],
     });
     let web = |port: u16| registered("web", [127, 0, 0, 1], port, 32000 + port);
@@ -241,4 +246,44 @@ fn a_fault_happens_at_the_routes_of_its_service_or_where_there_is_none_to_all_of
     assert_eq!(rules("web.default:8000"), [("default/chaos".to_string(), 1)]);
     assert_eq!(rules("web.default:9000"), [("default/nine#0".to_string(), 1)]);
     assert_eq!(rules("web.default:7000"), []);
+}
+
+fn connections(kind: &'static str, to: &str, hostnames: &[&str]) -> Resource {
+    let backends = vec![backend(to, 5432)];
+    Resource::Route(Route {
+        kind,
+        name: name(to),
+        created: None,
+        parents: vec![Parent { at: Default::default(), service: name("db"), port: Some(5432) }],
+        hostnames: hostnames.iter().map(|name| Arc::from(*name)).collect(),
+        rules: vec![RouteRule { at: Default::default(), matches: Vec::new(), backends, policy: Arc::default() }],
+    })
+}
+
+#[test]
+fn server_names_are_asked_from_the_most_specific_to_the_least() {
+    let routes = [
+        connections(TLS_ROUTE, "rest", &["*.example"]),
+        connections(TLS_ROUTE, "below", &["*.db.example", "short.x"]),
+        connections(TLS_ROUTE, "exact", &["a.db.example"]),
+        connections(TCP_ROUTE, "tcp", &[]),
+    ];
+    let world = world(&[registered("db", [127, 0, 0, 1], 5432, 41000)], &routes);
+    let db = world.routes("db.default:5432").unwrap();
+    let order: Vec<_> = db.connections.iter().map(|rule| rule.hostname.as_deref().unwrap_or("-")).collect();
+    assert_eq!(order, ["a.db.example", "short.x", "*.db.example", "*.example"]);
+    assert_eq!(db.protocol, AppProtocol::Tls);
+    assert!(db.rules.is_empty());
+    let clusters: Vec<_> = db.clusters.keys().map(|name| &**name).collect();
+    assert_eq!(clusters, ["below.default:5432", "db.default:5432", "exact.default:5432", "rest.default:5432"]);
+}
+
+#[test]
+fn a_tcp_route_takes_all_connections_of_its_port_unless_a_route_of_requests_is_there() {
+    let db = [registered("db", [127, 0, 0, 1], 5432, 41000)];
+    let tcp = connections(TCP_ROUTE, "tcp", &[]);
+    let alone = world(&db, std::slice::from_ref(&tcp)).routes("db.default:5432").unwrap();
+    assert_eq!((alone.connections.len(), alone.protocol), (1, AppProtocol::Tcp));
+    let both = world(&db, &[tcp, connections("HTTPRoute", "http", &[])]).routes("db.default:5432").unwrap();
+    assert_eq!((both.connections.len(), both.rules.len()), (0, 1));
 }

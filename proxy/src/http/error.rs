@@ -13,9 +13,9 @@ use sheetbend_control_plane_client::model::Target;
 use super::body::ResponseBody;
 use super::deadline::SetBy;
 use super::headers::{self, PROXY_STATUS, UNSENT};
-use crate::policy::Abort;
 use crate::policy::authz::{Ambiguous, Denied};
 use crate::policy::tokens::BadToken;
+use crate::policy::{Abort, Unrouted};
 use crate::telemetry::{Counter, Flags};
 use crate::traffic::limit::Limit;
 use crate::traffic::shed::Shed;
@@ -116,6 +116,8 @@ pub enum Error {
     },
     /// No rule takes the request, or one that has nothing for it.
     NoRule(Target),
+    /// Routes of connections lead this one nowhere.
+    Unrouted(Target, Unrouted),
     /// Somebody wants to see what callers make of this.
     Injected(Box<Abort>),
     /// This proxy has no valid certificate of its own.
@@ -163,6 +165,7 @@ impl Error {
             | Self::NotRedirected(_)
             | Self::OwnConnection { .. }
             | Self::NoRule(_)
+            | Self::Unrouted(..)
             | Self::Injected(_)
             | Self::NoIdentity => Processed::Maybe,
         }
@@ -202,6 +205,7 @@ impl Error {
             }
             // HTTPRouteRule: "a HTTP 404 status code MUST be returned".
             Self::NoRule(_) => (StatusCode::NOT_FOUND, "destination_not_found", Flags::NO_ROUTE),
+            Self::Unrouted(..) => (StatusCode::BAD_GATEWAY, "destination_not_found", Flags::NO_ROUTE),
             Self::Injected(abort) => {
                 let status = StatusCode::from_u16(abort.status).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
                 (status, "proxy_internal_response", Flags::FAULT_INJECTED)
@@ -230,6 +234,7 @@ impl Error {
             Self::Loop(_) | Self::OwnConnection { .. } => Some(Counter::RefusedLoop),
             Self::NotRedirected(_) => Some(Counter::RefusedNotRedirected),
             Self::NoRule(_) => Some(Counter::RejectedNoRule),
+            Self::Unrouted(..) => Some(Counter::RefusedNoRoute),
             Self::Injected(_) => Some(Counter::FaultAbort),
             Self::NoIdentity => Some(Counter::RefusedNoIdentity),
             Self::Connect { source, .. } => source.counter(),
@@ -394,6 +399,7 @@ impl fmt::Display for Error {
                  `sheetbend intercept --proxy-uid` lets through, and it runs as user {user}"
             ),
             Self::NoRule(target) => write!(f, "no rule of a route to {target} takes this request"),
+            Self::Unrouted(target, why) => write!(f, "a connection to {target} goes nowhere: {why}"),
             Self::Injected(abort) => write!(f, "the FaultInjection {} failed this request on purpose", abort.by),
             Self::NoIdentity => f.write_str("this proxy has no valid certificate"),
         }

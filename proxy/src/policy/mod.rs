@@ -2,6 +2,7 @@
 //! come out.
 
 pub mod authz;
+mod connection;
 mod fault;
 mod filter;
 mod index;
@@ -10,8 +11,9 @@ pub mod tokens;
 
 use http::uri::Authority;
 use http::{HeaderMap, request};
-use sheetbend_control_plane_client::model::{Backend, ClusterName, Destination, Rule};
+use sheetbend_control_plane_client::model::{ClusterName, Destination, Rule};
 
+pub use connection::{Unrouted, connect};
 pub use fault::{Abort, Fault, Injected, inject};
 pub use filter::{BackendEdits, Filtered, RuleFilters};
 pub use index::{Found, Index};
@@ -92,7 +94,7 @@ impl Rules {
             let cluster = Some(&destination.default_cluster);
             return Chosen { rule: None, cluster, changes: Changes::default(), faults: &[] };
         };
-        let backend = weighted(&rule.backends, chance);
+        let backend = weighted(rule.backends.iter().map(|backend| backend.weight), chance);
         let changes = Changes {
             filters: ready.filters.as_deref(),
             backend: backend.and_then(|at| ready.backends.get(at)?.as_deref()),
@@ -103,11 +105,10 @@ impl Rules {
     }
 }
 
-fn weighted(backends: &[Backend], chance: u64) -> Option<usize> {
-    let sum: u64 = backends.iter().map(|backend| u64::from(backend.weight)).sum();
+fn weighted(weights: impl Iterator<Item = u32> + Clone, chance: u64) -> Option<usize> {
+    let sum: u64 = weights.clone().map(u64::from).sum();
     let mut at = chance.checked_rem(sum)?;
-    for (number, backend) in backends.iter().enumerate() {
-        let weight = u64::from(backend.weight);
+    for (number, weight) in weights.map(u64::from).enumerate() {
         if at < weight {
             return Some(number);
         }
@@ -122,11 +123,9 @@ mod tests {
 
     #[test]
     fn a_weight_of_nothing_gets_nothing() {
-        let of = |cluster: &str, weight| Backend { cluster: cluster.into(), weight, headers: Default::default() };
-        let backends = [of("a", 0), of("b", 3)];
         for chance in 0..10 {
-            assert_eq!(weighted(&backends, chance), Some(1));
+            assert_eq!(weighted([0, 3].into_iter(), chance), Some(1));
         }
-        assert_eq!(weighted(&[], 1), None);
+        assert_eq!(weighted([].into_iter(), 1), None);
     }
 }

@@ -82,6 +82,7 @@ metrics_of_the_process! {
     RefusedNoIdentity "sheetbend_refused_total" { reason: "no_own_certificate" } "Connections and requests refused, by why.";
     RefusedLoop "sheetbend_refused_total" { reason: "loop" } "Connections and requests refused, by why.";
     RefusedNotRedirected "sheetbend_refused_total" { reason: "not_redirected" } "Connections and requests refused, by why.";
+    RefusedNoRoute "sheetbend_refused_total" { reason: "no_route" } "Connections and requests refused, by why.";
     RefusedOverload "sheetbend_refused_total" { reason: "overload" } "Connections and requests refused, by why.";
 
     AmbiguousRequest "sheetbend_rejected_requests_total" { reason: "ambiguous" } "Requests this proxy answered itself, by why.";

@@ -39,7 +39,7 @@ pub(in crate::resources) fn http_route(raw: kinds::Route<kinds::HttpRule>) -> Ch
         Ok(RouteRule { at: at.into(), matches, backends, policy: policy.into() })
     });
     let rules = every(rules)?;
-    Ok(Route { kind: "HTTPRoute", name, created: created(&raw.metadata)?, parents, rules })
+    Ok(Route { kind: "HTTPRoute", name, created: created(&raw.metadata)?, parents, hostnames: Vec::new(), rules })
 }
 
 pub(in crate::resources) fn grpc_route(raw: kinds::Route<kinds::GrpcRule>) -> Checked<Route> {
@@ -59,11 +59,11 @@ pub(in crate::resources) fn grpc_route(raw: kinds::Route<kinds::GrpcRule>) -> Ch
         Ok(RouteRule { at: at.into(), matches, backends, policy })
     });
     let rules = every(rules)?;
-    Ok(Route { kind: "GRPCRoute", name, created: created(&raw.metadata)?, parents, rules })
+    Ok(Route { kind: "GRPCRoute", name, created: created(&raw.metadata)?, parents, hostnames: Vec::new(), rules })
 }
 
 /// When Kubernetes made it; nothing in a file that a person wrote.
-fn created(meta: &kinds::Meta) -> Checked<Option<jiff::Timestamp>> {
+pub(super) fn created(meta: &kinds::Meta) -> Checked<Option<jiff::Timestamp>> {
     let Some(text) = &meta.creation_timestamp else { return Ok(None) };
     let wrong = |_| mistake(text.referenced, format!("`{}` is no time", text.value), "write 2026-01-31T12:00:00Z");
     text.value.parse().map(Some).or_else(wrong)
@@ -217,7 +217,7 @@ fn check_grpc_name(text: &Spanned<String>) -> Checked<()> {
     }
 }
 
-fn at_most(what: &str, count: usize, most: usize, at: Location) -> Checked<()> {
+pub(super) fn at_most(what: &str, count: usize, most: usize, at: Location) -> Checked<()> {
     match count > most {
         true => mistake(at, format!("{count} {what}: the Gateway API allows {most}"), None),
         false => Ok(()),
