@@ -3,8 +3,10 @@
 //! A proxy judges for itself: what one has ejected, another may still use. Without `--proxy` all sidecars of this user
 //! that run here are asked.
 
+mod operator;
+
 use std::io::{self, IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -16,7 +18,11 @@ use crate::Failure;
 use crate::run::record;
 
 #[derive(clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(crate) struct Args {
+    #[command(subcommand)]
+    act: Option<operator::Act>,
+
     /// Admin ports of proxies to ask: http://HOST:PORT [default: those of the sidecars that run here]
     #[arg(long, value_name = "URL", num_args = 1.., value_delimiter = ',')]
     proxy: Vec<String>,
@@ -61,6 +67,9 @@ struct Row {
 
 pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Failure::new)?;
+    if let Some(act) = &args.act {
+        return runtime.block_on(operator::tell(act)).map(|()| ExitCode::SUCCESS);
+    }
     loop {
         let said = runtime.block_on(ask(&args))?;
         match print(&said, args.output, args.watch) {
@@ -77,33 +86,40 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
 }
 
 async fn ask(args: &Args) -> Result<Vec<Said>, Failure> {
-    let named = args.proxy.iter().map(|url| (url.clone(), url.clone()));
-    let state = args.state_dir.clone().or_else(crate::run::default_state_dir);
-    let running = || state.as_deref().map(record::running).unwrap_or_default();
-    let proxies: Vec<(String, String)> = match args.proxy.is_empty() {
-        false => named.collect(),
-        true => running().into_iter().map(|proxy| (proxy.service, proxy.admin)).collect(),
-    };
     let mut said = Vec::new();
-    for (name, url) in proxies {
-        let answer = admin_http::get(&url, "/breakers").await.map_err(|error| match error {
-            AskError::Url(_) => Failure::usage(format!("--proxy: {error}")),
-            _ => Failure::new(error),
-        })?;
+    for (name, url) in proxies(&args.proxy, args.state_dir.as_deref())? {
+        let answer = admin_http::get(&url, "/breakers").await.map_err(failure)?;
         let document: Value = serde_json::from_slice(&answer).unwrap_or_default();
         let Some(breakers) = document["endpoints"].as_array() else {
             return Err(Failure::new(format!("{url} answers, but not with breakers: it is no proxy's admin port")));
         };
         said.push(Said { proxy: name, breakers: breakers.clone() });
     }
-    if said.is_empty() {
+    Ok(said)
+}
+
+/// Name and admin port of everybody who is asked: those that are named, or the sidecars that run here.
+fn proxies(named: &[String], state_dir: Option<&Path>) -> Result<Vec<(String, String)>, Failure> {
+    if !named.is_empty() {
+        return Ok(named.iter().map(|url| (url.clone(), url.clone())).collect());
+    }
+    let state = state_dir.map(Path::to_path_buf).or_else(crate::run::default_state_dir);
+    let running = state.as_deref().map(record::running).unwrap_or_default();
+    if running.is_empty() {
         let place = state.map_or("no state folder".to_string(), |dir| dir.display().to_string());
         return Err(Failure::new(format!(
             "no sidecar runs here (looked in {place})\n\
              start one with `sheetbend run`, or name an admin port: --proxy http://127.0.0.1:PORT"
         )));
     }
-    Ok(said)
+    Ok(running.into_iter().map(|proxy| (proxy.service, proxy.admin)).collect())
+}
+
+fn failure(error: AskError) -> Failure {
+    match error {
+        AskError::Url(_) => Failure::usage(format!("--proxy: {error}")),
+        _ => Failure::new(error),
+    }
 }
 
 fn print(said: &[Said], output: Output, again: bool) -> io::Result<()> {

@@ -288,7 +288,7 @@ async fn ask_once(authority: &str, method: Method, path: &str, body: Bytes) -> R
     let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await;
     let body = body.map(|body| body.to_bytes()).unwrap_or_default();
     if status != StatusCode::OK {
-        let said: String = String::from_utf8_lossy(&body).chars().filter(|c| !c.is_control()).take(300).collect();
+        let said: String = String::from_utf8_lossy(&body).chars().filter(|c| !c.is_control()).take(2_000).collect();
         return Err(AskError::Status(authority.to_string(), status, said));
     }
     Ok(body)
