@@ -208,15 +208,20 @@ impl Outbound {
             return Ok((redirect(status, location), None));
         }
         let endpoints = endpoints.ok_or_else(|| Error::NoRule(target.clone()))?;
+        // Where it counts, if it comes to nobody.
+        let edge = || endpoints.edge(&self.shared.telemetry, protocol);
         let mut caller = endpoints.caller(Some(&head.headers), peer);
         let now = self.shared.epoch.elapsed();
         if let Some(limits) = route.limits(rule)
-            && let Some(permit) = limits.admit(head, now)?
+            && let Some(permit) = limits.admit(head, now).inspect_err(|_| exchange.on_if_none(edge))?
         {
             exchange.holding(permit);
         }
-        let overflow = || Error::overflow(Limit::Requests, &target);
-        exchange.holding(endpoints.bounds.take(Limit::Requests).ok_or_else(overflow)?);
+        let Some(permit) = endpoints.bounds.take(Limit::Requests) else {
+            exchange.on_if_none(edge);
+            return Err(Error::overflow(Limit::Requests, &target));
+        };
+        exchange.holding(permit);
         exchange.within(&endpoints.budget, now);
         let sending = match (upgrade, expects) {
             (_, true) => Sending::WhenAsked,
@@ -235,7 +240,8 @@ impl Outbound {
         if let Some(fault) = fault {
             // Allocates: seldom, and every request would carry room for it.
             let suffered = suffer(fault, &self.routes.delayed, &self.shared.telemetry, exchange).boxed();
-            within(of_route, pin!(suffered)).await?;
+            let suffered = within(of_route, pin!(suffered)).await;
+            suffered.inspect_err(|_| exchange.on_if_none(edge))?;
         }
         let sent = head.version;
         let retry = rule.map_or(&retry::DEFAULT, |rule| &rule.policy.retry);
@@ -254,7 +260,8 @@ impl Outbound {
         };
         let time = timeouts.and_then(|timeouts| timeouts.backend_request).filter(|time| !time.is_zero());
         let attempts = Attempts { route: &route, endpoints, caller: &caller, protocol, expects, time, retry };
-        let mut answer = within(of_route, pin!(self.attempts(attempts, outgoing, exchange))).await?;
+        let answer = within(of_route, pin!(self.attempts(attempts, outgoing, exchange))).await;
+        let mut answer = answer.inspect_err(|_| exchange.on_if_none(edge))?;
         if let Some(cookie) = caller.cookie.take() {
             answer.headers_mut().append(SET_COOKIE, *cookie);
         }

@@ -149,12 +149,17 @@ async fn all_requests_share_as_many_connections_as_there_may_be_and_no_more_wait
     }
     slow.has(2).await;
     slow.open.send_replace(true);
+    let mut passed = 0;
     while let Some(answer) = all.join_next().await {
         let answer = answer.expect("an answer");
-        assert_eq!(answer.status, 200, "{}", answer.text());
+        assert!(matches!(answer.status.as_u16(), 200 | 503), "{}", answer.text());
+        passed += u32::from(answer.status == 200);
     }
+    // Two on the connections and three that waited; or fewer, since who dials waits too.
+    assert!((3..=5).contains(&passed), "{passed}");
     assert_eq!(slow.most.load(SeqCst), 2);
-    assert_eq!(caller.counter("sheetbend_overflow_total", &["limit=\"pending\""]).await, 15.0);
+    let refused = caller.counter("sheetbend_overflow_total", &["limit=\"pending\""]).await;
+    assert_eq!(refused, f64::from(20 - passed));
     // A worker whose connections are idle gives them up for the other's requests, and for those that want fresh ones.
     for number in 0..20 {
         let method = if number % 2 == 0 { "GET" } else { "POST" };
@@ -170,6 +175,8 @@ async fn a_route_has_a_limit_of_its_own_and_others_go_on() {
                  parentRefs: [{kind: Service, group: \"\", name: web}]\n  rules:\n  \
                  - matches: [{path: {type: PathPrefix, value: /reports}}]\n    \
                  backendRefs: [{name: web, port: 80}]\n---\n\
+                 apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: rest}\nspec:\n  \
+                 parentRefs: [{kind: Service, group: \"\", name: web}]\n  rules: [{backendRefs: [{name: web, port: 80}]}]\n---\n\
                  apiVersion: sheetbend.io/v1alpha1\nkind: TrafficLimit\nmetadata: {name: reports}\nspec:\n  \
                  targetRefs: [{kind: HTTPRoute, group: gateway.networking.k8s.io, name: reports}]\n  \
                  concurrency: {maxRequests: 2}\n";

@@ -114,6 +114,13 @@ impl Exchange {
         self.edge = Some(edge);
     }
 
+    /// The edge that this exchange counts on, unless it does on one already.
+    pub fn on_if_none(&mut self, edge: impl FnOnce() -> Option<Arc<Edge>>) {
+        if self.edge.is_none() {
+            self.edge = edge();
+        }
+    }
+
     /// Counts in a destination's retry budget until the end.
     pub fn within(&mut self, budget: &Arc<Budget>, now: std::time::Duration) {
         budget.begin(now);

@@ -8,6 +8,7 @@ use http::{HeaderMap, HeaderValue, header};
 use serde_json::{Value, json};
 use sheetbend_control_plane_client::model::{Cluster, ConsistentHash, HttpCookie, LoadBalancer, Standing, Warmup};
 
+use crate::telemetry::{Edge, Protocol, Telemetry};
 use crate::traffic::balance::levels::Shares;
 use crate::traffic::balance::{Level, Load, Member, ring, warmup};
 use crate::traffic::breaker::{Admitted, IsOpen};
@@ -120,6 +121,11 @@ impl Candidates {
 
     pub(super) fn endpoints(&self) -> &Arc<[Arc<EndpointState>]> {
         &self.endpoints
+    }
+
+    /// Where a request counts that comes to nobody.
+    pub fn edge(&self, telemetry: &Telemetry, protocol: Protocol) -> Option<Arc<Edge>> {
+        self.endpoints.first().map(|endpoint| Arc::clone(endpoint.edge(telemetry, protocol)))
     }
 
     /// How many there are.

@@ -88,6 +88,9 @@ pub enum DialError {
     /// This one waited for too long for a connection.
     #[error("no connection became free in time, within the limit of {0}")]
     WaitedTooLong(Limit),
+    /// Somebody else's dial, which this one waited for, took too long.
+    #[error("a connection that another request dials was not there in time")]
+    NoTurn,
     /// What somebody else met who wanted the same connection.
     #[error("{0}")]
     Shared(#[source] Arc<DialError>),
@@ -101,7 +104,7 @@ impl DialError {
                 (StatusCode::BAD_GATEWAY, "connection_refused", Flags::UPSTREAM_CONNECT_FAILURE)
             }
             Self::Tcp(_) => (StatusCode::BAD_GATEWAY, "destination_ip_unroutable", Flags::UPSTREAM_CONNECT_FAILURE),
-            Self::TcpTimeout(_) | Self::HandshakeTimeout => {
+            Self::TcpTimeout(_) | Self::HandshakeTimeout | Self::NoTurn => {
                 (StatusCode::GATEWAY_TIMEOUT, "connection_timeout", Flags::UPSTREAM_CONNECT_FAILURE)
             }
             Self::Handshake(_) | Self::Http(_) | Self::Protocol => {
@@ -148,6 +151,7 @@ impl DialError {
             | Self::TcpTimeout(_)
             | Self::Handshake(_)
             | Self::HandshakeTimeout
+            | Self::NoTurn
             | Self::Protocol
             | Self::Http(_) => None,
         }

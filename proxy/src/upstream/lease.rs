@@ -99,6 +99,7 @@ impl Lease {
             | DialError::OfMesh(_)
             | DialError::Overflow(_)
             | DialError::WaitedTooLong(_)
+            | DialError::NoTurn
             | DialError::NoIdentity
             | DialError::OwnExpired(_)
             | DialError::Shared(_) => self.report(Outcome::Unknown),

@@ -9,7 +9,6 @@ use tokio::sync::MutexGuard;
 use tokio::time::timeout;
 
 use super::DialError;
-use crate::traffic::limit::Limit;
 
 /// How long one waits at most: for somebody else's TCP connection (1 s) and handshake (2 s), and then some.
 pub(super) const WAITS: Duration = Duration::from_secs(5);
@@ -34,7 +33,7 @@ impl Turns {
     /// Waits for one's turn. `Err` when it takes too long.
     pub(super) async fn take(&self) -> Result<Turn<'_>, DialError> {
         let before = self.failures.load(Relaxed);
-        let last = timeout(WAITS, self.last.lock()).await.map_err(|_| DialError::WaitedTooLong(Limit::Pending))?;
+        let last = timeout(WAITS, self.last.lock()).await.map_err(|_| DialError::NoTurn)?;
         Ok(Turn { turns: self, last, before })
     }
 }
@@ -80,7 +79,7 @@ mod tests {
         let held = turns.take().await.unwrap();
         let began = tokio::time::Instant::now();
         let waited = turns.take().await.err().map(|error| error.to_string());
-        assert_eq!(waited, Some(DialError::WaitedTooLong(Limit::Pending).to_string()));
+        assert_eq!(waited, Some(DialError::NoTurn.to_string()));
         assert_eq!(began.elapsed().as_secs(), WAITS.as_secs());
         drop(held);
         assert!(turns.take().await.is_ok());
