@@ -73,7 +73,6 @@ fn run(args: &Args) -> io::Result<bool> {
     sheetbend_proxy::listen::make_room_for_descriptors();
     let scratch = tempfile::Builder::new().prefix("sheetbend-bench").tempdir()?;
     let pki = pki::Pki::make(scratch.path())?;
-    let mesh = mesh::Mesh::start(&scratch.path().join("ca"))?;
     let programs = Programs {
         nginx: "nginx".into(),
         haproxy: "haproxy".into(),
@@ -81,8 +80,9 @@ fn run(args: &Args) -> io::Result<bool> {
         sheetbend: std::path::absolute(&args.proxy)?,
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let origin = runtime.block_on(origin::serve())?;
+    let mesh = mesh::Mesh::start(&scratch.path().join("ca"), origin.port())?;
     let outcome = runtime.block_on(async {
-        let origin = origin::serve().await?;
         let scratch = scratch.path();
         let bench = Bench { programs: &programs, pki: &pki, mesh: &mesh, scratch, origin };
         let plan = Plan::new(args.quick, args.rounds, &args.makes);

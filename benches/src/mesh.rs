@@ -21,8 +21,8 @@ pub(crate) struct Mesh {
 }
 
 impl Mesh {
-    /// Makes a CA in `dir` and serves it.
-    pub(crate) fn start(dir: &Path) -> io::Result<Self> {
+    /// Makes a CA in `dir` and serves it, for services whose app is on the port `app`.
+    pub(crate) fn start(dir: &Path, app: u16) -> io::Result<Self> {
         let domain: TrustDomain = "cluster.local".parse().map_err(io::Error::other)?;
         let ca = Ca::init(dir, &domain, SystemTime::now()).map_err(io::Error::other)?;
         let key = pki::key()?;
@@ -36,7 +36,7 @@ impl Mesh {
         let (tell, told) = std::sync::mpsc::channel();
         let resources = dir.join("resources");
         std::fs::create_dir_all(&resources)?;
-        std::fs::write(resources.join("bare.yaml"), include_str!("bare.yaml"))?;
+        std::fs::write(resources.join("bare.yaml"), include_str!("bare.yaml").replace("PORT", &app.to_string()))?;
         let mut config = Config::new(dir);
         config.resources = Some(resources);
         config.listen = ([127, 0, 0, 1], 0).into();
