@@ -193,6 +193,9 @@ fn decisions(said: &[Said]) -> String {
                 let _ = writeln!(out, "  policy     {}", rule["policy"]);
             }
         }
+        if decided["backends"].as_array().is_some_and(Vec::is_empty) {
+            out.push_str("  backend    none: it is answered by the proxy\n");
+        }
         for backend in decided["backends"].as_array().into_iter().flatten() {
             let _ = writeln!(out, "  backend    {} gets {} %", word(&backend["backend"]), backend["percent"]);
             if backend["policy"].as_object().is_some_and(|policy| !policy.is_empty()) {

@@ -217,7 +217,10 @@ impl Way<'_> {
                 };
                 let checkout = self.pool.checkout(endpoint, wire, fresh, self.identity, self.telemetry);
                 match checkout.boxed().await {
-                    Ok(connected) => connected,
+                    Ok(connected) => {
+                        lease.dialed();
+                        connected
+                    }
                     Err(source) => {
                         lease.unreachable(&source);
                         return Err(Error::unreachable(endpoint.place.clone(), source));

@@ -218,7 +218,9 @@ impl<'a> Parts<'a> {
             // coming from, a HTTP 404 status code MUST be returned."
             Some(route) if !rules.last().is_some_and(everything) => {
                 let name = format!("{}/{}#no-rule", route.name.namespace, route.name.service).into();
-                rules.push(Rule { name, matches: Vec::new(), backends: Vec::new(), policy: Arc::default() });
+                let place = route.rules.first().map_or_else(Arc::default, |rule| rule.policy.place.clone());
+                let policy = RulePolicy { place, ..RulePolicy::default() }.into();
+                rules.push(Rule { name, matches: Vec::new(), backends: Vec::new(), policy });
             }
             Some(_) => {}
             None => rules.extend(self.only_faults(name)),

@@ -137,7 +137,7 @@ impl Error {
         }
         match why {
             DialError::Loop(own) => Self::Loop(own),
-            DialError::Shared(why) => match *why {
+            DialError::First(why) | DialError::Shared(why) => match *why {
                 DialError::Loop(own) => Self::Loop(own),
                 _ => Self::Connect { endpoint, source: DialError::Shared(why) },
             },

@@ -91,6 +91,9 @@ pub enum DialError {
     /// Somebody else's dial, which this one waited for, took too long.
     #[error("a connection that another request dials was not there in time")]
     NoTurn,
+    /// What this one met while others waited for the same connection.
+    #[error("{0}")]
+    First(#[source] Arc<DialError>),
     /// What somebody else met who wanted the same connection.
     #[error("{0}")]
     Shared(#[source] Arc<DialError>),
@@ -118,7 +121,7 @@ impl DialError {
             }
             Self::Loop(_) => (StatusCode::LOOP_DETECTED, "proxy_loop_detected", Flags::LOOP),
             Self::OfMesh(_) => (StatusCode::BAD_GATEWAY, "destination_ip_prohibited", Flags::NO_ROUTE),
-            Self::Shared(error) => error.verdict(),
+            Self::First(error) | Self::Shared(error) => error.verdict(),
             Self::Overflow(_) | Self::WaitedTooLong(_) => {
                 (StatusCode::SERVICE_UNAVAILABLE, "connection_limit_reached", Flags::UPSTREAM_OVERFLOW)
             }
@@ -131,7 +134,7 @@ impl DialError {
     pub fn limit(&self) -> Option<Limit> {
         match self {
             Self::Overflow(limit) | Self::WaitedTooLong(limit) => Some(*limit),
-            Self::Shared(error) => error.limit(),
+            Self::First(error) | Self::Shared(error) => error.limit(),
             _ => None,
         }
     }
@@ -146,7 +149,7 @@ impl DialError {
             Self::Loop(_) => Some(Counter::RefusedLoop),
             Self::OfMesh(_) => Some(Counter::RefusedPolicy),
             Self::Overflow(limit) | Self::WaitedTooLong(limit) => Some(Counter::overflow(*limit)),
-            Self::Shared(error) => error.counter(),
+            Self::First(error) | Self::Shared(error) => error.counter(),
             Self::Tcp(_)
             | Self::TcpTimeout(_)
             | Self::Handshake(_)

@@ -39,6 +39,11 @@ impl Lease {
         Self::of(endpoint, Picked { at: 0, probe: false }, None, now)
     }
 
+    /// A connection was made for it. What that took says nothing of how soon the endpoint answers.
+    pub(crate) fn dialed(&mut self) {
+        self.began = self.endpoint.now();
+    }
+
     /// When the caller will no longer care.
     pub(crate) fn until(&mut self, deadline: Option<Deadline>) {
         self.deadline = deadline;
@@ -94,6 +99,7 @@ impl Lease {
     /// No connection.
     pub(crate) fn unreachable(&mut self, error: &DialError) {
         match error {
+            DialError::First(error) => self.unreachable(error),
             // We refused ourselves, or somebody else reports it.
             DialError::Loop(_)
             | DialError::OfMesh(_)

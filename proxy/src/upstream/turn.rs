@@ -50,7 +50,7 @@ impl Turn<'_> {
         let error = Arc::new(error);
         self.turns.failures.fetch_add(1, Relaxed);
         *self.last = Some(Arc::clone(&error));
-        DialError::Shared(error)
+        DialError::First(error)
     }
 }
 
