@@ -4,11 +4,11 @@
 //! that run here are asked.
 
 mod operator;
+mod watch;
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
 
 use serde::Deserialize;
 use serde_json::Value;
@@ -31,7 +31,7 @@ pub(crate) struct Args {
     #[arg(short, long, value_name = "FORM", default_value = "table")]
     output: Output,
 
-    /// Ask again every second, until Ctrl-C
+    /// Go on with a line for each change, until Ctrl-C; with `-o json` an object for each
     #[arg(long, short)]
     watch: bool,
 
@@ -70,18 +70,15 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
     if let Some(act) = &args.act {
         return runtime.block_on(operator::tell(act)).map(|()| ExitCode::SUCCESS);
     }
-    loop {
-        let said = runtime.block_on(ask(&args))?;
-        match print(&said, args.output, args.watch) {
-            Ok(()) => {}
-            // `| head` has seen enough.
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(ExitCode::SUCCESS),
-            Err(error) => return Err(Failure::new(format!("cannot write the answer: {error}"))),
+    if args.watch {
+        return runtime.block_on(watch::run(&args));
+    }
+    match print(&runtime.block_on(ask(&args))?, args.output) {
+        // `| head` has seen enough.
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(Failure::new(format!("cannot write the answer: {error}")))
         }
-        if !args.watch {
-            return Ok(ExitCode::SUCCESS);
-        }
-        std::thread::sleep(Duration::from_secs(1));
+        _ => Ok(ExitCode::SUCCESS),
     }
 }
 
@@ -122,12 +119,8 @@ fn failure(error: AskError) -> Failure {
     }
 }
 
-fn print(said: &[Said], output: Output, again: bool) -> io::Result<()> {
+fn print(said: &[Said], output: Output) -> io::Result<()> {
     let mut out = io::stdout().lock();
-    if again && out.is_terminal() {
-        // Home, then clear what is below: no flicker.
-        write!(out, "\x1b[H\x1b[J")?;
-    }
     match output {
         Output::Table => write!(out, "{}", table(said))?,
         Output::Json => {

@@ -4,8 +4,10 @@
 //! or a process talk to it: a `Host` that is no loopback name is refused (DNS rebinding), what another site's page
 //! asks is refused, and what changes something takes a POST that no browser sends by itself. It is bounded: 64
 //! connections,
-//! of which the oldest goes when one more comes, 8 of another host; a minute each; 5 s and 16 KiB for a head, 4 KiB for
-//! a body.
+//! of which the oldest goes when one more comes, 8 of another host; a minute each, unless something goes on; 5 s and 16 KiB
+//! for a head, 4 KiB for a body.
+
+mod events;
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -13,6 +15,7 @@ use std::future::Future;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -22,7 +25,11 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, JoinSet};
+
+use events::Spoken;
+pub use events::{EVENT_STREAM, Event, Events, watch};
 
 /// Connections at a time; `/ready` of a kubelet and a few people need few.
 const MAX_CONNECTIONS: usize = 64;
@@ -68,19 +75,27 @@ pub struct Answer {
     pub content_security_policy: Option<&'static str>,
     /// The body.
     pub body: Bytes,
+    /// What is said after it, for as long as the client is there.
+    pub events: Option<mpsc::Receiver<Bytes>>,
 }
 
 impl Answer {
     /// Text.
     pub fn text(status: StatusCode, text: impl Into<String>) -> Self {
         let body = Bytes::from(text.into());
-        Self { status, content_type: "text/plain; charset=utf-8", content_security_policy: None, body }
+        Self { status, content_type: "text/plain; charset=utf-8", content_security_policy: None, body, events: None }
     }
 
     /// A JSON document.
     pub fn json(document: &serde_json::Value) -> Self {
         let body = Bytes::from(format!("{document:#}\n"));
-        Self { status: StatusCode::OK, content_type: "application/json", content_security_policy: None, body }
+        Self {
+            status: StatusCode::OK,
+            content_type: "application/json",
+            content_security_policy: None,
+            body,
+            events: None,
+        }
     }
 
     /// The graph in the form that was asked for.
@@ -92,6 +107,7 @@ impl Answer {
                 content_type: format.content_type(),
                 content_security_policy: (format == Format::Html).then(content_security_policy),
                 body: Bytes::from(body(format, graph)),
+                events: None,
             },
             Err(unknown) => Self::text(StatusCode::BAD_REQUEST, format!("{unknown}\n")),
         }
@@ -130,10 +146,17 @@ where
         }
         let answer = Arc::clone(&answer);
         let connection = connections.spawn(async move {
-            let _ = tokio::time::timeout(CONNECTION_ENDS_AFTER, connection(socket, peer, guarded, answer)).await;
+            let goes_on = AtomicBool::new(false);
+            lives(connection(socket, peer, guarded, answer, &goes_on), CONNECTION_ENDS_AFTER, &goes_on).await;
         });
         open.push_back((peer.ip(), connection));
     }
+}
+
+/// Ends a connection after so long, unless something goes on in it by then.
+async fn lives(connection: impl Future, long: Duration, goes_on: &AtomicBool) {
+    let mut connection = std::pin::pin!(connection);
+    while tokio::time::timeout(long, &mut connection).await.is_err() && goes_on.load(Relaxed) {}
 }
 
 /// Which connection goes when one of `host` comes: the oldest, of its own if it has as many as it may.
@@ -148,13 +171,24 @@ fn goes_for(host: IpAddr, open: &[IpAddr]) -> Option<usize> {
     }
 }
 
-async fn connection<F>(socket: TcpStream, peer: SocketAddr, guarded: bool, answer: Arc<F>) -> Result<(), hyper::Error>
+/// `goes_on` is set once something is said that has no end of its own: hyper ends it with its client.
+async fn connection<F>(
+    socket: TcpStream,
+    peer: SocketAddr,
+    guarded: bool,
+    answer: Arc<F>,
+    goes_on: &AtomicBool,
+) -> Result<(), hyper::Error>
 where
     F: Fn(Asked) -> Answer + Send + Sync + 'static,
 {
     let service = service_fn(move |request| {
         let answer = Arc::clone(&answer);
-        async move { Ok::<_, Infallible>(respond(request, peer, guarded, &*answer).await) }
+        async move {
+            let response = respond(request, peer, guarded, &*answer).await;
+            goes_on.fetch_or(response.body().more.is_some(), Relaxed);
+            Ok::<_, Infallible>(response)
+        }
     });
     hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
@@ -164,7 +198,7 @@ where
         .await
 }
 
-async fn respond<F>(request: Request<Incoming>, peer: SocketAddr, guarded: bool, answer: &F) -> Response<Full<Bytes>>
+async fn respond<F>(request: Request<Incoming>, peer: SocketAddr, guarded: bool, answer: &F) -> Response<Spoken>
 where
     F: Fn(Asked) -> Answer,
 {
@@ -191,7 +225,7 @@ where
             Err(_) => Answer::text(StatusCode::REQUEST_TIMEOUT, "The body took too long.\n"),
         },
     };
-    let mut response = Response::new(Full::new(answered.body));
+    let mut response = Response::new(Spoken { whole: answered.body, more: answered.events });
     *response.status_mut() = answered.status;
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static(answered.content_type));
@@ -262,12 +296,18 @@ pub async fn post(base: &str, path: &str, body: impl Into<Bytes>) -> Result<Byte
 }
 
 async fn ask(base: &str, method: Method, path: &str, body: Bytes) -> Result<Bytes, AskError> {
+    let authority = authority(base)?;
+    within(authority.as_str(), ask_once(authority.as_str(), method, path, body)).await
+}
+
+fn authority(base: &str) -> Result<http::uri::Authority, AskError> {
+    let wrong = || AskError::Url(base.to_string());
     let authority = base.strip_prefix("http://").unwrap_or(base).trim_end_matches('/');
-    let parsed: http::uri::Authority = authority.parse().map_err(|_| AskError::Url(base.to_string()))?;
+    let parsed: http::uri::Authority = authority.parse().map_err(|_| wrong())?;
     if parsed.port_u16().is_none() || parsed.as_str().contains('@') {
-        return Err(AskError::Url(base.to_string()));
+        return Err(wrong());
     }
-    within(authority, ask_once(authority, method, path, body)).await
+    Ok(parsed)
 }
 
 async fn within<T>(who: &str, ask: impl Future<Output = Result<T, AskError>>) -> Result<T, AskError> {
@@ -275,23 +315,40 @@ async fn within<T>(who: &str, ask: impl Future<Output = Result<T, AskError>>) ->
 }
 
 async fn ask_once(authority: &str, method: Method, path: &str, body: Bytes) -> Result<Bytes, AskError> {
-    const MAX_ANSWER: usize = 64 << 20;
+    let mut tasks = JoinSet::new();
+    let response = begin(authority, method, path, body, None, &mut tasks).await?;
+    Ok(whole(response.into_body()).await)
+}
+
+/// Asks, over a connection that `tasks` keeps; gives the head of a 200.
+async fn begin(
+    authority: &str,
+    method: Method,
+    path: &str,
+    body: Bytes,
+    accept: Option<&str>,
+    tasks: &mut JoinSet<Result<(), hyper::Error>>,
+) -> Result<Response<Incoming>, AskError> {
     let http = |error| AskError::Http(authority.to_string(), error);
     let stream = TcpStream::connect(authority).await.map_err(|e| AskError::Connect(authority.to_string(), e))?;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(http)?;
-    let mut tasks = JoinSet::new();
     tasks.spawn(connection);
-    let request = Request::builder().method(method).uri(path).header(header::HOST, authority).body(Full::new(body));
-    let request = request.map_err(|_| AskError::Url(authority.to_string()))?;
+    let request = Request::builder().method(method).uri(path).header(header::HOST, authority);
+    let request = accept.into_iter().fold(request, |request, accept| request.header(header::ACCEPT, accept));
+    let request = request.body(Full::new(body)).map_err(|_| AskError::Url(authority.to_string()))?;
     let response = sender.send_request(request).await.map_err(http)?;
     let status = response.status();
-    let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await;
-    let body = body.map(|body| body.to_bytes()).unwrap_or_default();
     if status != StatusCode::OK {
+        let body = whole(response.into_body()).await;
         let said: String = String::from_utf8_lossy(&body).chars().filter(|c| !c.is_control()).take(2_000).collect();
         return Err(AskError::Status(authority.to_string(), status, said));
     }
-    Ok(body)
+    Ok(response)
+}
+
+async fn whole(body: Incoming) -> Bytes {
+    const MAX_ANSWER: usize = 64 << 20;
+    Limited::new(body, MAX_ANSWER).collect().await.map(|body| body.to_bytes()).unwrap_or_default()
 }
 
 #[cfg(test)]

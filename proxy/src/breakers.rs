@@ -2,6 +2,7 @@
 //! circuit breakers of whole destinations.
 
 mod operator;
+mod watch;
 
 use std::time::{Duration, SystemTime};
 
@@ -14,6 +15,7 @@ use crate::traffic::outlier::{Reason, State, Turn};
 use crate::upstream::{EndpointState, Endpoints};
 
 pub(crate) use operator::obey;
+pub(crate) use watch::Watchers;
 
 /// All endpoints of the mesh that this proxy uses, in the order of their names.
 pub(crate) fn document(endpoints: &Endpoints) -> Value {
@@ -81,10 +83,7 @@ fn endpoint_as_json(endpoint: &EndpointState, clock: &Clock) -> Value {
 }
 
 fn circuit_as_json(backend: &str, breaker: &Shown, clock: &Clock) -> Value {
-    let next_trial = match breaker.circuit {
-        Circuit::Open { until } => Some(clock.time(until)),
-        Circuit::Closed | Circuit::HalfOpen { .. } => None,
-    };
+    let next_trial = breaker.circuit.next_trial().map(|until| clock.time(until));
     let turn = |(at, circuit): &(Duration, Circuit)| json!({ "at": clock.time(*at), "state": circuit_name(*circuit) });
     json!({
         "backend": backend,

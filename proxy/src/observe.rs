@@ -12,6 +12,7 @@ use sheetbend_control_plane_client::model::{Resolution, Target};
 
 use crate::admin::{AdminState, Refused, logging};
 use crate::app::Shared;
+use crate::breakers::Watchers;
 use crate::route::Route;
 use crate::telemetry::{Counter, Gauge};
 use crate::traffic::outlier::Reason;
@@ -22,6 +23,7 @@ pub(crate) fn admin_state(shared: &Arc<Shared>) -> AdminState {
     let of = || Arc::clone(shared);
     let (ready, measured, dump, clusters, breakers, certs, info) = (of(), of(), of(), of(), of(), of(), of());
     let (previewed, operated) = (of(), of());
+    let watchers = Watchers::of(Arc::clone(&shared.endpoints));
     AdminState {
         telemetry: Arc::clone(&shared.telemetry),
         ready: Box::new(move || match *ready.inbound_drain.borrow() {
@@ -48,6 +50,7 @@ pub(crate) fn admin_state(shared: &Arc<Shared>) -> AdminState {
             json!({ "clusters": found.collect::<Vec<_>>(), "limits": limits(&clusters) })
         }),
         breakers: Box::new(move || crate::breakers::document(&breakers.endpoints)),
+        watch: Box::new(move || watchers.watch()),
         operate: Box::new(move |asked| crate::breakers::obey(&operated.endpoints, asked)),
         preview: Box::new(move |described| preview(&previewed, described)),
         certs: Box::new(move || match certs.identity.current() {

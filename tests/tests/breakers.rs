@@ -1,6 +1,8 @@
 //! Breakers in the hands of an operator: what the admin port and `sheetbend breakers` show, and what they change.
 
-use sheetbend_tests::{Load, Mesh, Moody, START, Sidecar, becomes, breaker, eventually, finish, http};
+use serde_json::Value;
+use sheetbend_control_plane_client::admin_http;
+use sheetbend_tests::{Load, Mesh, Mood, Moody, Process, START, Sidecar, becomes, breaker, eventually, finish, http};
 
 async fn post(caller: &Sidecar, path: &str) -> http::Answer {
     http::send(caller.admin(), "POST", path, "").await.unwrap_or_else(|e| panic!("{path}: {e}"))
@@ -121,4 +123,53 @@ async fn the_command_line_ejects_and_restores() {
     let said = mesh.finish(["breakers", "restore", &first, "--for", "30s"]).ok();
     assert!(said.contains("is Serving; nothing ejects it until"), "{said}");
     assert_eq!(breaker(&caller, servers[0].address).await["state"], "Serving");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_watches_hears_the_whole_and_then_of_every_change() {
+    let servers = Moody::some::<3>().await;
+    let mesh = Mesh::with_resources(&Moody::service(&servers), &[]);
+    let caller = mesh.caller("caller");
+    caller.first_answer("http://web/").await;
+    let load = Load::start(caller.proxy(), "http://web/", 2, 50.0);
+    let first = servers[0].address.to_string();
+    let mut events = admin_http::watch(&caller.admin().to_string(), "/breakers").await.expect("events");
+    let whole = next(&mut events).await;
+    assert_eq!(whole.0, "breakers");
+    assert!(whole.1["endpoints"].as_array().is_some_and(|all| all.len() == 3), "{whole:#?}");
+    let mut screen = Process::spawn("watch", mesh.folder(), mesh.sheetbend(["breakers", "--watch"]));
+    screen.wait_for(&first, START);
+
+    servers[0].becomes(Mood::Fails);
+    until_turned(&mut events, &first, "Ejected").await;
+    screen.wait_for(&format!("web.default:80  {first}  Ejected: "), START);
+    servers[0].becomes(Mood::Well);
+    until_turned(&mut events, &first, "Probing").await;
+    until_turned(&mut events, &first, "Serving").await;
+    screen.wait_for(&format!("{first}  Serving: it has its whole share again"), START);
+    assert_eq!(post(&caller, &format!("/breakers/{first}/eject?ttl=1m")).await.status, 200);
+    let turn = until_turned(&mut events, &first, "Ejected").await;
+    assert_eq!((&turn["from"], &turn["reason"]), (&"Serving".into(), &"operator".into()), "{turn:#}");
+    assert!(turn["next_probe"].is_string(), "{turn:#}");
+    screen.wait_for(&format!("{first}  Ejected: operator; until "), START);
+    load.stop().await.assert_none_failed(20);
+
+    drop(caller);
+    while tokio::time::timeout(START, events.next()).await.expect("the events end with the proxy").is_some() {}
+    screen.wait_for("gone; it is asked again every second", START);
+}
+
+async fn next(events: &mut admin_http::Events) -> (String, Value) {
+    let event = tokio::time::timeout(START, events.next()).await.expect("an event in time").expect("an event");
+    (event.name, serde_json::from_str(&event.data).expect("JSON"))
+}
+
+/// The next turn of an endpoint into a state.
+async fn until_turned(events: &mut admin_http::Events, endpoint: &str, state: &str) -> Value {
+    loop {
+        let (name, turn) = next(events).await;
+        if name == "turn" && turn["endpoint"] == endpoint && turn["state"] == state {
+            return turn;
+        }
+    }
 }

@@ -11,9 +11,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Method, StatusCode};
-use sheetbend_control_plane_client::admin_http::{self, Answer, Asked};
+use sheetbend_control_plane_client::admin_http::{self, Answer, Asked, EVENT_STREAM};
 pub use sheetbend_control_plane_client::logging;
 use tokio::net::TcpListener;
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use crate::telemetry::Telemetry;
@@ -48,6 +49,8 @@ pub struct AdminState {
     pub clusters: Document,
     /// `/breakers`: which endpoints are ejected, and why.
     pub breakers: Document,
+    /// `/breakers?watch`: the whole, and then every change.
+    pub watch: Watch,
     /// `POST /breakers/ENDPOINT/eject` and `…/restore`: does as an operator says, and shows the endpoint.
     pub operate: Operate,
     /// `POST /explain`: what would be decided for a request, described in JSON.
@@ -64,6 +67,9 @@ pub struct AdminState {
 
 /// Says what would be decided for a request that is described.
 pub type Preview = Box<dyn Fn(&[u8]) -> Result<serde_json::Value, Refused> + Send + Sync>;
+
+/// Gives what somebody who watches hears first, and what comes later.
+pub type Watch = Box<dyn Fn() -> Result<(Bytes, mpsc::Receiver<Bytes>), Refused> + Send + Sync>;
 
 /// Does as an operator says.
 pub type Operate = Box<dyn Fn(&Asked) -> Result<serde_json::Value, Refused> + Send + Sync>;
@@ -104,7 +110,7 @@ impl Admin {
     }
 }
 
-const EVERYTHING: &str = "/ready /live /metrics /config_dump /clusters /breakers[/ENDPOINT/eject|restore] /explain[/REQUEST-ID][?format=text] /certs /logging /server_info /graph[?format=json|dot|mermaid|table|html]";
+const EVERYTHING: &str = "/ready /live /metrics /config_dump /clusters /breakers[?watch][/ENDPOINT/eject|restore] /explain[/REQUEST-ID][?format=text] /certs /logging /server_info /graph[?format=json|dot|mermaid|table|html]";
 
 fn answer(state: &AdminState, scope: Scope, rendered: &Rendered, asked: &Asked) -> Answer {
     let get = asked.method == Method::GET;
@@ -132,12 +138,28 @@ fn answer(state: &AdminState, scope: Scope, rendered: &Rendered, asked: &Asked) 
         (_, Scope::Health) => Answer::not_found("/ready /live /metrics"),
         ("/config_dump", _) => Answer::json(&(state.config_dump)()),
         ("/clusters", _) => Answer::json(&(state.clusters)()),
+        ("/breakers", _) if wants_events(asked) => watch(state),
         ("/breakers", _) => Answer::json(&(state.breakers)()),
         ("/certs", _) => Answer::json(&(state.certs)()),
         ("/server_info", _) => Answer::json(&(state.server_info)()),
         ("/graph", _) => Answer::graph(asked, &state.telemetry.graph()),
         ("/", _) => Answer::text(StatusCode::OK, format!("{EVERYTHING}\n")),
         _ => Answer::not_found(EVERYTHING),
+    }
+}
+
+/// Whether somebody wants a document that goes on.
+fn wants_events(asked: &Asked) -> bool {
+    let mut parameters = asked.query.as_deref().unwrap_or_default().split('&');
+    parameters.any(|one| one == "watch") || asked.accept.as_deref().is_some_and(|types| types.contains(EVENT_STREAM))
+}
+
+fn watch(state: &AdminState) -> Answer {
+    match (state.watch)() {
+        Ok((body, events)) => {
+            Answer { body, events: Some(events), content_type: EVENT_STREAM, ..Answer::text(StatusCode::OK, "") }
+        }
+        Err((status, why)) => Answer::text(status, format!("{why}\n")),
     }
 }
 

@@ -29,6 +29,7 @@ fn state(ready: &Arc<AtomicBool>) -> AdminState {
         config_dump: Box::new(|| json!({"listen": "127.0.0.1:1"})),
         clusters: Box::new(|| json!([])),
         breakers: Box::new(|| json!({"endpoints": []})),
+        watch: Box::new(|| Ok((admin_http::Event::encode("breakers", &json!({})), mpsc::channel(1).1))),
         operate: Box::new(|asked| match asked.path.as_str() {
             "/breakers/10.0.0.1:80/eject" => Ok(json!({"state": "Ejected"})),
             _ => Err((StatusCode::CONFLICT, "too few would be left".to_string())),
@@ -159,4 +160,15 @@ async fn an_endpoint_is_ejected_by_a_post_of_this_machine_alone() {
     assert!(post(&proxy, "/breakers", "").await.starts_with("HTTP/1.1 405"));
     let health = started(Scope::Health).await;
     assert!(post(&health, "/breakers/10.0.0.1:80/eject", "").await.starts_with("HTTP/1.1 403"));
+}
+
+#[tokio::test]
+async fn whoever_wants_events_gets_them() {
+    let proxy = started(Scope::Everything).await;
+    for path in ["/breakers", "/breakers?watch"] {
+        let first = admin_http::watch(&proxy.address, path).await.unwrap().next().await.unwrap();
+        assert_eq!((first.name.as_str(), first.data.as_str()), ("breakers", "{}"), "{path}");
+    }
+    assert_eq!(get(&proxy, "/breakers?watch").await.unwrap(), "event: breakers\ndata: {}\n\n");
+    assert!(get(&proxy, "/breakers").await.unwrap().starts_with('{'));
 }

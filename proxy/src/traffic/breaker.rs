@@ -34,6 +34,16 @@ pub enum Circuit {
     },
 }
 
+impl Circuit {
+    /// When the first one may try, of an open one.
+    pub fn next_trial(self) -> Option<Duration> {
+        match self {
+            Self::Open { until } => Some(until),
+            Self::Closed | Self::HalfOpen { .. } => None,
+        }
+    }
+}
+
 /// A request that may pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]

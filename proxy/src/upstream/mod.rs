@@ -107,6 +107,11 @@ impl EndpointState {
         }
     }
 
+    /// Its number among all that there ever were.
+    pub(crate) fn number(&self) -> u64 {
+        self.number
+    }
+
     /// The time on its clock.
     pub fn now(&self) -> Duration {
         self.epoch.elapsed()
