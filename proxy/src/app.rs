@@ -27,6 +27,7 @@ use crate::listen::{BindError, Listener, bind, bind_admin, bind_each};
 use crate::observe::admin_state;
 use crate::proc_net;
 use crate::telemetry::{AccessLogSettings, Counter, Settings, Telemetry};
+use crate::traffic::layers::Layers;
 use crate::upstream::Endpoints;
 use crate::worker::{Job, Worker, Workers};
 
@@ -139,6 +140,7 @@ pub(crate) struct Shared {
     pub(crate) telemetry: Arc<Telemetry>,
     pub(crate) endpoints: Arc<Endpoints>,
     pub(crate) epoch: Instant,
+    pub(crate) layers: Layers,
     pub(crate) deny_unknown: bool,
     pub(crate) strict: bool,
     pub(crate) same_user_only: bool,
@@ -313,6 +315,7 @@ impl Proxy {
             telemetry,
             epoch: endpoints.epoch,
             endpoints,
+            layers: Layers::default(),
             deny_unknown: config.deny_unknown,
             strict: config.strict,
             same_user_only: config.same_user_only,

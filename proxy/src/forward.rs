@@ -1,7 +1,9 @@
 //! One request, one answer: attempts, retries, and what is counted. Outbound and inbound share it.
 
+use std::future::poll_fn;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
@@ -12,16 +14,17 @@ use http_body_util::BodyExt;
 use hyper::body::{Body, Incoming};
 use hyper::upgrade::OnUpgrade;
 use sheetbend_certs::IdentityStore;
-use sheetbend_control_plane_client::model::Retry;
+use sheetbend_control_plane_client::model::{MOST_ATTEMPTS, Retry};
 use tokio::sync::watch;
-use tokio::time::{timeout, timeout_at};
+use tokio::time::{sleep, timeout, timeout_at};
 
 use crate::http::body::{Keeper, Passed, Passing, RequestBody, ResponseBody};
 use crate::http::deadline::Deadline;
 use crate::http::error::{Error, Processed, Refusal};
 use crate::http::exchange::Exchange;
 use crate::http::expect::{self, Ask};
-use crate::http::headers::{self, ATTEMPTS, GRPC_ATTEMPTS, SENT_VERSION, UNSENT};
+use crate::http::headers::{self, ATTEMPTS, GRPC_ATTEMPTS, IN_VAIN, SENT_VERSION, UNSENT};
+use crate::http::idle::Idle;
 use crate::http::upgrade;
 use crate::rest::Rest;
 use crate::telemetry::{Counter, Protocol, Telemetry};
@@ -58,6 +61,8 @@ pub(crate) struct Outgoing<'a> {
     pub(crate) reused: Option<bool>,
     /// Attempts made so far, but for the one under way.
     pub(crate) before: u32,
+    /// It follows from a request that was a retry itself.
+    pub(crate) follows_a_retry: bool,
     /// A gRPC call of which it matters how it ends, should it end before there is anything of its answer.
     pub(crate) heeds_end: bool,
 }
@@ -143,7 +148,7 @@ impl Way<'_> {
         mut lease: Lease,
         wire: Wire,
         fresh: bool,
-        time: Option<Duration>,
+        (time, idle): (Option<Duration>, Option<&mut Idle>),
         outgoing: &mut Outgoing<'_>,
     ) -> Result<Response<ResponseBody>, Error> {
         lease.until(outgoing.deadline);
@@ -151,14 +156,20 @@ impl Way<'_> {
         let mut sent = false;
         let answered = {
             let exchange = pin!(self.exchange(&mut lease, wire, fresh, &mut sent, outgoing));
-            match time {
-                None => Ok(exchange.await),
-                Some(time) => Box::pin(timeout(time, exchange)).await.map_err(|_| time),
+            match (time, idle) {
+                (None, None) => Ok(exchange.await),
+                // Allocates where a route asks for it.
+                (time, idle) => Box::pin(patiently(exchange, time, idle)).await,
             }
         };
         let (answer, checkout) = match answered {
             Ok(answered) => answered?,
-            Err(within) => {
+            Err(Timer::Idle(time)) => {
+                lease.expired();
+                return Err(Error::Idle(time));
+            }
+            Err(Timer::PerTry(within)) => {
+                self.telemetry.count(Counter::TimeoutPerTry);
                 // A wait of our own making, for one of as many connections as there may be, is no fault of its.
                 if sent || !lease.endpoint.bounds.limits.of(Limit::Connections).is_full() {
                     lease.too_slow();
@@ -254,7 +265,7 @@ impl Way<'_> {
         Ok(request)
     }
 
-    /// Whether a failed attempt is made once more; nothing where there is nothing to make better.
+    /// Whether a failed attempt is made once more; nothing where there is nothing to make better. Whoever asks counts it.
     pub(crate) fn again(
         &self,
         result: &Result<Response<ResponseBody>, Error>,
@@ -269,14 +280,47 @@ impl Way<'_> {
             before: outgoing.before,
             idempotent: headers::is_idempotent(outgoing.head),
             replayable: outgoing.body.is_whole(),
-            caller_retries: outgoing.head.headers.contains_key(GRPC_ATTEMPTS),
+            caller_retries: outgoing.follows_a_retry || outgoing.head.headers.contains_key(GRPC_ATTEMPTS),
+            in_vain: from_peer && result.as_ref().is_ok_and(|answer| answer.headers().contains_key(IN_VAIN)),
             left: outgoing.deadline.map(Deadline::left),
         };
-        let verdict = retry::decide(&attempt, rand::random(), || budget.take(self.epoch.elapsed()));
-        let (Verdict::Retry { reason, .. } | Verdict::GiveUp(reason)) = verdict;
-        self.telemetry.count(reason);
-        Some(verdict)
+        Some(retry::decide(&attempt, rand::random(), || budget.take(self.epoch.elapsed())))
     }
+}
+
+/// What ends the wait for an answer's head.
+enum Timer {
+    /// The time of an attempt.
+    PerTry(Duration),
+    /// Nothing moved for so long.
+    Idle(Duration),
+}
+
+/// Waits for `call` for as long as one may.
+async fn patiently<T>(
+    mut call: Pin<&mut impl Future<Output = T>>,
+    time: Option<Duration>,
+    mut idle: Option<&mut Idle>,
+) -> Result<T, Timer> {
+    let mut per_try = pin!(time.map(sleep));
+    if let Some(idle) = &mut idle {
+        idle.moved();
+    }
+    poll_fn(|cx| {
+        if let Poll::Ready(done) = call.as_mut().poll(cx) {
+            return Poll::Ready(Ok(done));
+        }
+        if let Some(idle) = &mut idle
+            && idle.poll(cx).is_ready()
+        {
+            return Poll::Ready(Err(Timer::Idle(idle.time())));
+        }
+        match (time, per_try.as_mut().as_pin_mut()) {
+            (Some(time), Some(passed)) => passed.poll(cx).map(|()| Err(Timer::PerTry(time))),
+            _ => Poll::Pending,
+        }
+    })
+    .await
 }
 
 /// What an answer's head says of the endpoint. A method or a version that it does not know is its caller's choice.
@@ -299,12 +343,14 @@ fn failure(result: &Result<Response<ResponseBody>, Error>, policy: &Retry, from_
                 (Processed::No(counter), _) => Failure::Unprocessed(counter),
                 (Processed::Maybe, Error::Broken { .. }) => Failure::Reset,
                 (Processed::Maybe, Error::TooSlow { .. }) => Failure::TooSlow,
+                (Processed::Maybe, Error::Idle(_)) => Failure::Idle,
                 _ => Failure::Refused,
             });
         }
     };
-    if from_peer && answer.headers().contains_key(UNSENT) {
-        return Some(Failure::Unprocessed(Counter::RetriedPeerConnect));
+    if let Some(unsent) = answer.headers().get(UNSENT).filter(|_| from_peer) {
+        let shed = *unsent == headers::SHED;
+        return Some(Failure::Unprocessed(if shed { Counter::RetriedShed } else { Counter::RetriedPeerConnect }));
     }
     let status = answer.status().as_u16();
     if status >= 500 || policy.wants_status(status) {
@@ -340,8 +386,9 @@ impl Outgoing<'_> {
         if let Some(deadline) = self.deadline {
             deadline.tell(&mut head.headers);
         }
-        if self.before > 0 {
-            let before = HeaderValue::from(self.before);
+        let before = (self.before + u32::from(self.follows_a_retry)).min(MOST_ATTEMPTS);
+        if before > 0 {
+            let before = HeaderValue::from(before);
             if headers::is_grpc(&head.headers) {
                 head.headers.insert(GRPC_ATTEMPTS, before.clone());
             }

@@ -9,7 +9,7 @@ use std::sync::{Arc, OnceLock};
 use arc_swap::ArcSwap;
 use bytes::BytesMut;
 use futures_util::FutureExt;
-use http::{Request, Response, Version, request};
+use http::{HeaderValue, Request, Response, Version, request};
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 use sheetbend_certs::{IdentityStore, MeshAlpn, SpiffeId, VerifiedPeer};
@@ -24,7 +24,7 @@ use crate::http::body::ResponseBody;
 use crate::http::deadline::Deadline;
 use crate::http::error::{Error, Refusal};
 use crate::http::exchange::Exchange;
-use crate::http::headers::{self, SENT_VERSION};
+use crate::http::headers::{self, GRPC_ATTEMPTS, IN_VAIN, SENT_VERSION};
 use crate::http::serve::{fault, serve};
 use crate::http::story::Caught;
 use crate::inbound_rules::InboundRules;
@@ -237,7 +237,16 @@ impl Inbound {
             };
             let shared = &inbound.shared;
             match result {
-                Ok((answer, client)) => finish(answer, exchange, client, &shared.telemetry, &shared.inbound_drain),
+                Ok((answer, client)) => {
+                    let in_vain = caller.ours && failed(&answer) && {
+                        shared.layers.was_in_vain(exchange.call(), shared.epoch.elapsed())
+                    };
+                    let mut answer = finish(answer, exchange, client, &shared.telemetry, &shared.inbound_drain);
+                    if in_vain {
+                        answer.headers_mut().insert(IN_VAIN, HeaderValue::from_static("?1"));
+                    }
+                    answer
+                }
                 Err(error) => {
                     exchange.failed(&error);
                     error.respond(grpc, caller.ours).map(|body| body.reporting(exchange))
@@ -262,6 +271,9 @@ impl Inbound {
         headers::check_framing(head).map_err(Error::Refused)?;
         let sent_http1 = caller.ours && head.headers.contains_key(SENT_VERSION);
         exchange.attempts = caller.ours.then(|| headers::attempts_before(&head.headers)).flatten().unwrap_or(0);
+        if exchange.attempts > 0 || caller.ours && head.headers.contains_key(GRPC_ATTEMPTS) {
+            self.shared.layers.comes_again(exchange.call(), self.shared.epoch.elapsed());
+        }
         headers::strip_ours(&mut head.headers);
         let sent = if sent_http1 { Version::HTTP_11 } else { head.version };
         head.version = sent;
@@ -293,6 +305,7 @@ impl Inbound {
             // Whoever calls makes the attempts, and so they never multiply.
             once: true,
             before: 0,
+            follows_a_retry: false,
             heeds_end: false,
             reused: None,
         };
@@ -303,7 +316,7 @@ impl Inbound {
         let shared = &self.shared;
         let identity: &IdentityStore = &shared.identity;
         let way = Way { pool: &self.pool, identity, telemetry: &shared.telemetry, epoch: shared.epoch };
-        let answer = way.attempt(Lease::alone(app), wire, fresh, None, &mut outgoing).await;
+        let answer = way.attempt(Lease::alone(app), wire, fresh, (None, None), &mut outgoing).await;
         exchange.story.over(outgoing.reused.take());
         let mut answer = answer?;
         if let Some(rest) = caller.rest.clone().filter(|_| client.is_some()) {
@@ -330,7 +343,7 @@ impl Inbound {
         let _open = edge.connection();
         // Sent and received are this proxy's view: what the caller sent was received.
         let moved = |moved: crate::tcp::Transferred| edge.bytes(moved.server_to_client, moved.client_to_server);
-        splice_for(&mut io, &mut app, caller.rest.clone(), moved).await;
+        splice_for(&mut io, &mut app, caller.rest.clone(), None, moved).await;
     }
 
     /// A connection to the app.
@@ -348,6 +361,11 @@ impl Inbound {
             }
         }
     }
+}
+
+/// Whether a caller might ask for the same once more.
+fn failed(answer: &Response<ResponseBody>) -> bool {
+    answer.status().as_u16() >= 400 || headers::grpc_status(answer.headers()).is_some_and(|status| status != 0)
 }
 
 /// The service port that a peer of ours named (`80.web.default.cluster.local`), so that both ends name the edge alike: a

@@ -26,16 +26,17 @@ use crate::http::deadline::Deadline;
 use crate::http::error::{Error, Refusal};
 use crate::http::exchange::Exchange;
 use crate::http::headers::{self, X_REQUEST_ID};
+use crate::http::idle::Idle;
 use crate::http::serve::{PATIENCE, fault, serve};
 use crate::http::story::Caught;
 use crate::http::upgrade;
 use crate::policy::{Filtered, inject};
 use crate::refuse::refuse;
-use crate::rest::{Rest, splice_for};
+use crate::rest::{Over, Rest, splice_for};
 use crate::rewind::Rewind;
 use crate::route::{Caller, Candidates, Choice, Route, Routes};
 use crate::tcp::Abort;
-use crate::telemetry::{Counter, Protocol, Reporter, Telemetry};
+use crate::telemetry::{Counter, Flags, Protocol, Reporter, Telemetry};
 use crate::traffic::limit::Limit;
 use crate::traffic::retry::{self, Retrying, Verdict};
 use crate::upstream::{BoxIo, EndpointState, Permit, Pool, Wire, dial};
@@ -164,6 +165,9 @@ impl Outbound {
             match result {
                 Ok((answer, client)) => finish(answer, exchange, client, &shared.telemetry, &shared.outbound_drain),
                 Err(error) => {
+                    if matches!(error, Error::Deadline(_)) {
+                        shared.telemetry.count(Counter::NotRetriedDeadline);
+                    }
                     exchange.failed(&error);
                     error.respond(grpc, false).map(|body| body.reporting(exchange))
                 }
@@ -256,23 +260,36 @@ impl Outbound {
             deadline,
             once: false,
             before: 0,
+            follows_a_retry: self.shared.layers.follows_a_retry(exchange.call(), now),
             reused: None,
         };
         let time = timeouts.and_then(|timeouts| timeouts.backend_request).filter(|time| !time.is_zero());
-        let attempts = Attempts { route: &route, endpoints, caller: &caller, protocol, expects, time, retry };
+        let idle = timeouts.and_then(|timeouts| timeouts.stream_idle).filter(|time| !time.is_zero());
+        // Allocates where a route asks for it.
+        let mut idle = idle.map(|time| Box::new(Idle::new(time, outgoing.passed.clone(), protocol == Protocol::Grpc)));
+        let attempts = Attempts {
+            route: &route,
+            endpoints,
+            caller: &caller,
+            protocol,
+            expects,
+            time,
+            idle: idle.as_deref_mut(),
+            retry,
+        };
         let answer = within(of_route, pin!(self.attempts(attempts, outgoing, exchange))).await;
         let mut answer = answer.inspect_err(|_| exchange.on_if_none(edge))?;
         if let Some(cookie) = caller.cookie.take() {
             answer.headers_mut().append(SET_COOKIE, *cookie);
         }
         changes.answer(answer.headers_mut());
-        Ok((answer, client))
+        Ok((answer.map(|body| body.unless(idle)), client))
     }
 
     /// As many attempts as it takes, and as there may be.
     async fn attempts(
         &self,
-        Attempts { route, endpoints, caller, protocol, expects, time, retry }: Attempts<'_>,
+        Attempts { route, endpoints, caller, protocol, expects, time, mut idle, retry }: Attempts<'_>,
         mut outgoing: Outgoing<'_>,
         exchange: &mut Exchange,
     ) -> Result<Response<ResponseBody>, Error> {
@@ -294,7 +311,7 @@ impl Outbound {
             let wire = wire(&endpoint, &outgoing, expects);
             // What must not be sent twice takes no connection that may have closed in the meantime.
             let fresh = outgoing.upgrade || expects || outgoing.before > 0 || !retryable;
-            let result = way.attempt(lease, wire, fresh, time, &mut outgoing).await;
+            let result = way.attempt(lease, wire, fresh, (time, idle.as_deref_mut()), &mut outgoing).await;
             let mut again = way.again(&result, retry, &outgoing, endpoint.is_ours(), &endpoints.budget);
             let mut after = None;
             if let Some(Verdict::Retry { after: wait, .. }) = again {
@@ -304,9 +321,14 @@ impl Outbound {
                     Some(permit) => (retrying, after) = (Some((taken, permit)), Some(wait)),
                     None => {
                         self.shared.telemetry.count(Counter::OverflowRetries);
-                        again = Some(Verdict::GiveUp(Counter::OverflowRetries));
+                        again = Some(Verdict::GiveUp(Counter::NotRetriedLimit));
                     }
                 }
+            }
+            match again {
+                Some(Verdict::Retry { reason, .. }) => self.shared.telemetry.count(reason),
+                Some(Verdict::GiveUp(why)) => self.gave_up(why, outgoing.before > 0, exchange),
+                None => {}
             }
             exchange.story.over(outgoing.reused.take());
             exchange.story.tried(&endpoint, again.as_ref(), &result, || endpoints.as_json(endpoint.now()));
@@ -315,6 +337,25 @@ impl Outbound {
             tokio::time::sleep(after).await;
             outgoing.before += 1;
             tried.push(endpoint);
+        }
+    }
+
+    /// No other attempt is made. Whoever waits for what would have come of it makes none for that reason either.
+    #[cold]
+    fn gave_up(&self, why: Counter, after_retries: bool, exchange: &mut Exchange) {
+        self.shared.telemetry.count(why);
+        let at_the_limit = matches!(
+            why,
+            Counter::NotRetriedBudget
+                | Counter::NotRetriedLimit
+                | Counter::NotRetriedCaller
+                | Counter::NotRetriedInVain
+        );
+        if after_retries || at_the_limit {
+            self.shared.layers.in_vain(exchange.call(), self.shared.epoch.elapsed());
+        }
+        if after_retries && why == Counter::NotRetriedAttempts {
+            exchange.flags |= Flags::RETRIES_EXHAUSTED;
         }
     }
 
@@ -413,7 +454,10 @@ impl Outbound {
         let _open = edge.connection();
         let mut client = Rewind::new(bytes.freeze(), io);
         let moved = |moved: crate::tcp::Transferred| edge.bytes(moved.client_to_server, moved.server_to_client);
-        splice_for(&mut client, &mut server, rest, moved).await;
+        let idle = endpoint.bounds.limits.tcp_idle();
+        if splice_for(&mut client, &mut server, rest, idle, moved).await == Over::Idle {
+            self.shared.telemetry.count(Counter::TimeoutTcpIdle);
+        }
     }
 
     async fn refuse(&self, io: BoxIo, bytes: BytesMut, error: Error, peer: SocketAddr) {
@@ -431,6 +475,8 @@ struct Attempts<'a> {
     expects: bool,
     /// What one attempt has for the head of its answer.
     time: Option<Duration>,
+    /// Looks whether anything moves.
+    idle: Option<&'a mut Idle>,
     retry: &'a Retry,
 }
 

@@ -6,7 +6,7 @@
 
 use std::future::pending;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, SystemTime};
 
 use sheetbend_certs::{IdentityStore, Material, Sha256};
@@ -65,8 +65,26 @@ async fn dropped(rest: Option<Rest>) {
     }
 }
 
-/// [`splice`], for as long as what one of the two rests on is believed. Then both are closed in order.
-pub async fn splice_for<A, B>(client: &mut A, server: &mut B, rest: Option<Rest>, progress: impl Fn(Transferred))
+/// Why bytes are carried no longer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Over {
+    /// The two have ended.
+    Ended,
+    /// What one of them rests on is no longer believed.
+    Rest,
+    /// Nothing moved for too long.
+    Idle,
+}
+
+/// [`splice`], for as long as what one of the two rests on is believed, and something moves in every `idle`. Then both are
+/// closed in order.
+pub async fn splice_for<A, B>(
+    client: &mut A,
+    server: &mut B,
+    rest: Option<Rest>,
+    idle: Option<Duration>,
+    progress: impl Fn(Transferred),
+) -> Over
 where
     A: AsyncRead + AsyncWrite + Abort + Unpin,
     B: AsyncRead + AsyncWrite + Abort + Unpin,
@@ -78,13 +96,15 @@ where
         tunnel.moved(bytes);
         progress(bytes);
     };
-    tokio::select! {
+    let over = tokio::select! {
         // Bytes first: what can still be carried is.
         biased;
-        _ = splice(client, server, moved) => return,
-        () = tunnel.end(rest) => {}
-    }
+        _ = splice(client, server, moved) => return Over::Ended,
+        () = tunnel.end(rest) => Over::Rest,
+        () = tunnel.idle(idle) => Over::Idle,
+    };
     let _ = timeout(GOODBYE, async { tokio::join!(client.shutdown(), server.shutdown()) }).await;
+    over
 }
 
 /// When a tunnel, whose bytes nobody understands, ends for its root's sake.
@@ -92,13 +112,28 @@ where
 struct Tunnel {
     moved: AtomicBool,
     client_waits: AtomicBool,
+    moves: AtomicU64,
 }
 
 impl Tunnel {
     /// Bytes have passed.
     fn moved(&self, bytes: Transferred) {
         self.moved.store(true, Relaxed);
+        self.moves.fetch_add(1, Relaxed);
         self.client_waits.store(bytes.server_to_client == 0, Relaxed);
+    }
+
+    /// Returns once nothing has moved for so long; twice as long at most.
+    async fn idle(&self, time: Option<Duration>) {
+        let Some(time) = time else { return pending().await };
+        let mut seen = self.moves.load(Relaxed);
+        loop {
+            sleep(time).await;
+            let before = std::mem::replace(&mut seen, self.moves.load(Relaxed));
+            if before == seen {
+                return;
+            }
+        }
     }
 
     /// Returns once the root is no longer believed and the tunnel is between two questions: the server has had the last

@@ -388,6 +388,14 @@ impl Sidecar {
         })
     }
 
+    /// Where its program's calls go, for a server that the story itself runs.
+    pub fn outbound(&self) -> SocketAddr {
+        let state = self.state();
+        let url = state["outbound"].as_str().unwrap_or_default();
+        let address = url.trim_start_matches("http://").trim_end_matches('/');
+        address.parse().unwrap_or_else(|e| panic!("{e}: {state}"))
+    }
+
     /// Its admin port.
     pub fn admin(&self) -> SocketAddr {
         let state = self.state();

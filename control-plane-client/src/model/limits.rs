@@ -26,6 +26,12 @@ pub struct TcpPool {
     /// Connections at once.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_connections: Option<u32>,
+    /// For a connection to be there, TLS included.
+    #[serde(with = "duration::option", skip_serializing_if = "Option::is_none")]
+    pub connect_timeout: Option<Duration>,
+    /// For so long nothing may move on an opaque connection; zero is for ever.
+    #[serde(with = "duration::option", skip_serializing_if = "Option::is_none")]
+    pub idle_timeout: Option<Duration>,
 }
 
 /// `connectionPool.http`. The names are Istio's; each limit holds for HTTP/1.1, HTTP/2 and gRPC alike.
@@ -44,6 +50,9 @@ pub struct HttpPool {
     /// Retries under way at once; 0 is none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_retries: Option<u32>,
+    /// A connection without a request ends after so long; zero is never.
+    #[serde(with = "duration::option", skip_serializing_if = "Option::is_none")]
+    pub idle_timeout: Option<Duration>,
 }
 
 impl TcpPool {
@@ -66,6 +75,10 @@ impl ConnectionPool {
             ("http.http1MaxPendingRequests", self.http.http1_max_pending_requests),
             ("http.http2MaxRequests", self.http.http2_max_requests),
         ];
+        if self.tcp.connect_timeout.is_some_and(|time| time < Duration::from_millis(1)) {
+            let reason = "no connection is made in no time: write 1ms or more, or leave it out";
+            return Err(Unusable::new("connectionPool.tcp.connectTimeout", reason));
+        }
         match needed.into_iter().find(|(_, limit)| *limit == Some(0)) {
             Some((field, _)) => Err(Unusable::new(
                 format!("connectionPool.{field}"),

@@ -49,6 +49,9 @@ pub struct Timeouts {
     /// For each attempt, until the head of its answer.
     #[serde(with = "duration::option", skip_serializing_if = "Option::is_none")]
     pub backend_request: Option<Duration>,
+    /// For so long nothing may move, of a request and of its answer.
+    #[serde(with = "duration::option", skip_serializing_if = "Option::is_none")]
+    pub stream_idle: Option<Duration>,
 }
 
 impl Timeouts {

@@ -306,6 +306,7 @@ fn forward(rule: &Rule, condition: &Match) -> rds::RouteAction {
     let clusters = rds::WeightedCluster { clusters: clusters.collect(), ..rds::WeightedCluster::default() };
     let mut action = forward_to(rds::route_action::ClusterSpecifier::WeightedClusters(clusters));
     action.timeout = rule.policy.timeouts.request.map(duration).or(action.timeout);
+    action.idle_timeout = rule.policy.timeouts.stream_idle.map(duration).or(action.idle_timeout);
     if let Some(rewrite) = &rule.policy.filters.rewrite {
         filters::rewrite(&mut action, rewrite, condition);
     }

@@ -3,6 +3,7 @@
 use envoy_types::pb::envoy::config::cluster::v3::{CircuitBreakers, Cluster, circuit_breakers::Thresholds};
 use envoy_types::pb::google::protobuf::UInt32Value;
 
+use super::encode::duration;
 use crate::model::BackendPolicy;
 
 /// Adds `connectionPool`.
@@ -17,5 +18,6 @@ pub(super) fn say(policy: &BackendPolicy, cluster: Cluster) -> Cluster {
         ..Thresholds::default()
     };
     let breakers = CircuitBreakers { thresholds: vec![thresholds], ..CircuitBreakers::default() };
-    Cluster { circuit_breakers: Some(breakers), ..cluster }
+    let connect_timeout = pool.tcp.connect_timeout.map(duration).or(cluster.connect_timeout);
+    Cluster { circuit_breakers: Some(breakers), connect_timeout, ..cluster }
 }

@@ -89,7 +89,7 @@ fn rule_policy(at: usize) -> Arc<RulePolicy> {
         true => TrafficLimits { rates: vec![rate], concurrency: Some(concurrency) },
         false => TrafficLimits::default(),
     };
-    let timeouts = Timeouts { request, ..Timeouts::default() };
+    let timeouts = Timeouts { request, stream_idle: request, ..Timeouts::default() };
     let retry = Retry {
         attempts: request.map(|_| 3),
         codes: vec![500; at % 3],
@@ -141,7 +141,9 @@ fn faults(at: usize) -> Vec<Fault> {
 
 fn backend_policy(at: usize) -> Arc<BackendPolicy> {
     let http = HttpPool { http2_max_requests: Some(7), max_retries: Some(0), ..HttpPool::default() };
-    let pool = ConnectionPool { tcp: TcpPool { max_connections: Some(3) }, http };
+    let (connect_timeout, idle_timeout) = (Some(Duration::from_millis(300)), Some(Duration::ZERO));
+    let tcp = TcpPool { max_connections: Some(3), connect_timeout, idle_timeout };
+    let pool = ConnectionPool { tcp, http };
     let detection = OutlierDetection { consecutive_5xx_errors: Some(3), ..OutlierDetection::default() };
     let hash = ConsistentHash { http_header_name: Some("x-user".into()), ..ConsistentHash::default() };
     let warmup = Warmup { duration: Duration::from_secs(30), minimum_percent: Some(12.5), aggression: None };
@@ -293,7 +295,8 @@ fn what_holds_for_callers_survives_the_wire() {
 
 #[test]
 fn a_policy_that_cannot_be_obeyed_is_refused_where_it_arrives() {
-    let timeouts = Timeouts { request: Some(Duration::from_secs(1)), backend_request: Some(Duration::from_secs(2)) };
+    let (request, backend_request) = (Some(Duration::from_secs(1)), Some(Duration::from_secs(2)));
+    let timeouts = Timeouts { request, backend_request, ..Timeouts::default() };
     let policy = Arc::new(RulePolicy { timeouts, ..RulePolicy::default() });
     let rule = Rule { name: "default/r#0".into(), matches: vec![], backends: to_web(), policy };
     let sent = Destination { rules: vec![rule], ..web() };

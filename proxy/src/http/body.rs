@@ -6,6 +6,7 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::HeaderMap;
@@ -18,6 +19,7 @@ use super::error::Error;
 use super::exchange::Exchange;
 use super::expect::Asked;
 use super::headers::grpc_status;
+use super::idle::Idle;
 use super::turns::{Reading, Turn};
 use crate::traffic::retry::BODY_COPY;
 use crate::upstream::{Checkout, Lease};
@@ -30,6 +32,13 @@ pub enum BodyError {
     Hyper(hyper::Error),
     /// The request's deadline has passed.
     Deadline(Deadline),
+    /// Nothing moved for so long.
+    Idle {
+        /// The time.
+        time: Duration,
+        /// Of a gRPC call, which ends with a status.
+        grpc: bool,
+    },
     /// The attempt that reads this body is no longer the current one.
     Superseded,
 }
@@ -39,6 +48,7 @@ impl fmt::Display for BodyError {
         match self {
             Self::Hyper(error) => error.fmt(f),
             Self::Deadline(deadline) => write!(f, "{} has passed", deadline.set_by()),
+            Self::Idle { time, .. } => Error::Idle(*time).fmt(f),
             Self::Superseded => f.write_str("another attempt is under way"),
         }
     }
@@ -48,7 +58,7 @@ impl std::error::Error for BodyError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             Self::Hyper(error) => Some(error),
-            Self::Deadline(_) | Self::Superseded => None,
+            Self::Deadline(_) | Self::Idle { .. } | Self::Superseded => None,
         }
     }
 }
@@ -331,6 +341,8 @@ pub struct ResponseBody {
     /// The endpoint hears what became of it.
     lease: Option<Lease>,
     deadline: Option<(Deadline, Pin<Box<Sleep>>)>,
+    /// Looks whether it moves, where a route wants it to.
+    idle: Option<Box<Idle>>,
     /// The request's turn on its connection ends with its response.
     turn: Option<Turn>,
 }
@@ -367,7 +379,7 @@ impl ResponseBody {
     ) -> Self {
         let deadline = deadline.map(|deadline| (deadline, Box::pin(tokio::time::sleep_until(deadline.at()))));
         let checkout = Some(checkout);
-        Self { kind: Kind::Incoming(body), ahead, exchange: None, checkout, lease, deadline, turn: None }
+        Self { kind: Kind::Incoming(body), ahead, exchange: None, checkout, lease, deadline, idle: None, turn: None }
     }
 
     #[cfg(test)]
@@ -376,12 +388,18 @@ impl ResponseBody {
     }
 
     fn of(kind: Kind) -> Self {
-        Self { kind, ahead: None, exchange: None, checkout: None, lease: None, deadline: None, turn: None }
+        Self { kind, ahead: None, exchange: None, checkout: None, lease: None, deadline: None, idle: None, turn: None }
     }
 
     /// Lets `exchange` end with this body.
     pub fn reporting(mut self, exchange: Box<Exchange>) -> Self {
         self.exchange = Some(exchange);
+        self
+    }
+
+    /// Breaks off once nothing moves any more.
+    pub(crate) fn unless(mut self, idle: Option<Box<Idle>>) -> Self {
+        self.idle = idle;
         self
     }
 
@@ -395,6 +413,28 @@ impl ResponseBody {
     fn after_what_came_before<T>(&self, cx: &Context<'_>) -> Poll<T> {
         cx.waker().wake_by_ref();
         Poll::Pending
+    }
+
+    /// A timer has ended it. A call ends as gRPC ends calls: with a status.
+    #[cold]
+    fn over(
+        &mut self,
+        error: BodyError,
+        status: Option<HeaderMap>,
+        cx: &Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        (self.deadline, self.idle) = (None, None);
+        self.fail(&error);
+        match status {
+            Some(status) => {
+                self.kind = Kind::Empty;
+                Poll::Ready(Some(Ok(Frame::trailers(status))))
+            }
+            None => {
+                self.kind = Kind::Broken(error);
+                self.after_what_came_before(cx)
+            }
+        }
     }
 
     fn finish(&mut self) {
@@ -427,16 +467,9 @@ impl Body for ResponseBody {
         if let Some((deadline, passed)) = &mut this.deadline
             && passed.as_mut().poll(cx).is_ready()
         {
-            let (deadline, error) = (*deadline, BodyError::Deadline(*deadline));
-            this.deadline = None;
-            this.fail(&error);
-            if deadline.is_grpc() {
-                // As gRPC ends calls: with a status.
-                this.kind = Kind::Empty;
-                return Poll::Ready(Some(Ok(Frame::trailers(Error::Deadline(deadline.set_by()).grpc_status()))));
-            }
-            this.kind = Kind::Broken(error);
-            return self.after_what_came_before(cx);
+            let deadline = *deadline;
+            let status = deadline.is_grpc().then(|| Error::Deadline(deadline.set_by()).grpc_status());
+            return this.over(BodyError::Deadline(deadline), status, cx);
         }
         if matches!(this.kind, Kind::Broken(_))
             && let Kind::Broken(error) = std::mem::replace(&mut this.kind, Kind::Empty)
@@ -447,7 +480,20 @@ impl Body for ResponseBody {
             Kind::Incoming(_) if this.ahead.is_some() => this.ahead.take().map(|frame| *frame),
             Kind::Empty | Kind::Broken(_) => None,
             Kind::Text(text) => text.take().map(|text| Ok(Frame::data(text))),
-            Kind::Incoming(body) => ready!(poll_useful_frame(body, cx)),
+            Kind::Incoming(body) => match (poll_useful_frame(body, cx), &mut this.idle) {
+                (Poll::Ready(frame), None) => frame,
+                (Poll::Ready(frame), Some(idle)) => {
+                    idle.moved();
+                    frame
+                }
+                (Poll::Pending, None) => return Poll::Pending,
+                (Poll::Pending, Some(idle)) => {
+                    ready!(idle.poll(cx));
+                    let (time, grpc) = (idle.time(), idle.is_grpc());
+                    let status = grpc.then(|| Error::Idle(time).grpc_status());
+                    return this.over(BodyError::Idle { time, grpc }, status, cx);
+                }
+            },
         };
         match frame {
             None => {

@@ -8,6 +8,7 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 use tokio::time::Instant;
 
 use super::headers::is_grpc;
+use crate::telemetry::Counter;
 
 /// gRPC over HTTP/2, "Requests".
 const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
@@ -34,6 +35,16 @@ pub enum SetBy {
     Expected,
     /// The route, with `timeouts.request`.
     Route,
+}
+
+impl SetBy {
+    /// What counts how often it has passed.
+    pub fn counter(self) -> Counter {
+        match self {
+            Self::GrpcTimeout | Self::Expected => Counter::TimeoutCaller,
+            Self::Route => Counter::TimeoutRequest,
+        }
+    }
 }
 
 impl fmt::Display for SetBy {

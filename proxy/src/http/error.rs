@@ -99,6 +99,8 @@ pub enum Error {
         /// What is known of the request's fate.
         processed: Processed,
     },
+    /// Nothing moved for so long.
+    Idle(Duration),
     /// The caller may not.
     Denied(Denied),
     /// It shows a token that is not to be believed.
@@ -159,6 +161,7 @@ impl Error {
             | Self::RateLimited { .. }
             | Self::CircuitOpen(..)
             | Self::Deadline(_)
+            | Self::Idle(_)
             | Self::Denied(_)
             | Self::Token(_)
             | Self::Loop(_)
@@ -198,6 +201,7 @@ impl Error {
             Self::Deadline(_) | Self::TooSlow { .. } => {
                 (StatusCode::GATEWAY_TIMEOUT, "http_response_timeout", Flags::UPSTREAM_TIMEOUT)
             }
+            Self::Idle(_) => (StatusCode::GATEWAY_TIMEOUT, "connection_read_timeout", Flags::STREAM_IDLE_TIMEOUT),
             Self::Token(_) => (StatusCode::UNAUTHORIZED, "http_request_denied", Flags::DENIED),
             Self::Denied(_) => (StatusCode::FORBIDDEN, "http_request_denied", Flags::DENIED),
             Self::Loop(_) | Self::NotRedirected(_) | Self::OwnConnection { .. } => {
@@ -238,7 +242,10 @@ impl Error {
             Self::Injected(_) => Some(Counter::FaultAbort),
             Self::NoIdentity => Some(Counter::RefusedNoIdentity),
             Self::Connect { source, .. } => source.counter(),
-            Self::Broken { .. } | Self::Deadline(_) | Self::TooSlow { .. } => None,
+            Self::Deadline(set_by) => Some(set_by.counter()),
+            Self::Idle(_) => Some(Counter::TimeoutStreamIdle),
+            // Each attempt has counted for itself.
+            Self::Broken { .. } | Self::TooSlow { .. } => None,
         }
     }
 
@@ -385,6 +392,7 @@ impl fmt::Display for Error {
             Self::TooSlow { endpoint, within, .. } => {
                 write!(f, "no answer of {endpoint} within {within:?} (timeouts.backendRequest)")
             }
+            Self::Idle(time) => write!(f, "nothing moved for {time:?} (stream-idle-timeout)"),
             Self::Token(_) => f.write_str("the token is not valid"),
             Self::Denied(_) => f.write_str("the caller is not allowed"),
             Self::Loop(own) => write!(f, "{own} is this proxy itself"),

@@ -12,7 +12,8 @@ use super::error::{Causes, Error, h2_reason};
 use super::headers::X_REQUEST_ID;
 use super::story::{Story, millis};
 use crate::admission::Room;
-use crate::telemetry::{AccessEntry, Edge, Flags, Outcome, Reporter, Telemetry};
+use crate::telemetry::{AccessEntry, Counter, Edge, Flags, Outcome, Reporter, Telemetry};
+use crate::traffic::layers::Call;
 use crate::traffic::retry::Budget;
 use crate::upstream::{EndpointState, Permit};
 
@@ -62,6 +63,7 @@ struct Facts {
     uri: Uri,
     version: Version,
     request_id: Option<HeaderValue>,
+    trace: Option<HeaderValue>,
     downstream: SocketAddr,
     source: Option<SpiffeId>,
 }
@@ -86,6 +88,7 @@ impl Exchange {
                 uri: head.uri.clone(),
                 version: head.version,
                 request_id: head.headers.get(X_REQUEST_ID).cloned(),
+                trace: head.headers.get("traceparent").cloned(),
                 downstream,
                 source,
             },
@@ -102,6 +105,11 @@ impl Exchange {
             ended: false,
             story: Story::new(telemetry.explained().samples()),
         })
+    }
+
+    /// By what it is known in the requests that follow from it.
+    pub fn call(&self) -> Call<'_> {
+        Call { request_id: self.facts.request_id.as_ref(), trace: self.facts.trace.as_ref() }
     }
 
     /// When the request came.
@@ -180,12 +188,23 @@ impl Exchange {
         self.ended = true;
         self.flags |= match error {
             BodyError::Deadline(_) => Flags::UPSTREAM_TIMEOUT,
+            BodyError::Idle { .. } => Flags::STREAM_IDLE_TIMEOUT,
             BodyError::Superseded => Flags::NONE,
             BodyError::Hyper(error) if h2_reason(error).is_some() => Flags::UPSTREAM_RESET,
             BodyError::Hyper(_) => Flags::UPSTREAM_CONNECTION_CLOSED,
         };
-        if matches!(error, BodyError::Deadline(deadline) if deadline.is_grpc()) {
-            self.grpc_status = Some(4);
+        let timer = match error {
+            BodyError::Deadline(deadline) => Some((deadline.set_by().counter(), deadline.is_grpc().then_some(4))),
+            BodyError::Idle { grpc, .. } => Some((Counter::TimeoutStreamIdle, grpc.then_some(14))),
+            BodyError::Hyper(_) | BodyError::Superseded => None,
+        };
+        if let Some((counter, grpc_status)) = timer {
+            self.telemetry.count(counter);
+            self.grpc_status = grpc_status.or(self.grpc_status);
+        }
+        if self.facts.reporter == Reporter::Source {
+            // Whoever has had the beginning of an answer cannot have another.
+            self.telemetry.count(Counter::NotRetriedBegun);
         }
         self.detail = format!("the response broke off: {}", Causes(error));
     }

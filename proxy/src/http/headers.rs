@@ -19,6 +19,8 @@ pub const UNSENT: HeaderName = HeaderName::from_static("sheetbend-unsent");
 pub(crate) const SHED: HeaderValue = HeaderValue::from_static("?1;shed");
 /// On a request: so many attempts were made before this one. Believed only from a mesh peer.
 pub const ATTEMPTS: HeaderName = HeaderName::from_static("sheetbend-attempts-before");
+/// On a response: what followed from the request was tried again already, in vain. Believed only from a mesh peer.
+pub const IN_VAIN: HeaderName = HeaderName::from_static("sheetbend-retried");
 /// The same as gRPC's own clients say it (gRFC A6).
 pub const GRPC_ATTEMPTS: HeaderName = HeaderName::from_static("grpc-previous-rpc-attempts");
 /// RFC 9209.
@@ -30,7 +32,7 @@ const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection")
 const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
 
 /// Every header by which our proxies speak to each other.
-const OURS: [HeaderName; 3] = [SENT_VERSION, UNSENT, ATTEMPTS];
+const OURS: [HeaderName; 4] = [SENT_VERSION, UNSENT, ATTEMPTS, IN_VAIN];
 
 /// A random UUID (RFC 9562 §5.4) of 128 random bits.
 pub fn request_id(bits: u128) -> HeaderValue {

@@ -7,6 +7,7 @@ pub mod exchange;
 pub mod expect;
 mod head_clock;
 pub mod headers;
+pub mod idle;
 pub mod serve;
 pub mod story;
 mod turns;

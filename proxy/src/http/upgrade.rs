@@ -46,7 +46,7 @@ pub fn join(
         let (_under_way, _held) = (under_way, held);
         let (Ok(client), Ok(server)) = (client.await, server.await) else { return };
         let (mut client, mut server) = (connection(client), connection(server));
-        splice_for(&mut client, &mut server, rest, |_| {}).await;
+        splice_for(&mut client, &mut server, rest, None, |_| {}).await;
     });
 }
 

@@ -62,7 +62,17 @@ metrics_of_the_process! {
     NotRetriedDeadline "sheetbend_not_retried_total" { reason: "deadline" } "Failures that were not tried again, by why not.";
     NotRetriedPolicy "sheetbend_not_retried_total" { reason: "not_asked_for" } "Failures that were not tried again, by why not.";
     NotRetriedCaller "sheetbend_not_retried_total" { reason: "caller_retries" } "Failures that were not tried again, by why not.";
+    NotRetriedInVain "sheetbend_not_retried_total" { reason: "retried_further_on" } "Failures that were not tried again, by why not.";
+    NotRetriedLimit "sheetbend_not_retried_total" { reason: "max_retries" } "Failures that were not tried again, by why not.";
+    NotRetriedBegun "sheetbend_not_retried_total" { reason: "answer_begun" } "Failures that were not tried again, by why not.";
     NotRetriedRefused "sheetbend_not_retried_total" { reason: "refused_here" } "Failures that were not tried again, by why not.";
+
+    TimeoutConnect "sheetbend_timeouts_total" { timer: "connect" } "What took too long, by which timer ended it.";
+    TimeoutRequest "sheetbend_timeouts_total" { timer: "request" } "What took too long, by which timer ended it.";
+    TimeoutCaller "sheetbend_timeouts_total" { timer: "callers_deadline" } "What took too long, by which timer ended it.";
+    TimeoutPerTry "sheetbend_timeouts_total" { timer: "per_try" } "What took too long, by which timer ended it.";
+    TimeoutStreamIdle "sheetbend_timeouts_total" { timer: "stream_idle" } "What took too long, by which timer ended it.";
+    TimeoutTcpIdle "sheetbend_timeouts_total" { timer: "tcp_idle" } "What took too long, by which timer ended it.";
 
     AccessAudited "sheetbend_authorization_audited_total" {} "Calls that a policy with action AUDIT matched.";
     DryRunAllowed "sheetbend_authorization_dry_run_total" { result: "allowed" } "Calls by what would have been if policies that run dry were obeyed.";

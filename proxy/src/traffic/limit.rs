@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
 
 use sheetbend_control_plane_client::model::ConnectionPool;
 
@@ -114,6 +115,10 @@ pub struct Limits {
     retries: Slots,
     /// Requests on one connection; 0 is any number.
     per_connection: AtomicU64,
+    /// Milliseconds, and 0 where nobody said so: to connect, and for which nothing may move.
+    connect: AtomicU64,
+    tcp_idle: AtomicU64,
+    http_idle: AtomicU64,
 }
 
 impl Default for Limits {
@@ -124,6 +129,9 @@ impl Default for Limits {
             requests: Slots::new(REQUESTS),
             retries: Slots::new(ANY),
             per_connection: AtomicU64::new(0),
+            connect: AtomicU64::new(0),
+            tcp_idle: AtomicU64::new(0),
+            http_idle: AtomicU64::new(0),
         }
     }
 }
@@ -138,6 +146,26 @@ impl Limits {
         self.requests.allow(or(http.http2_max_requests, REQUESTS));
         self.retries.allow(or(http.max_retries, ANY));
         self.per_connection.store(or(http.max_requests_per_connection, 0), Relaxed);
+        let millis = |time: Option<Duration>| time.map_or(0, |time| time.as_millis().clamp(1, ANY.into()) as u64);
+        self.connect.store(millis(tcp.connect_timeout), Relaxed);
+        self.tcp_idle.store(millis(tcp.idle_timeout.filter(|time| !time.is_zero())), Relaxed);
+        let never = |time: Duration| if time.is_zero() { Duration::MAX } else { time };
+        self.http_idle.store(millis(http.idle_timeout.map(never)), Relaxed);
+    }
+
+    /// How long a connection may take to be there, if a policy says so.
+    pub fn connect_timeout(&self) -> Option<Duration> {
+        time(&self.connect)
+    }
+
+    /// For how long nothing may move on an opaque connection, if a policy says so.
+    pub fn tcp_idle(&self) -> Option<Duration> {
+        time(&self.tcp_idle)
+    }
+
+    /// For how long a connection stays without a request, if a policy says so.
+    pub fn http_idle(&self) -> Option<Duration> {
+        time(&self.http_idle)
     }
 
     /// The slots of one of them.
@@ -155,6 +183,10 @@ impl Limits {
         let most = self.per_connection.load(Relaxed);
         most != 0 && carried >= most
     }
+}
+
+fn time(millis: &AtomicU64) -> Option<Duration> {
+    Some(millis.load(Relaxed)).filter(|millis| *millis != 0).map(Duration::from_millis)
 }
 
 #[cfg(test)]

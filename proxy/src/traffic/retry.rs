@@ -31,6 +31,8 @@ pub enum Failure {
     Reset,
     /// There was no answer within the time of one attempt.
     TooSlow,
+    /// Nothing moved for as long as its route allows.
+    Idle,
     /// The answer was a failure; how long it asks us to wait, in whole seconds.
     Status {
         /// From 400 on.
@@ -59,6 +61,8 @@ pub struct Attempt<'a> {
     pub replayable: bool,
     /// Whether its caller sends it again itself: then nobody else does, but for what had no effect.
     pub caller_retries: bool,
+    /// Whether what followed from it was tried again already, further on.
+    pub in_vain: bool,
     /// Time left until the request's deadline, if there is one.
     pub left: Option<Duration>,
 }
@@ -87,6 +91,7 @@ pub fn decide(attempt: &Attempt<'_>, chance: f64, budget: impl FnOnce() -> bool)
         Failure::Status { status, .. } if policy.wants_status(status) => Counter::RetriedStatus,
         Failure::Grpc(status) if policy.wants_grpc(status) => Counter::RetriedGrpc,
         Failure::Status { .. } | Failure::Grpc(_) => return Verdict::GiveUp(Counter::NotRetriedPolicy),
+        Failure::Idle => return Verdict::GiveUp(Counter::NotRetriedDeadline),
         Failure::Refused => return Verdict::GiveUp(Counter::NotRetriedRefused),
     };
     // The one gate that keeps whatever may have been paid from being paid again.
@@ -94,8 +99,12 @@ pub fn decide(attempt: &Attempt<'_>, chance: f64, budget: impl FnOnce() -> bool)
     if !harmless && !policy.non_idempotent {
         return Verdict::GiveUp(Counter::NotRetriedUnsafe);
     }
-    if attempt.caller_retries && !matches!(attempt.failure, Failure::Unprocessed(_)) {
+    let unprocessed = matches!(attempt.failure, Failure::Unprocessed(_));
+    if attempt.caller_retries && !unprocessed {
         return Verdict::GiveUp(Counter::NotRetriedCaller);
+    }
+    if attempt.in_vain && !unprocessed {
+        return Verdict::GiveUp(Counter::NotRetriedInVain);
     }
     if attempt.before >= policy.attempts() {
         return Verdict::GiveUp(Counter::NotRetriedAttempts);
@@ -147,6 +156,7 @@ mod tests {
             idempotent,
             replayable: true,
             caller_retries: false,
+            in_vain: false,
             left: None,
         }
     }
@@ -221,6 +231,13 @@ mod tests {
         let of = |failure| decide(&Attempt { caller_retries: true, ..attempt(failure, true) }, 0.0, || true);
         assert_eq!(of(UNAVAILABLE), Verdict::GiveUp(Counter::NotRetriedCaller));
         assert!(matches!(of(Failure::Unprocessed(Counter::RetriedConnect)), Verdict::Retry { .. }));
+    }
+
+    #[test]
+    fn what_was_tried_again_in_vain_further_on_is_not_tried_again_here() {
+        let of = |failure| decide(&Attempt { in_vain: true, ..attempt(failure, true) }, 0.0, || true);
+        assert_eq!(of(UNAVAILABLE), Verdict::GiveUp(Counter::NotRetriedInVain));
+        assert!(matches!(of(Failure::Unprocessed(Counter::RetriedPeerConnect)), Verdict::Retry { .. }));
     }
 
     #[test]

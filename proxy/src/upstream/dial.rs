@@ -3,7 +3,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use http::StatusCode;
 use rustls::pki_types::ServerName;
@@ -43,14 +43,14 @@ pub enum DialError {
     #[error("{0}")]
     Tcp(#[source] io::Error),
     /// Nobody answered in time.
-    #[error("no answer within {} s", .0.as_secs())]
+    #[error("no answer within {0:?}")]
     TcpTimeout(Duration),
     /// The TLS handshake failed.
     #[error("the TLS handshake failed: {0}")]
     Handshake(#[source] io::Error),
     /// The TLS handshake took too long.
-    #[error("the TLS handshake took longer than {} s", HANDSHAKE.as_secs())]
-    HandshakeTimeout,
+    #[error("the TLS handshake took longer than {0:?}")]
+    HandshakeTimeout(Duration),
     /// The peer's certificate is not good.
     #[error("the peer's certificate: {0}")]
     Peer(#[source] PeerError),
@@ -107,7 +107,7 @@ impl DialError {
                 (StatusCode::BAD_GATEWAY, "connection_refused", Flags::UPSTREAM_CONNECT_FAILURE)
             }
             Self::Tcp(_) => (StatusCode::BAD_GATEWAY, "destination_ip_unroutable", Flags::UPSTREAM_CONNECT_FAILURE),
-            Self::TcpTimeout(_) | Self::HandshakeTimeout | Self::NoTurn => {
+            Self::TcpTimeout(_) | Self::HandshakeTimeout(_) | Self::NoTurn => {
                 (StatusCode::GATEWAY_TIMEOUT, "connection_timeout", Flags::UPSTREAM_CONNECT_FAILURE)
             }
             Self::Handshake(_) | Self::Http(_) | Self::Protocol => {
@@ -153,7 +153,7 @@ impl DialError {
             Self::Tcp(_)
             | Self::TcpTimeout(_)
             | Self::Handshake(_)
-            | Self::HandshakeTimeout
+            | Self::HandshakeTimeout(_)
             | Self::NoTurn
             | Self::Protocol
             | Self::Http(_) => None,
@@ -185,6 +185,7 @@ pub(crate) async fn dial(
     if let Some(address) = endpoint.socket_address().filter(|address| own.is_listener(*address)) {
         return Err(DialError::Loop(address));
     }
+    let (began, asked) = (Instant::now(), endpoint.bounds.limits.connect_timeout());
     let plain = |io| Dialed { io, http2: alpn == MeshAlpn::H2, rest: None, permit: None };
     let (expected, ours) = match &endpoint.transport {
         Transport::Sheetbend(id) => (id, true),
@@ -195,7 +196,7 @@ pub(crate) async fn dial(
                 Place::Address(_) | Place::Name(_) => (Counter::DialedExternal, CONNECT_ELSEWHERE),
             };
             telemetry.count(counter);
-            let stream = connect(&endpoint.place, within).await?;
+            let stream = connect(&endpoint.place, asked.unwrap_or(within), telemetry).await?;
             // A name may lead here as well, or into the mesh; only its look-up tells. Nothing is sent before.
             let address = stream.peer_addr().map_err(DialError::Tcp)?;
             if own.is_listener(address) {
@@ -219,14 +220,15 @@ pub(crate) async fn dial(
         return Ok(plain(io));
     }
     telemetry.count(Counter::DialedMesh);
-    let stream = connect(&endpoint.place, CONNECT_MESH).await?;
+    let stream = connect(&endpoint.place, asked.unwrap_or(CONNECT_MESH), telemetry).await?;
     if ours && alpn == MeshAlpn::H2 {
         // Both ends of it always read, so that silence means that one is gone.
         expect_steady_reader(&stream).map_err(DialError::Tcp)?;
     }
     let config = if ours { material.mesh_client(alpn) } else { material.foreign_client(alpn) };
     let handshake = TlsConnector::from(config.clone()).connect(server_name(endpoint), stream);
-    let stream = match timeout(HANDSHAKE, handshake).await {
+    let left = asked.map_or(HANDSHAKE, |asked| asked.saturating_sub(began.elapsed()));
+    let stream = match timeout(left, handshake).await {
         Ok(Ok(stream)) => stream,
         // In our own words where it was we who refused the peer.
         Ok(Err(error)) => {
@@ -235,7 +237,10 @@ pub(crate) async fn dial(
                 None => DialError::Handshake(error),
             });
         }
-        Err(_) => return Err(DialError::HandshakeTimeout),
+        Err(_) => {
+            telemetry.count(Counter::TimeoutConnect);
+            return Err(DialError::HandshakeTimeout(asked.unwrap_or(HANDSHAKE)));
+        }
     };
     let connection = stream.get_ref().1;
     telemetry.count(match connection.handshake_kind() {
@@ -258,7 +263,7 @@ pub(crate) async fn dial(
     Ok(Dialed { io: Box::new(stream), http2, rest: Some(Rest::on(found.root, identity)), permit: None })
 }
 
-async fn connect(place: &Place, within: Duration) -> Result<TcpStream, DialError> {
+async fn connect(place: &Place, within: Duration, telemetry: &Telemetry) -> Result<TcpStream, DialError> {
     let attempt = async {
         match place {
             Place::Address(address) | Place::App(address) => TcpStream::connect(address).await,
@@ -267,7 +272,10 @@ async fn connect(place: &Place, within: Duration) -> Result<TcpStream, DialError
     };
     let stream = match timeout(within, attempt).await {
         Ok(stream) => stream.map_err(DialError::Tcp)?,
-        Err(_) => return Err(DialError::TcpTimeout(within)),
+        Err(_) => {
+            telemetry.count(Counter::TimeoutConnect);
+            return Err(DialError::TcpTimeout(within));
+        }
     };
     tune(&stream).map_err(DialError::Tcp)?;
     Ok(stream)

@@ -112,7 +112,7 @@ impl Lease {
             DialError::Tcp(_)
             | DialError::TcpTimeout(_)
             | DialError::Handshake(_)
-            | DialError::HandshakeTimeout
+            | DialError::HandshakeTimeout(_)
             | DialError::Peer(_)
             | DialError::Identity { .. }
             | DialError::Protocol

@@ -10,6 +10,7 @@ use hyper_util::rt::TokioIo;
 use sheetbend_certs::{IdentityStore, Material, MeshAlpn, Sha256, TrustBundle};
 use sheetbend_control_plane_client::model::Transport;
 use tokio::sync::watch;
+use tokio::time::MissedTickBehavior;
 
 use super::sender::{Sender, Wire, connect_h2, until_over};
 use super::turn::{Turns, WAITS};
@@ -27,8 +28,11 @@ const FULL: usize = STREAMS as usize * 80 / 100;
 const IDLE_SHARED: usize = 2;
 /// Kept connections to one endpoint, for one worker.
 const MOST_KEPT: usize = 1024;
-/// How long a kept connection is trusted to be open at the other end.
+/// How long a kept connection is trusted to be open at the other end, unless a policy says so.
 const KEPT_FOR: Duration = Duration::from_secs(3);
+/// How often those are ended that nobody needs.
+const TIDY: Duration = Duration::from_secs(1);
+
 #[derive(Default)]
 struct Connections {
     shared: Vec<SharedConnection>,
@@ -52,8 +56,8 @@ struct Kept {
 }
 
 impl Kept {
-    fn is_fresh(&self) -> bool {
-        self.sender.is_ready() && self.since.elapsed() < KEPT_FOR
+    fn is_fresh(&self, bounds: &Bounds) -> bool {
+        self.sender.is_ready() && self.since.elapsed() < kept_for(bounds)
     }
 }
 
@@ -67,9 +71,26 @@ struct SharedConnection {
     /// As many as the peer allows at the moment.
     allowed: Arc<AtomicUsize>,
     root: Option<Sha256>,
+    /// What it had carried when nothing was seen on it first, and when that was.
+    unused: Option<(u64, Instant)>,
 }
 
 impl SharedConnection {
+    /// Whether it has carried nothing for so long, as far as it was looked at.
+    fn is_idle(&mut self, most: Duration, now: Instant) -> bool {
+        if self.streams.load(Relaxed) > 0 {
+            self.unused = None;
+            return false;
+        }
+        match self.unused {
+            Some((carried, since)) if carried == self.carried => now - since >= most,
+            _ => {
+                self.unused = Some((self.carried, now));
+                false
+            }
+        }
+    }
+
     fn is_full(&self) -> bool {
         let allowed = (self.allowed.load(Relaxed) / 5).saturating_mul(4).clamp(1, FULL);
         self.streams.load(Relaxed) >= allowed
@@ -298,7 +319,7 @@ impl Pool {
         checkout.streams = Some(Arc::clone(&streams));
         let mut all = self.lock();
         if all.believes(root) {
-            let shared = SharedConnection { sender: sender.clone(), streams, carried: 1, allowed, root };
+            let shared = SharedConnection { sender: sender.clone(), streams, carried: 1, allowed, root, unused: None };
             if !endpoint.bounds.limits.is_used_up(shared.carried) {
                 all.of(&endpoint).shared.push(shared);
             }
@@ -343,13 +364,32 @@ impl Pool {
     /// Follows the bundle for as long as it is polled: connections that rest on a root which is no longer believed take
     /// no more requests, finish those they have, and end.
     pub(crate) async fn follow(self: Arc<Self>, mut changes: watch::Receiver<Option<Arc<Material>>>) {
+        let mut tidy = tokio::time::interval(TIDY);
+        tidy.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let material = changes.borrow_and_update().clone();
             if let Some(material) = material {
                 self.believe(&material);
             }
-            if changes.changed().await.is_err() {
-                return;
+            loop {
+                // Either may be lost: both come again.
+                tokio::select! {
+                    changed = changes.changed() => match changed {
+                        Ok(()) => break,
+                        Err(_) => return,
+                    },
+                    _ = tidy.tick() => self.tidy(Instant::now()),
+                }
+            }
+        }
+    }
+
+    /// Ends connections that have had no request for as long as they may.
+    fn tidy(&self, now: Instant) {
+        for connections in self.lock().of.values_mut() {
+            connections.forget(now);
+            if let Some(most) = connections.bounds.limits.http_idle() {
+                connections.shared.retain_mut(|shared| !shared.is_idle(most, now));
             }
         }
     }
@@ -376,7 +416,7 @@ impl Pool {
         let mut pooled = Pooled::default();
         for connections in self.lock().of.values() {
             let shared = connections.shared.iter().filter(|shared| !shared.sender.is_closed()).count();
-            let kept = connections.kept.iter().filter(|kept| kept.is_fresh()).count();
+            let kept = connections.kept.iter().filter(|kept| kept.is_fresh(&connections.bounds)).count();
             let count = if connections.mesh { &mut pooled.mesh } else { &mut pooled.plain };
             *count += shared + kept;
         }
@@ -389,7 +429,8 @@ impl Pool {
         let of = &mut self.lock().of;
         if of.len() >= MANY {
             of.retain(|_, connections| {
-                connections.kept.retain(|kept| !kept.sender.is_closed() && kept.since.elapsed() < KEPT_FOR);
+                connections.forget(Instant::now());
+                connections.kept.retain(|kept| !kept.sender.is_closed());
                 connections.shared.retain(|shared| !shared.sender.is_closed());
                 !connections.kept.is_empty() || !connections.shared.is_empty()
             });
@@ -417,12 +458,22 @@ impl Pool {
     }
 }
 
+/// How long a connection stays without a request.
+fn kept_for(bounds: &Bounds) -> Duration {
+    bounds.limits.http_idle().unwrap_or(KEPT_FOR)
+}
+
 impl Connections {
-    fn take_kept(&mut self) -> Option<Kept> {
-        let now = Instant::now();
-        while self.kept.front().is_some_and(|kept| now - kept.since >= KEPT_FOR) {
+    /// Ends those that were kept for as long as they may be.
+    fn forget(&mut self, now: Instant) {
+        let most = kept_for(&self.bounds);
+        while self.kept.front().is_some_and(|kept| now - kept.since >= most) {
             self.kept.pop_front();
         }
+    }
+
+    fn take_kept(&mut self) -> Option<Kept> {
+        self.forget(Instant::now());
         // The one used last is the likeliest to be open still; one that is not ready has closed.
         std::iter::from_fn(|| self.kept.pop_back()).find(|kept| kept.sender.is_ready())
     }

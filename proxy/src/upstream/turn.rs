@@ -66,9 +66,9 @@ mod tests {
         let waits = || async { turns.take().await.unwrap().failed_meanwhile().map(|error| error.to_string()) };
         let (second, third, ()) = tokio::join!(waits(), waits(), async {
             tokio::task::yield_now().await;
-            first.fail(DialError::HandshakeTimeout);
+            first.fail(DialError::HandshakeTimeout(WAITS));
         });
-        let failure = Some(DialError::HandshakeTimeout.to_string());
+        let failure = Some(DialError::HandshakeTimeout(WAITS).to_string());
         assert_eq!((second, third), (failure.clone(), failure));
         assert_eq!(waits().await, None);
     }

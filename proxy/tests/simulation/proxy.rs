@@ -129,8 +129,16 @@ impl Proxy {
         chance: f64,
         now: Duration,
     ) -> Verdict {
-        let attempt =
-            Attempt { policy, failure, before, idempotent, replayable: true, caller_retries: false, left: None };
+        let attempt = Attempt {
+            policy,
+            failure,
+            before,
+            idempotent,
+            replayable: true,
+            caller_retries: false,
+            in_vain: false,
+            left: None,
+        };
         let verdict = retry::decide(&attempt, chance, || self.budget.take(now));
         self.retrying += u64::from(matches!(verdict, Verdict::Retry { .. }));
         verdict

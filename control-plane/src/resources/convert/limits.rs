@@ -18,22 +18,29 @@ pub(super) fn connection_pool(raw: &Spanned<kinds::ConnectionPool>) -> Checked<m
     let connections = tcp.and_then(|tcp| tcp.max_connections.as_ref());
     let pending = http.and_then(|http| http.http1_max_pending_requests.as_ref());
     let requests = http.and_then(|http| http.http2_max_requests.as_ref());
+    let connect = tcp.and_then(|tcp| tcp.connect_timeout.as_ref());
     let pool = model::ConnectionPool {
-        tcp: model::TcpPool { max_connections: number(connections) },
+        tcp: model::TcpPool {
+            max_connections: number(connections),
+            connect_timeout: span(connect)?,
+            idle_timeout: span(tcp.and_then(|tcp| tcp.idle_timeout.as_ref()))?,
+        },
         http: model::HttpPool {
             http1_max_pending_requests: number(pending),
             http2_max_requests: number(requests),
             max_requests_per_connection: number(http.and_then(|http| http.max_requests_per_connection.as_ref())),
             max_retries: number(http.and_then(|http| http.max_retries.as_ref())),
+            idle_timeout: span(http.and_then(|http| http.idle_timeout.as_ref()))?,
         },
     };
     pool.check().or_else(|error| {
         let at = match error.field.rsplit('.').next() {
-            Some("maxConnections") => connections,
-            Some("http1MaxPendingRequests") => pending,
-            _ => requests,
+            Some("connectTimeout") => connect.map(|found| found.referenced),
+            Some("maxConnections") => place(connections),
+            Some("http1MaxPendingRequests") => place(pending),
+            _ => place(requests),
         };
-        refused(&error, place(at).unwrap_or(raw.referenced))
+        refused(&error, at.unwrap_or(raw.referenced))
     })?;
     Ok(pool)
 }

@@ -16,7 +16,8 @@ const BACKOFF: &str = "sheetbend.io/retry-backoff";
 const NON_IDEMPOTENT: &str = "sheetbend.io/retry-non-idempotent";
 const REQUEST: &str = "sheetbend.io/request-timeout";
 const BACKEND_REQUEST: &str = "sheetbend.io/backend-request-timeout";
-const ALL: [&str; 6] = [RETRY_ON, ATTEMPTS, BACKOFF, NON_IDEMPOTENT, REQUEST, BACKEND_REQUEST];
+const STREAM_IDLE: &str = "sheetbend.io/stream-idle-timeout";
+const ALL: [&str; 7] = [RETRY_ON, ATTEMPTS, BACKOFF, NON_IDEMPOTENT, REQUEST, BACKEND_REQUEST, STREAM_IDLE];
 
 /// What a rule says of timeouts and retries, within its route. `start` is where it begins.
 pub(super) fn rule(
@@ -43,7 +44,11 @@ pub(super) fn rule(
     let on = annotation(RETRY_ON).map(conditions).transpose()?.unwrap_or_default();
     let non_idempotent = annotation(NON_IDEMPOTENT).map(yes_or_no).transpose()?.unwrap_or_default();
     let policy = RulePolicy {
-        timeouts: model::Timeouts { request: span(request)?, backend_request: span(backend_request)? },
+        timeouts: model::Timeouts {
+            request: span(request)?,
+            backend_request: span(backend_request)?,
+            stream_idle: span(annotation(STREAM_IDLE))?,
+        },
         retry: model::Retry {
             attempts: attempts.map(|(attempts, _)| attempts),
             codes: codes.iter().map(|code| code.value).collect(),

@@ -17,6 +17,8 @@ pub(in crate::resources) struct ConnectionPool {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(in crate::resources) struct Tcp {
     pub(in crate::resources) max_connections: Option<Spanned<u32>>,
+    pub(in crate::resources) connect_timeout: Option<Spanned<String>>,
+    pub(in crate::resources) idle_timeout: Option<Spanned<String>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -26,6 +28,7 @@ pub(in crate::resources) struct Http {
     pub(in crate::resources) http2_max_requests: Option<Spanned<u32>>,
     pub(in crate::resources) max_requests_per_connection: Option<Spanned<u32>>,
     pub(in crate::resources) max_retries: Option<Spanned<u32>>,
+    pub(in crate::resources) idle_timeout: Option<Spanned<String>>,
 }
 
 /// A TrafficLimit.
