@@ -143,3 +143,34 @@ pub(super) async fn until_over<T>(connection: impl Future<Output = T>, rest: Opt
         () = rest.over() => {}
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::duplex;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_a_connection_hands_back_was_not_sent() {
+        let (ours, _theirs) = duplex(1024);
+        let (sender, connection) = http1::handshake(TokioIo::new(ours)).await.unwrap();
+        let mut sender = Sender::Http1(sender);
+        let answer = sender.send(Request::post("/").body(RequestBody::Empty).unwrap());
+        // It ends with the request in its queue.
+        drop(connection);
+        let failed = answer.await.err().unwrap();
+        assert_eq!(failed.processed, Processed::No(Counter::RetriedUnsent));
+    }
+
+    #[tokio::test]
+    async fn what_was_sent_may_have_been_processed() {
+        let (ours, mut theirs) = duplex(1024);
+        let (sender, connection) = http1::handshake(TokioIo::new(ours)).await.unwrap();
+        tokio::spawn(connection);
+        let mut sender = Sender::Http1(sender);
+        let answer = tokio::spawn(sender.send(Request::post("/").body(RequestBody::Empty).unwrap()));
+        tokio::io::AsyncReadExt::read_u8(&mut theirs).await.unwrap();
+        drop(theirs);
+        assert_eq!(answer.await.unwrap().err().unwrap().processed, Processed::Maybe);
+    }
+}
