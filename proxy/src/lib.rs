@@ -39,16 +39,18 @@
 //! | `inbound_rules` | who may call, as the control plane says it now |
 //! | `forward`, [`http`], `faults` | attempts and retries; hyper, and the one table from an error to an answer |
 //! | `admission` | how often and how many at once: who passes, who waits, who is sent away |
-//! | [`route`], [`policy`] | what the control plane said, ready for requests |
-//! | [`traffic`] | pure: state and `now` in, a decision out: balancing, retries |
+//! | [`route`], [`policy`] | what the control plane said, ready for requests: which rule takes one, who may come, what is changed |
+//! | [`traffic`] | pure: state and `now` in, a decision out: balancing, ejection, breakers, retries, limits, rates |
 //! | [`upstream`] | endpoints that outlive a change of configuration, connections to them, mutual TLS |
 //! | [`telemetry`], [`admin`], `observe`, `breakers` | what happened, and how to ask for it |
 //!
 //! # What always holds
 //!
 //! * A destination in the mesh is never dialed in plain, whatever fails.
-//! * A request that may have had an effect is not sent twice, unless its method or its `Idempotency-Key` says that this
-//!   is as good as once.
+//! * A request that may have had an effect is not sent twice, unless its method, its `Idempotency-Key` or its route says
+//!   that this is as good as once.
+//! * No decision makes an outage worse: retries have a budget, half of the endpoints serve whatever was seen of them, and
+//!   what all of them have in common speaks against none.
 //! * What one caller does (hangs up, stops reading, sends noise) costs no other caller a request.
 //! * When the control plane is away, what is known goes on.
 
