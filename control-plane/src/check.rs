@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 
 use sheetbend_control_plane_client::model::{ServiceName, ServicePort};
 
@@ -42,7 +43,7 @@ pub fn check(
     trust_domain: Option<&str>,
 ) -> io::Result<Checked> {
     let mut folder = Folder::looked_at(path.into(), trust_domain);
-    folder.reload()?;
+    folder.reload(Instant::now())?;
     let resources: Vec<Resource> = folder.resources().cloned().collect();
     let inputs = Inputs { trust_domain: "".into(), registered: &[], resources: &resources, same_machine: true };
     let mut known = Known::default();

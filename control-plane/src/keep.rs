@@ -1,7 +1,7 @@
 //! The tasks that run as long as the control plane does. Each ends when it is told to stop.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
 use notify::{RecursiveMode, Watcher};
@@ -197,7 +197,7 @@ impl Told {
 fn reload(shared: &Shared) -> std::io::Result<()> {
     let mut folder = lock(&shared.folder);
     let Some(folder) = folder.as_mut() else { return Ok(()) };
-    let (changed, refusals) = folder.reload()?;
+    let (changed, refusals) = folder.reload(Instant::now())?;
     for refusal in refusals {
         tracing::error!("{refusal}; what this file last said well stays in force");
     }

@@ -184,7 +184,7 @@ fn open_folder(config: &Config, ca: &Ca) -> Result<Option<Folder>, StartError> {
     let trust_domain = ca.trust_domain().map_err(ca_error)?;
     let mut folder = Folder::new(path.clone(), trust_domain.as_str());
     let (_, refusals) = folder
-        .reload()
+        .reload(Instant::now())
         .map_err(|source| StartError::State(persist::StateError::Io { path, what: "read this folder", source }))?;
     // There is no last good state yet to fall back to: whoever starts us is there to mend it.
     match refusals.is_empty() {

@@ -67,10 +67,13 @@ pub struct Pattern {
 
 /// The longest pattern, the Gateway API's own limit for a path.
 pub const MAX_PATTERN: usize = 1_024;
-/// What a compiled pattern may weigh: room for some hundred repeated classes.
-const MAX_COMPILED: usize = 64 << 10;
-/// What it may remember of former looks, for each thread that looks.
-const MAX_REMEMBERED: usize = 64 << 10;
+/// The longest value that a pattern is held against: a longer one matches none.
+const MAX_VALUE: usize = 8 << 10;
+/// What a compiled pattern may weigh: room for a hundred repeated classes. A look takes time in proportion to this and to the
+/// value, at worst.
+const MAX_COMPILED: usize = 16 << 10;
+/// What it may remember of former looks, for each thread that looks: enough that hardly any look is that slow.
+const MAX_REMEMBERED: usize = 256 << 10;
 
 impl Pattern {
     /// As it was written.
@@ -78,9 +81,9 @@ impl Pattern {
         &self.text
     }
 
-    /// Whether it matches all of `value`.
+    /// Whether it matches all of `value`, which is `MAX_VALUE` bytes long at most.
     pub fn is_match(&self, value: &[u8]) -> bool {
-        self.compiled.is_match(value)
+        value.len() <= MAX_VALUE && self.compiled.is_match(value)
     }
 }
 

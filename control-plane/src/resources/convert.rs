@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 use serde_saphyr::{Location, Spanned};
 use sheetbend_control_plane_client::model::{AppProtocol, OutboundPolicy, ServiceName, Transport};
 
@@ -226,11 +226,22 @@ fn address(text: &Spanned<String>) -> Checked<IpAddr> {
 fn range(text: &Spanned<String>) -> Checked<IpNet> {
     match text.value.parse::<IpNet>().or_else(|error| text.value.parse::<IpAddr>().map(IpNet::from).map_err(|_| error))
     {
-        Ok(net) => Ok(net.trunc()),
+        Ok(net) => Ok(unmapped(net.trunc())),
         Err(_) => {
             let hint = "write one like 10.0.0.0/8 or 192.0.2.7";
             mistake(text.referenced, format!("`{}` is not a range of addresses", text.value), hint)
         }
+    }
+}
+
+/// A range of IPv4 addresses in the form of IPv6 ones (RFC 4291 §2.5.5.2) is one of IPv4: callers are known by that.
+fn unmapped(net: IpNet) -> IpNet {
+    match net {
+        IpNet::V6(six) if six.prefix_len() >= 96 => {
+            let four = six.addr().to_ipv4_mapped().and_then(|four| Ipv4Net::new(four, six.prefix_len() - 96).ok());
+            four.map_or(net, IpNet::V4)
+        }
+        IpNet::V4(_) | IpNet::V6(_) => net,
     }
 }
 

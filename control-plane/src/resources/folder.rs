@@ -1,9 +1,10 @@
 //! The folder of resources as it stands. A bad file is refused, and what it last said well stays.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 use std::{fs, io};
 
 use sheetbend_control_plane_client::model::ServiceName;
@@ -16,6 +17,8 @@ use super::{KeyFile, Resource, Settings};
 const MAX_FILES: usize = 2_000;
 /// Folders in folders in folders: deeper is a loop.
 const MAX_DEPTH: usize = 8;
+/// A file that is empty, or a folder without any, is believed after this long: it may be about to be written.
+const SETTLES: Duration = Duration::from_secs(1);
 
 /// What is known of one file.
 #[derive(Debug, Default)]
@@ -28,9 +31,16 @@ pub(crate) struct FileState {
     unread: Vec<ServiceName>,
     /// Files with keys that it names, as they were when they were read.
     beside: Vec<(PathBuf, Option<Stamp>)>,
+    /// When it was first seen without the resources that it had.
+    emptied: Option<Instant>,
 }
 
 impl FileState {
+    /// Something is wrong with it, and it never was good.
+    fn is_unknown(&self) -> bool {
+        !self.problems.is_empty() && self.good.is_empty()
+    }
+
     /// The resources that count.
     pub(crate) fn resources(&self) -> impl Iterator<Item = &Resource> {
         self.good.iter().map(|(_, resource)| resource)
@@ -69,16 +79,23 @@ pub(crate) struct Folder {
     files: BTreeMap<PathBuf, FileState>,
     /// What is good in a file counts, whatever else is in it.
     piecemeal: bool,
+    /// When it was first seen without the files that it had.
+    emptied: Option<Instant>,
 }
 
 impl Folder {
     pub(crate) fn new(path: PathBuf, trust_domain: &str) -> Self {
-        Self { path, trust_domain: Some(trust_domain.to_string()), files: BTreeMap::new(), piecemeal: false }
+        Self::of(path, Some(trust_domain), false)
     }
 
     /// A folder that is only looked at: what is good in a file with mistakes is held against the rest too.
     pub(crate) fn looked_at(path: PathBuf, trust_domain: Option<&str>) -> Self {
-        Self { path, trust_domain: trust_domain.map(str::to_string), files: BTreeMap::new(), piecemeal: true }
+        Self::of(path, trust_domain, true)
+    }
+
+    fn of(path: PathBuf, trust_domain: Option<&str>, piecemeal: bool) -> Self {
+        let trust_domain = trust_domain.map(str::to_string);
+        Self { path, trust_domain, files: BTreeMap::new(), piecemeal, emptied: None }
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -104,18 +121,26 @@ impl Folder {
     }
 
     /// Reads whatever changed. Gives whether the resources that count are others now, and the new problems.
-    pub(crate) fn reload(&mut self) -> io::Result<(bool, Vec<Problem>)> {
+    pub(crate) fn reload(&mut self, now: Instant) -> io::Result<(bool, Vec<Problem>)> {
         let mut found = BTreeMap::new();
         match self.path.is_file() {
             true => drop(found.insert(self.path.clone(), Stamp::of(&fs::metadata(&self.path)?))),
             false => collect(&self.path, MAX_DEPTH, &mut found)?,
         }
-        let before = self.files.len();
-        self.files.retain(|path, _| found.contains_key(path));
-        let mut changed = self.files.len() != before;
-        let mut news = Vec::new();
+        if found.is_empty() && !self.files.is_empty() {
+            if now < *self.emptied.get_or_insert(now) + SETTLES {
+                return Ok((false, Vec::new()));
+            }
+        } else {
+            self.emptied = None;
+        }
+        let left_out = found.keys().nth(MAX_FILES).cloned().map(|first| found.split_off(&first));
+        let is_there = |path: &PathBuf| found.contains_key(path) || left_out.iter().any(|l| l.contains_key(path));
+        let (files, gone) = std::mem::take(&mut self.files).into_iter().partition(|(path, _)| is_there(path));
+        self.files = files;
+        let (mut changed, mut news) = (false, Vec::new());
         // A duplicate is one only as long as its twin is there: look at refused files again whenever something moved.
-        let moved = changed
+        let moved = !gone.is_empty()
             || found.iter().any(|(path, stamp)| self.files.get(path).is_none_or(|f| f.seen.as_ref() != Some(stamp)));
         for (path, stamp) in found {
             let state = self.files.entry(path.clone()).or_default();
@@ -129,6 +154,12 @@ impl Folder {
                 Ok(text) => parse(&path, &text),
                 Err(problem) => Parsed { problems: vec![problem], ..Parsed::default() },
             };
+            let emptied = parsed.problems.is_empty() && parsed.resources.is_empty() && !state.good.is_empty();
+            if emptied && now < *state.emptied.get_or_insert(now) + SETTLES {
+                state.seen = None;
+                continue;
+            }
+            state.emptied = None;
             let beside = read_keys_beside(&path, &mut parsed);
             parsed.problems.extend(self.check(&path, &parsed.resources));
             let Some(state) = self.files.get_mut(&path) else { continue };
@@ -139,7 +170,42 @@ impl Folder {
             news.extend(parsed.problems.iter().filter(|problem| !state.problems.contains(problem)).cloned());
             (state.problems, state.unread, state.beside) = (parsed.problems, parsed.unread, beside);
         }
+        changed |= self.let_go(gone, &mut news);
+        if let Some((first, others)) = left_out.iter().find_map(|left| Some((left.keys().next()?, left.len() - 1))) {
+            let reason = format!("not read, as {others} others are not: {MAX_FILES} files are read at most");
+            let hint = Some("put several resources into one file, with `---` between them".to_string());
+            let problem = Problem { file: first.clone(), line: 1, column: 1, reason, hint };
+            let state = self.files.entry(first.clone()).or_default();
+            news.extend((!state.problems.contains(&problem)).then(|| problem.clone()));
+            state.problems = vec![problem];
+        }
         Ok((changed, news))
+    }
+
+    /// Forgets files that are gone, unless there is a file that nobody could read yet: it may be one of them under another
+    /// name, and what that said stays. Gives whether resources went with them.
+    fn let_go(&mut self, gone: BTreeMap<PathBuf, FileState>, news: &mut Vec<Problem>) -> bool {
+        let Some(unknown) = self.files.iter().find(|(_, state)| state.is_unknown()).map(|(path, _)| path.clone())
+        else {
+            return gone.values().any(|state| !state.good.is_empty());
+        };
+        let mut changed = false;
+        for (path, mut state) in gone {
+            let before = state.good.len();
+            let there: BTreeSet<String> = self.resources().map(Resource::key).collect();
+            state.good.retain(|(_, resource)| !there.contains(&resource.key()));
+            changed |= state.good.len() != before;
+            if state.good.is_empty() {
+                continue;
+            }
+            let reason = format!("gone, and what it said stays while {} has mistakes", unknown.display());
+            let hint = Some("mend those; then this one is forgotten".to_string());
+            let problem = Problem { file: path.clone(), line: 1, column: 1, reason, hint };
+            news.extend((!state.problems.contains(&problem)).then(|| problem.clone()));
+            (state.problems, state.seen) = (vec![problem], None);
+            self.files.insert(path, state);
+        }
+        changed
     }
 
     /// What one file alone cannot know.
@@ -200,11 +266,17 @@ fn read_keys_beside(file: &Path, parsed: &mut Parsed) -> Vec<(PathBuf, Option<St
 
 fn read(path: &Path) -> Result<String, Problem> {
     let problem = |reason: String| Problem { file: path.into(), line: 1, column: 1, reason, hint: None };
-    match fs::metadata(path) {
-        Ok(meta) if meta.len() > MAX_FILE => return Err(problem(format!("larger than {MAX_FILE} bytes"))),
-        _ => {}
+    let unreadable = |error: io::Error| problem(format!("cannot be read: {error}"));
+    // Whoever opens a pipe waits for somebody to write into it.
+    if !fs::metadata(path).map_err(unreadable)?.is_file() {
+        return Err(problem("not a file".to_string()));
     }
-    let bytes = fs::read(path).map_err(|error| problem(format!("cannot be read: {error}")))?;
+    let mut bytes = Vec::new();
+    let file = fs::File::open(path).map_err(unreadable)?;
+    file.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(unreadable)?;
+    if bytes.len() as u64 > MAX_FILE {
+        return Err(problem(format!("larger than {MAX_FILE} bytes")));
+    }
     String::from_utf8(bytes).map_err(|error| {
         let good = &error.as_bytes()[..error.utf8_error().valid_up_to()];
         let line = good.split(|b| *b == b'\n').count() as u64;
@@ -224,7 +296,7 @@ fn collect(dir: &Path, depth: usize, found: &mut BTreeMap<PathBuf, Stamp>) -> io
         }
         if meta.is_dir() && depth > 0 {
             collect(&path, depth - 1, found)?;
-        } else if meta.is_file() && found.len() < MAX_FILES && is_resource_file(&path) {
+        } else if meta.is_file() && is_resource_file(&path) {
             found.insert(path, Stamp::of(&meta));
         }
     }
@@ -251,7 +323,7 @@ mod tests {
     fn refused(text: &str) -> String {
         let (dir, mut folder) = folder();
         fs::write(dir.path().join("a.yaml"), text).unwrap();
-        let (_, refusals) = folder.reload().unwrap();
+        let (_, refusals) = folder.reload(Instant::now()).unwrap();
         assert!(!refusals.is_empty(), "must be refused: {text}");
         let text = refusals[0].to_string();
         text.split("a.yaml").nth(1).unwrap().to_string()
@@ -262,7 +334,7 @@ mod tests {
         let (dir, mut folder) = folder();
         let file = dir.path().join("web.yaml");
         fs::write(&file, SERVICE).unwrap();
-        assert_eq!(folder.reload().unwrap(), (true, Vec::new()));
+        assert_eq!(folder.reload(Instant::now()).unwrap(), (true, Vec::new()));
         fs::write(
             &file,
             format!(
@@ -270,15 +342,73 @@ mod tests {
             ),
         )
         .unwrap();
-        let (changed, refusals) = folder.reload().unwrap();
+        let (changed, refusals) = folder.reload(Instant::now()).unwrap();
         assert!(!changed);
         assert_eq!((refusals[0].line, refusals[0].column), (11, 23), "{}", refusals[0]);
         assert!(refusals[0].to_string().contains("port 0 cannot be reached"));
         assert_eq!(folder.resources().count(), 1, "the last good state stays");
-        assert_eq!(folder.reload().unwrap(), (false, Vec::new()), "told once");
+        assert_eq!(folder.reload(Instant::now()).unwrap(), (false, Vec::new()), "told once");
+    }
+
+    #[test]
+    fn what_is_empty_is_believed_at_the_second_look() {
+        let (dir, mut folder) = folder();
+        let (file, other) = (dir.path().join("web.yaml"), dir.path().join("other.yaml"));
+        fs::write(&file, SERVICE).unwrap();
+        fs::write(&other, SERVICE.replace("web", "other")).unwrap();
+        let now = Instant::now();
+        assert!(folder.reload(now).unwrap().0);
+        fs::write(&file, "").unwrap();
+        assert_eq!(folder.reload(now).unwrap(), (false, Vec::new()), "it may be about to be written");
+        fs::write(&file, SERVICE).unwrap();
+        assert_eq!(folder.reload(now + SETTLES).unwrap(), (false, Vec::new()));
+        fs::write(&file, "").unwrap();
+        assert!(!folder.reload(now).unwrap().0);
+        assert!(folder.reload(now + SETTLES).unwrap().0);
+        assert_eq!(folder.resources().count(), 1);
+        // One file that goes is gone; that all go may be a mount.
         fs::remove_file(&file).unwrap();
-        assert_eq!(folder.reload().unwrap(), (true, Vec::new()));
+        fs::remove_file(&other).unwrap();
+        assert_eq!(folder.reload(now).unwrap(), (false, Vec::new()));
+        assert_eq!(folder.resources().count(), 1);
+        assert!(folder.reload(now + SETTLES).unwrap().0);
         assert_eq!(folder.resources().count(), 0);
+    }
+
+    #[test]
+    fn a_file_that_gets_another_name_and_a_mistake_says_what_it_said() {
+        let (dir, mut folder) = folder();
+        let (a, b) = (dir.path().join("a.yaml"), dir.path().join("b.yaml"));
+        fs::write(&a, SERVICE).unwrap();
+        folder.reload(Instant::now()).unwrap();
+        fs::remove_file(&a).unwrap();
+        fs::write(&b, SERVICE.replace("port: 80,", "port: 0,")).unwrap();
+        let (changed, problems) = folder.reload(Instant::now()).unwrap();
+        assert!(!changed);
+        assert_eq!((problems.len(), folder.resources().count()), (2, 1), "{problems:?}");
+        assert!(problems[1].to_string().contains("a.yaml:1:1: gone, and what it said stays while"), "{}", problems[1]);
+        assert_eq!(folder.reload(Instant::now()).unwrap(), (false, Vec::new()), "told once");
+        fs::write(&b, SERVICE.replace("8000", "8001")).unwrap();
+        assert_eq!(folder.reload(Instant::now()).unwrap(), (true, Vec::new()));
+        assert_eq!((folder.files().len(), folder.resources().count()), (1, 1));
+    }
+
+    #[test]
+    fn files_beyond_those_that_are_read_are_told() {
+        let (dir, mut folder) = folder();
+        for number in 0..MAX_FILES + 2 {
+            fs::write(dir.path().join(format!("{number:05}.yaml")), "").unwrap();
+        }
+        let (_, problems) = folder.reload(Instant::now()).unwrap();
+        assert_eq!(problems.len(), 1);
+        assert!(problems[0].to_string().contains("02000.yaml:1:1: not read, as 1 others are not"), "{}", problems[0]);
+        assert_eq!(folder.reload(Instant::now()).unwrap(), (false, Vec::new()), "told once");
+    }
+
+    #[test]
+    fn what_is_no_file_holds_nobody_up() {
+        assert_eq!(read(Path::new("/dev/zero")).unwrap_err().reason, "not a file");
+        assert!(read(Path::new("/nowhere")).unwrap_err().reason.contains("cannot be read"));
     }
 
     #[test]
@@ -294,6 +424,22 @@ mod tests {
         assert!(text.starts_with(":2:7: `Sevice` is not a kind that is read here; did you mean `Service`?"), "{text}");
         let text = refused("apiVersion: v1\nkind: [\n");
         assert!(text.starts_with(':'), "{text}");
+    }
+
+    #[test]
+    fn what_the_parser_cannot_take_is_told_in_plain_words() {
+        let route = "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: web}\nspec:\n  parentRefs: [{kind: Service, name: web}]\n  rules:\n  - backendRefs: ";
+        for (backends, wanted) in [
+            ("[{name: web, port: 80, weight: -1}]", ":7:49: not a whole number of 0 or more; write digits alone"),
+            ("[{name: web, port: 99999}]", ":7:37: not a number from 0 to 65535; write a whole number"),
+            ("{name: web}", "not a list; write `[one, two]`"),
+            ("[web]", "not an object; write `{key: value}`"),
+            ("[{name: web, name: two, port: 80}]", "the key `name` is there twice; take one of the two out"),
+            ("[{port: 80}]", "missing field `name`; it cannot be left out"),
+        ] {
+            let text = refused(&format!("{route}{backends}\n"));
+            assert!(text.contains(wanted), "{backends}: {text}");
+        }
     }
 
     #[test]
@@ -433,10 +579,10 @@ mod tests {
         let (dir, mut folder) = folder();
         fs::write(dir.path().join("a.yaml"), SERVICE).unwrap();
         fs::write(dir.path().join("b.yaml"), SERVICE).unwrap();
-        let (_, refusals) = folder.reload().unwrap();
+        let (_, refusals) = folder.reload(Instant::now()).unwrap();
         assert!(refusals[0].to_string().contains("Service default/web is already in"), "{}", refusals[0]);
         fs::remove_file(dir.path().join("a.yaml")).unwrap();
-        folder.reload().unwrap();
+        folder.reload(Instant::now()).unwrap();
         assert_eq!(folder.files().values().filter(|f| !f.problems().is_empty()).count(), 0);
         assert_eq!(folder.resources().count(), 1);
     }

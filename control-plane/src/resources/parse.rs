@@ -304,7 +304,8 @@ fn read<T: DeserializeOwned>(text: &str) -> Checked<T> {
                 Mistake { kind: MistakeKind::UnknownField, ..mistake }
             }
             plain => {
-                let mistake = Mistake::new(at, one_line(&plain.to_string()), None);
+                let (reason, hint) = in_plain_words(one_line(&plain.to_string()));
+                let mistake = Mistake::new(at, reason, hint.map(str::to_string));
                 Mistake { kind: MistakeKind::Shape, ..mistake }
             }
         }
@@ -314,6 +315,24 @@ fn read<T: DeserializeOwned>(text: &str) -> Checked<T> {
 /// Words of the Gateway API that change what traffic does, and which nothing here obeys yet.
 const NOT_YET: [&str; 6] =
     ["requestMirror", "cors", "extensionRef", "sessionPersistence", "sectionName", "useDefaultGateways"];
+
+/// What the parser says in words of Rust, in those of whoever writes YAML.
+fn in_plain_words(message: String) -> (String, Option<&'static str>) {
+    let said = |reason: &str, hint| (reason.to_string(), Some(hint));
+    match message.as_str() {
+        "invalid u16" => said("not a number from 0 to 65535", "write a whole number"),
+        "invalid u32" | "invalid u64" => said("not a whole number of 0 or more", "write digits alone"),
+        "expected sequence start" => said("not a list", "write `[one, two]`, or `- one` on a line of its own"),
+        "expected mapping start" => said("not an object", "write `{key: value}`, or `key: value` on a line of its own"),
+        duplicate if duplicate.starts_with("duplicate mapping key") => {
+            let end = message.find(", set ").unwrap_or(message.len());
+            let key = message[..end].trim_start_matches("duplicate mapping key").trim_start_matches([':', ' ']);
+            (format!("the key `{key}` is there twice"), Some("take one of the two out"))
+        }
+        missing if missing.starts_with("missing field") => (message, Some("it cannot be left out")),
+        _ => (message, None),
+    }
+}
 
 /// The parser's messages end with a place that stands in front of ours already.
 fn one_line(message: &str) -> String {

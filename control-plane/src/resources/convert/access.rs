@@ -107,11 +107,11 @@ fn source(raw: &Spanned<kinds::From>) -> Checked<model::Source> {
     let source = model::Source {
         principals: each(&from.principals, principal)?,
         not_principals: each(&from.not_principals, principal)?,
-        request_principals: each(&from.request_principals, glob)?,
-        not_request_principals: each(&from.not_request_principals, glob)?,
+        request_principals: each(&from.request_principals, request_principal)?,
+        not_request_principals: each(&from.not_request_principals, request_principal)?,
         namespaces: each(&from.namespaces, glob)?,
         not_namespaces: each(&from.not_namespaces, glob)?,
-        trust_domains: each(&from.trust_domains, glob)?,
+        trust_domains: each(&from.trust_domains, trust_domain)?,
         ip_blocks: each(&from.ip_blocks, block)?,
         not_ip_blocks: each(&from.not_ip_blocks, block)?,
     };
@@ -146,6 +146,10 @@ fn condition(raw: &kinds::Condition) -> Checked<model::Condition> {
         values: texts(&raw.values),
         not_values: texts(&raw.not_values),
     };
+    if condition.key.contains(|c: char| c.is_whitespace() || c.is_control()) {
+        let reason = format!("`{}` has a space in it", condition.key);
+        return mistake(raw.key.referenced, reason, "nothing that is compared has one");
+    }
     condition.check().or_else(|error| mistake(raw.key.referenced, error.to_string(), None))?;
     Ok(condition)
 }
@@ -155,12 +159,52 @@ fn each<T>(words: &[Spanned<String>], read: impl Fn(&Spanned<String>) -> Checked
 }
 
 fn glob(word: &Spanned<String>) -> Checked<Glob> {
-    checked(word, word.value.clone(), |_| Ok(()))
+    match word.value.contains(|c: char| c.is_whitespace() || c.is_control()) {
+        true => {
+            mistake(word.referenced, format!("`{}` has a space in it", word.value), "nothing that is compared has one")
+        }
+        false => checked(word, word.value.clone(), |_| Ok(())),
+    }
 }
 
 /// With `spiffe://` or without, as Istio writes them.
 fn principal(word: &Spanned<String>) -> Checked<Glob> {
-    checked(word, word.value.strip_prefix("spiffe://").unwrap_or(&word.value).to_string(), |_| Ok(()))
+    let text = word.value.strip_prefix("spiffe://").unwrap_or(&word.value);
+    let (domain, path) = text.split_once('/').map_or((text, None), |(domain, path)| (domain, Some(path)));
+    if !text.contains('*') && path.is_none_or(str::is_empty) {
+        let hint = "write one like cluster.local/ns/default/sa/web";
+        return mistake(word.referenced, format!("`{}` is not an identity", word.value), hint);
+    }
+    domain_of(word, domain)?;
+    glob(word)?;
+    checked(word, text.to_string(), |_| Ok(()))
+}
+
+/// SPIFFE ID §2.1: no upper case.
+fn domain_of(word: &Spanned<String>, domain: &str) -> Checked<()> {
+    match domain.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-._*".contains(&b)) {
+        true => Ok(()),
+        false => {
+            let hint = "it has lower-case letters, digits, `-`, `.` and `_`";
+            mistake(word.referenced, format!("`{domain}` is not a trust domain"), hint)
+        }
+    }
+}
+
+fn trust_domain(word: &Spanned<String>) -> Checked<Glob> {
+    domain_of(word, &word.value)?;
+    glob(word)
+}
+
+/// `ISSUER/SUBJECT` of a token.
+fn request_principal(word: &Spanned<String>) -> Checked<Glob> {
+    match word.value.contains(['/', '*']) {
+        true => glob(word),
+        false => {
+            let hint = "write ISSUER/SUBJECT, or ISSUER/* for all of its tokens";
+            mistake(word.referenced, format!("`{}` is nobody's token", word.value), hint)
+        }
+    }
 }
 
 fn host(word: &Spanned<String>) -> Checked<Glob> {
@@ -262,6 +306,19 @@ mod tests {
             ("spec: {rules: [{when: [{key: \"request.header[x]\", values: [a]}]}]}", ":4:30: key: `request.header[x]`"),
             ("spec: {rules: [{when: [{key: source.ip, values: [a]}]}]}", "values: `a`: not a range of addresses"),
             ("spec: {rules: [{when: [{key: source.ip}]}]}", "a condition has values or notValues"),
+            ("spec: {rules: [{from: []}]}", "an empty list: leave it out if everything is meant"),
+            ("spec: {rules: [{from: [{source: {principals: []}}]}]}", ":4:46: an empty list"),
+            ("spec: {rules: [{to: [{operation: {paths: []}}]}]}", "an empty list"),
+            (
+                "spec: {rules: [{from: [{source: {principals: [evil]}}]}]}",
+                ":4:47: `evil` is not an identity; write one",
+            ),
+            ("spec: {rules: [{from: [{source: {principals: [Cluster.Local/ns/a/sa/b]}}]}]}", "is not a trust domain"),
+            ("spec: {rules: [{from: [{source: {trustDomains: [Cluster.Local]}}]}]}", "is not a trust domain"),
+            ("spec: {rules: [{from: [{source: {requestPrincipals: [me]}}]}]}", "`me` is nobody's token"),
+            ("spec: {rules: [{from: [{source: {namespaces: [\"a \"]}}]}]}", "`a ` has a space in it"),
+            ("spec: {rules: [{to: [{operation: {methods: [\"GET \"]}}]}]}", "`GET ` has a space in it"),
+            ("spec: {rules: [{when: [{key: \"request.auth.claims[ a]\", values: [x]}]}]}", "has a space in it"),
             ("spec: {targetRefs: []}", "this policy is about nothing"),
             ("spec: {targetRefs: [{kind: Service, name: web, namespace: other}]}", "Services of its own namespace"),
             ("spec: {selector: {}}", "unknown field `selector`"),

@@ -1,11 +1,42 @@
 //! An AuthorizationPolicy as it is written.
 
-use serde::Deserialize;
+use std::ops::Deref;
+
+use serde::de::Error;
+use serde::{Deserialize, Deserializer};
 use serde_saphyr::Spanned;
 
 use super::{Meta, Reference};
 
-type Words = Vec<Spanned<String>>;
+/// Some words. A list that is written and empty is refused: left out it means everything, and none of that was meant.
+#[derive(Debug)]
+pub(in crate::resources) struct Listed<T>(Vec<T>);
+
+impl<T> Default for Listed<T> {
+    fn default() -> Self {
+        Self(Vec::new())
+    }
+}
+
+type Words = Listed<Spanned<String>>;
+
+impl<T> Deref for Listed<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        &self.0
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Listed<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let all = Vec::deserialize(deserializer)?;
+        match all.is_empty() {
+            true => Err(D::Error::custom("an empty list: leave it out if everything is meant, or say what is")),
+            false => Ok(Self(all)),
+        }
+    }
+}
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -65,11 +96,11 @@ pub(in crate::resources) struct AuthorizationPolicySpec {
 #[serde(deny_unknown_fields)]
 pub(in crate::resources) struct Rule {
     #[serde(default)]
-    pub(in crate::resources) from: Vec<Spanned<From>>,
+    pub(in crate::resources) from: Listed<Spanned<From>>,
     #[serde(default)]
-    pub(in crate::resources) to: Vec<Spanned<To>>,
+    pub(in crate::resources) to: Listed<Spanned<To>>,
     #[serde(default)]
-    pub(in crate::resources) when: Vec<Condition>,
+    pub(in crate::resources) when: Listed<Condition>,
 }
 
 #[derive(Debug, Deserialize)]
