@@ -82,6 +82,7 @@ fn config(bench: &Bench<'_>) -> io::Result<Config> {
         same_user_only: false,
         strict: true,
         allow: Vec::new(),
+        dns_servers: Vec::new(),
         deny_unknown: false,
         access_log: AccessLogSettings::default(),
         workers: 1,

@@ -309,6 +309,9 @@ pub struct Cluster {
     pub service: ServicePort,
     /// Its endpoints; empty when none is ready.
     pub endpoints: Vec<Endpoint>,
+    /// A host outside the mesh whose addresses are endpoints besides, as DNS says: plain, and looked up by the caller.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub external: Option<Target>,
     /// What its callers keep to.
     #[serde(default)]
     pub policy: Arc<BackendPolicy>,

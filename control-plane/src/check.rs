@@ -438,6 +438,27 @@ mod tests {
     }
 
     #[test]
+    fn an_external_service_that_leads_nowhere_is_refused() {
+        let api = |spec: &str| {
+            problems(&[(
+                "a.yaml",
+                &format!("apiVersion: v1\nkind: Service\nmetadata: {{name: api}}\nspec: {{{spec}}}\n"),
+            )])
+        };
+        let (kind, ports) = ("type: ExternalName", "ports: [{port: 443}]");
+        assert_eq!(api(&format!("{kind}, externalName: api.example.com, {ports}")), [""; 0]);
+        for (spec, wanted) in [
+            (format!("{kind}, externalName: api.example.com"), "3:18: an ExternalName without ports leads nowhere"),
+            (format!("{kind}, {ports}"), "4:14: no externalName: this Service stands for nothing"),
+            (format!("{kind}, externalName: 192.0.2.1, {ports}"), "4:42: `192.0.2.1` is not a host's name"),
+            (format!("externalName: api.example.com, {ports}"), "4:22: only a Service of type ExternalName has"),
+        ] {
+            let told = api(&spec);
+            assert!(told.len() == 1 && told[0].contains(wanted), "{wanted}: {told:#?}");
+        }
+    }
+
+    #[test]
     fn the_same_resource_twice_is_told() {
         let told = problems(&[("a.yaml", WEB), ("b.yaml", WEB)]);
         assert_eq!(told, ["b.yaml:1:1: Service default/web is already in a.yaml:1; take one of the two out"]);

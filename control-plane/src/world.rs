@@ -43,6 +43,8 @@ pub(crate) struct World {
     virtual_addresses: HashMap<SocketAddr, ServicePort>,
     /// Where an endpoint is reached, which stands for that one alone.
     endpoints: HashMap<SocketAddr, (ServicePort, Endpoint)>,
+    /// Hosts outside the mesh that services stand for; of several, the first by name.
+    external: HashMap<Target, ServicePort>,
     trust_domain: Arc<str>,
     /// What holds for those who call.
     inbound: Inbound,
@@ -70,6 +72,9 @@ impl World {
             inbound: Inbound::build(&parts, &ports, &former.inbound),
             ..World::default()
         };
+        for (host, name) in ports.keys().filter_map(|name| Some((parts.external(name)?, name))) {
+            world.external.entry(host).or_insert_with(|| name.clone());
+        }
         let owners = parts.owners(inputs);
         for (name, port) in &ports {
             let (rules, connections) = (parts.rules(name), parts.connections(name));
@@ -112,7 +117,10 @@ impl World {
     pub(crate) fn resolve(&self, target: &Target, namespace: &str) -> Option<Arc<Destination>> {
         match target.address() {
             Some(address) => self.resolve_address(address),
-            None => self.resolve_name(target.host(), target.port(), namespace),
+            None => self.resolve_name(target.host(), target.port(), namespace).or_else(|| {
+                let name = self.external.get(target)?;
+                self.destinations.get(name).cloned()
+            }),
         }
     }
 
@@ -238,7 +246,13 @@ fn parse_service_port(text: &str) -> Option<ServicePort> {
 
 fn pinned_cluster(name: &ServicePort, endpoint: &Endpoint) -> Cluster {
     let cluster: ClusterName = format!("{name}@{}", endpoint.address).into();
-    Cluster { name: cluster, service: name.clone(), endpoints: vec![endpoint.clone()], policy: Arc::default() }
+    Cluster {
+        name: cluster,
+        service: name.clone(),
+        endpoints: vec![endpoint.clone()],
+        external: None,
+        policy: Arc::default(),
+    }
 }
 
 fn reuse<T: PartialEq>(new: T, former: Option<&Arc<T>>) -> Arc<T> {

@@ -68,6 +68,8 @@ pub struct Config {
     pub strict: bool,
     /// Who may call; empty is every identity of the mesh.
     pub allow: Vec<SpiffeId>,
+    /// Who is asked for the addresses of external services; nobody: those of `/etc/resolv.conf`.
+    pub dns_servers: Vec<SocketAddr>,
     /// What is no part of the mesh is refused.
     pub deny_unknown: bool,
     /// The access log.
@@ -308,7 +310,7 @@ impl Proxy {
             ports: feeds.iter().map(|(listener, port)| (listener.local_addr(), Arc::clone(port))).collect(),
             redirected: (!redirected.is_empty()).then(|| Redirected::new(service.to_string(), protocols)),
         });
-        let endpoints = Arc::new(Endpoints::in_zone(Arc::clone(&config.standing.zone)));
+        let endpoints = Arc::new(Endpoints::in_zone(Arc::clone(&config.standing.zone)).asking(config.dns_servers));
         let shared = Arc::new(Shared {
             identity,
             discovery,

@@ -89,6 +89,11 @@ struct Args {
     #[arg(long, value_name = "SPIFFE-ID")]
     allow: Vec<SpiffeId>,
 
+    /// A DNS server that is asked for the addresses of external services (`type: ExternalName`) instead of those of
+    /// /etc/resolv.conf. May be repeated
+    #[arg(long, value_name = "IP:PORT", env = "SHEETBEND_DNS_SERVER", value_delimiter = ',')]
+    dns_server: Vec<SocketAddr>,
+
     /// Refuse what is no part of the mesh, even where its MeshSettings allow it
     #[arg(long)]
     deny_unknown: bool,
@@ -172,6 +177,7 @@ fn run(args: Args) -> Result<(), Failure> {
         same_user_only: false,
         strict: args.strict,
         allow: args.allow,
+        dns_servers: args.dns_server,
         deny_unknown: args.deny_unknown,
         access_log: AccessLogSettings { all: args.access_log, output: AccessLogOutput::Stdout, ..Default::default() },
         workers: args.workers.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from).min(2)),

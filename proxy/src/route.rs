@@ -24,6 +24,7 @@ use crate::http::error::Error;
 use crate::policy::{Changes, Fault, Rules, connect};
 use crate::telemetry::{Counter, Telemetry};
 use crate::traffic::breaker::IsOpen;
+use crate::upstream::names::Hosts;
 use crate::upstream::{Bounded, EndpointState, Endpoints, Lease, Place};
 
 /// A destination made ready.
@@ -36,6 +37,8 @@ pub struct Route {
     elsewhere: Candidates,
     /// What is limited of its rules, by their names; empty where nothing is.
     limits: HashMap<Arc<str>, Arc<RouteLimits>>,
+    /// Hosts outside the mesh that it leads to, and where they are.
+    hosts: Hosts,
     /// Whether its successor is being made ready.
     renewing: AtomicBool,
 }
@@ -63,11 +66,15 @@ impl Route {
         old: Option<&Self>,
         is_current: impl Fn(&Arc<Cluster>) -> bool,
     ) -> Self {
-        let clusters = destination.clusters.iter().map(|(name, cluster)| {
+        let hosts = endpoints.names.of(&destination);
+        let clusters = destination.clusters.iter().map(|(name, told)| {
+            let cluster = &endpoints.names.fill(told);
             let known = old.and_then(|old| old.clusters.get(name)).filter(|known| known.are_of(cluster));
             let new = || {
                 let candidates = candidates(name, cluster, &destination.trust_domain, endpoints);
-                candidates.follow(cluster, endpoints.epoch.elapsed(), || is_current(cluster));
+                candidates.follow(cluster, endpoints.epoch.elapsed(), || {
+                    is_current(told) && endpoints.names.is_current(cluster)
+                });
                 let check = cluster.policy.health_check.as_ref();
                 endpoints.checks.follow(name, check, &endpoints.floor(name), candidates.endpoints());
                 Arc::new(candidates)
@@ -85,6 +92,7 @@ impl Route {
             destination: Some(destination),
             elsewhere,
             limits,
+            hosts,
             renewing: AtomicBool::default(),
         }
     }
@@ -99,6 +107,7 @@ impl Route {
             clusters: BTreeMap::new(),
             elsewhere: Candidates::alone(endpoints.at(place, Transport::Plain, None, None), budget),
             limits: HashMap::new(),
+            hosts: Box::default(),
             renewing: AtomicBool::default(),
         }
     }
@@ -106,6 +115,19 @@ impl Route {
     /// What the control plane says of it; `None` outside the mesh.
     pub fn destination(&self) -> Option<&Arc<Destination>> {
         self.destination.as_ref()
+    }
+
+    /// What is said of it where nobody is there.
+    fn nobody(&self) -> String {
+        match self.hosts.iter().find(|(_, addresses)| addresses.is_empty()) {
+            Some((name, _)) => format!("{} (DNS knows no address of {})", self.target, name.host()),
+            None => self.target.to_string(),
+        }
+    }
+
+    /// Whether all of its hosts are where they were when it was made.
+    fn leads_there(&self) -> bool {
+        self.hosts.iter().all(|(name, addresses)| name.is_at(addresses))
     }
 
     /// What leads here.
@@ -203,7 +225,7 @@ impl Route {
         let picked = candidates.pick(caller, tried, retryable && tried.is_empty(), now);
         let Some((picked, endpoint)) = picked else {
             candidates.forgo(admitted, now);
-            return Err(Error::NoEndpoint(self.target.to_string()));
+            return Err(Error::NoEndpoint(self.nobody()));
         };
         Ok(Lease::of(endpoint, picked, admitted, now))
     }
@@ -290,7 +312,9 @@ impl Routes {
         let known = self.lock();
         let route = known.get(target)?;
         let holds = match (&resolution, &route.destination) {
-            (Resolution::Mesh(now), Some(then)) => Arc::ptr_eq(now, then),
+            (Resolution::Mesh(now), Some(then)) => {
+                Arc::ptr_eq(now, then) && route.leads_there() && !route.hosts.iter().any(|(name, _)| name.is_over())
+            }
             (Resolution::NotMesh, None) => !deny_unknown,
             _ => false,
         };
@@ -304,7 +328,7 @@ impl Routes {
         discovery: &Discovery,
         endpoints: &Arc<Endpoints>,
         deny_unknown: bool,
-        telemetry: &Telemetry,
+        telemetry: &Arc<Telemetry>,
     ) -> Result<Arc<Route>, Error> {
         let resolution = match discovery.lookup(target) {
             Some(known) => known,
@@ -339,8 +363,11 @@ impl Routes {
             }
             Resolution::Mesh(destination) => destination,
         };
+        endpoints.names.look_up(&destination, discovery, telemetry).await;
         let old = self.lock().get(target).cloned();
-        let is_new = |old: &&Arc<Route>| old.destination.as_ref().is_some_and(|then| Arc::ptr_eq(then, &destination));
+        let is_new = |old: &&Arc<Route>| {
+            old.destination.as_ref().is_some_and(|then| Arc::ptr_eq(then, &destination)) && old.leads_there()
+        };
         if let Some(old) = old.as_ref().filter(is_new) {
             return Ok(Arc::clone(old));
         }

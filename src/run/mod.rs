@@ -106,6 +106,11 @@ pub(crate) struct Args {
     #[arg(long)]
     permissive: bool,
 
+    /// A DNS server that is asked for the addresses of external services (`type: ExternalName`) instead of those of
+    /// /etc/resolv.conf. May be repeated
+    #[arg(long, value_name = "IP:PORT")]
+    dns_server: Vec<std::net::SocketAddr>,
+
     /// What happens to traffic for what is no part of the mesh
     #[arg(long, value_name = "POLICY", default_value = "allow")]
     outbound_policy: OutboundPolicy,

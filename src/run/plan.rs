@@ -25,6 +25,8 @@ pub(super) struct Plan {
     pub(super) strict: bool,
     /// Who may call; empty is every identity of the mesh.
     pub(super) allow: Vec<SpiffeId>,
+    /// Who is asked for the addresses of external services.
+    pub(super) dns_servers: Vec<SocketAddr>,
     pub(super) deny_unknown: bool,
     pub(super) access_log: AccessLog,
     pub(super) state: PathBuf,
@@ -136,6 +138,7 @@ impl Plan {
             standing,
             strict: args.strict,
             allow,
+            dns_servers: args.dns_server,
             deny_unknown: args.outbound_policy == super::OutboundPolicy::Deny,
             access_log: args.access_log,
             state,

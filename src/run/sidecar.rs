@@ -128,6 +128,7 @@ fn config(plan: &Plan, token: JoinToken, control_plane: String, advertise: IpAdd
         same_user_only: true,
         strict: plan.strict,
         allow: plan.allow.clone(),
+        dns_servers: plan.dns_servers.clone(),
         deny_unknown: plan.deny_unknown,
         access_log: access_log(plan.access_log),
         workers: std::thread::available_parallelism().map_or(1, usize::from).min(2),

@@ -38,7 +38,15 @@ impl App {
         A: Fn(Request<Incoming>) -> F + Clone + Send + Sync + 'static,
         F: Future<Output = Response<AnyBody>> + Send + 'static,
     {
-        let listener = TcpListener::bind(loopback(0)).await.expect("a free port");
+        Self::on(TcpListener::bind(loopback(0)).await.expect("a free port"), answer)
+    }
+
+    /// The same on a listener that is there already.
+    pub fn on<A, F>(listener: TcpListener, answer: A) -> Self
+    where
+        A: Fn(Request<Incoming>) -> F + Clone + Send + Sync + 'static,
+        F: Future<Output = Response<AnyBody>> + Send + 'static,
+    {
         let address = listener.local_addr().expect("a bound socket has an address");
         let seen = Arc::new(AtomicU64::new(0));
         let count = seen.clone();

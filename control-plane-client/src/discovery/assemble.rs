@@ -87,9 +87,10 @@ impl Built {
         }
         let cluster = Cluster {
             name: name.clone(),
-            service: parts.service.clone(),
+            service: parts.head.service.clone(),
             endpoints: parts.endpoints.to_vec(),
-            policy: parts.policy.clone(),
+            external: parts.head.external.clone(),
+            policy: parts.head.policy.clone(),
         };
         let cluster = match self.clusters.get(name) {
             Some((_, same)) if **same == cluster => same.clone(),

@@ -64,6 +64,20 @@ struct Shared {
     status: watch::Sender<Status>,
 }
 
+impl Default for Shared {
+    /// Nothing is known.
+    fn default() -> Self {
+        let empty = Arc::new(Snapshot::default());
+        let status =
+            Status { connected: false, since: Instant::now(), streams: 0, failures: 0, refused: 0, last_error: None };
+        Self {
+            snapshot: ArcSwap::new(empty.clone()),
+            changes: watch::Sender::new(empty),
+            status: watch::Sender::new(status),
+        }
+    }
+}
+
 impl Shared {
     fn publish(&self, snapshot: Snapshot) {
         let snapshot = Arc::new(snapshot);
@@ -110,17 +124,20 @@ impl Discovery {
     ///
     /// Whoever keeps no handle keeps no discovery.
     pub fn start(config: DiscoveryConfig) -> (Self, impl Future<Output = ()> + Send + 'static) {
-        let empty = Arc::new(Snapshot::default());
-        let status =
-            Status { connected: false, since: Instant::now(), streams: 0, failures: 0, refused: 0, last_error: None };
-        let shared = Arc::new(Shared {
-            snapshot: ArcSwap::new(empty.clone()),
-            changes: watch::Sender::new(empty),
-            status: watch::Sender::new(status),
-        });
+        let shared = Arc::new(Shared::default());
         // Whoever asks waits here when the task is behind, and gives up after PATIENCE.
         let (commands, received) = mpsc::channel(256);
         (Self { shared: shared.clone(), commands }, driver::run(config, shared, received))
+    }
+
+    /// Discovery without a control plane, for measurements: it knows what it is told, all at once, and asks nobody.
+    pub fn told() -> (Self, impl Fn(Vec<(Target, Resolution)>) + Send + 'static) {
+        let shared = Arc::new(Shared::default());
+        let tell = {
+            let shared = shared.clone();
+            move |all: Vec<(Target, Resolution)>| shared.publish(Snapshot::of(all))
+        };
+        (Self { shared, commands: mpsc::channel(1).0 }, tell)
     }
 
     /// What a target stands for, if that is known. Waits for nothing.

@@ -64,6 +64,7 @@ impl World {
             name: format!("{service}.default:80").into(),
             service: port(service),
             endpoints: (0..count).map(endpoint).collect(),
+            external: None,
             policy: Arc::default(),
         }
     }

@@ -25,6 +25,12 @@ pub(super) struct Entry {
 }
 
 impl Snapshot {
+    /// These, and nothing else.
+    pub(super) fn of(all: Vec<(Target, Resolution)>) -> Self {
+        let entries = all.into_iter().map(|(target, resolution)| (target, Entry { resolution, used: Used::default() }));
+        Self { entries: entries.collect(), ..Self::default() }
+    }
+
     /// What a target stands for, if that is known. Counts as a use: what nobody asks for is forgotten in time.
     pub fn get(&self, target: &Target) -> Option<&Resolution> {
         let entry = self.entries.get(target)?;

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use envoy_types::pb::envoy::service::discovery::v3::Resource;
 
-use crate::model::{BackendPolicy, Endpoint, InboundPolicy, Mesh, ServicePort};
-use crate::xds::decode::{self, Decoded, Listener, Routes};
+use crate::model::{Endpoint, InboundPolicy, Mesh};
+use crate::xds::decode::{self, ClusterHead, Decoded, Listener, Routes};
 use crate::xds::{DecodeError, INBOUND, Kind, MESH};
 
 /// What is held at once, as it came over the wire: more than 200,000 endpoints of 150 bytes.
@@ -50,8 +50,7 @@ pub(super) enum Content {
 
 /// A cluster's two halves.
 pub(super) struct ClusterParts<'a> {
-    pub(super) service: &'a ServicePort,
-    pub(super) policy: &'a Arc<BackendPolicy>,
+    pub(super) head: &'a ClusterHead,
     pub(super) endpoints: &'a [Endpoint],
     pub(super) generation: u64,
 }
@@ -106,13 +105,13 @@ impl Stores {
     /// A cluster and its endpoints, once both were told. Endpoints said to be absent are none.
     pub(super) fn cluster(&self, name: &str) -> Option<ClusterParts<'_>> {
         let (cluster, endpoints) = (self.held(Kind::Cluster, name)?, self.held(Kind::Endpoints, name)?);
-        let Content::Value(Decoded::Cluster(service, policy)) = &cluster.content else { return None };
+        let Content::Value(Decoded::Cluster(head)) = &cluster.content else { return None };
         let endpoints_now: &[Endpoint] = match &endpoints.content {
             Content::Value(Decoded::Endpoints(found)) => found,
             _ => &[],
         };
         let generation = cluster.generation.max(endpoints.generation);
-        Some(ClusterParts { service, policy, endpoints: endpoints_now, generation })
+        Some(ClusterParts { head, endpoints: endpoints_now, generation })
     }
 
     /// Takes in one resource, and gives it back when it is new. What nobody asked for is not kept.

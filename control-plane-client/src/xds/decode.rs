@@ -25,7 +25,7 @@ use super::words::{ClusterWords, EndpointWords, ListenerWords, ServiceWords, Wir
 use super::{DecodeError, Kind, ROOT_CA, WORDS, shown};
 use crate::model::{
     AppProtocol, BackendPolicy, ClusterName, ConnectionRule, Endpoint, InboundPolicy, Mesh, ServicePort, Standing,
-    Transport, Unusable,
+    Target, Transport, Unusable,
 };
 
 /// Endpoints of one cluster. At 150 bytes each this is 1.5 MiB on the wire.
@@ -46,12 +46,23 @@ pub enum Decoded {
     Routes(Arc<Routes>),
     /// What holds for those who call the service beside this proxy.
     Inbound(Arc<InboundPolicy>),
-    /// A cluster without its endpoints: the service port behind it, and what its callers keep to.
-    Cluster(ServicePort, Arc<BackendPolicy>),
+    /// A cluster without its endpoints.
+    Cluster(Arc<ClusterHead>),
     /// A cluster's endpoints.
     Endpoints(Arc<[Endpoint]>),
     /// The trust bundle, PEM.
     RootCa(Arc<str>),
+}
+
+/// What is told of a cluster beside its endpoints.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ClusterHead {
+    /// The service port behind it.
+    pub service: ServicePort,
+    /// What its callers keep to.
+    pub policy: Arc<BackendPolicy>,
+    /// A host outside the mesh whose addresses are endpoints besides.
+    pub external: Option<Target>,
 }
 
 /// What a target's Listener says. At least one of `routes` and `opaque` is there.
@@ -99,7 +110,7 @@ pub fn resource(kind: Kind, name: &str, payload: &Any) -> Result<Decoded, Decode
         Kind::Cluster => {
             let message: cds::Cluster = unpack(payload, kind.type_url())?;
             same_name(name, &message.name)?;
-            cluster(&message).map(|(service, policy)| Decoded::Cluster(service, policy))
+            cluster(&message).map(|cluster| Decoded::Cluster(cluster.into()))
         }
         Kind::Endpoints => {
             let message: eds::ClusterLoadAssignment = unpack(payload, kind.type_url())?;
@@ -160,8 +171,8 @@ pub fn inbound(message: &lds::Listener) -> Result<InboundPolicy, DecodeError> {
     Ok(policy)
 }
 
-/// A cluster: the service port behind it, and what its callers keep to.
-pub fn cluster(message: &cds::Cluster) -> Result<(ServicePort, Arc<BackendPolicy>), DecodeError> {
+/// A cluster, without its endpoints.
+pub fn cluster(message: &cds::Cluster) -> Result<ClusterHead, DecodeError> {
     use cds::cluster::{ClusterDiscoveryType, DiscoveryType};
     let eds = Some(ClusterDiscoveryType::Type(DiscoveryType::Eds as i32));
     if message.cluster_discovery_type != eds {
@@ -173,7 +184,10 @@ pub fn cluster(message: &cds::Cluster) -> Result<(ServicePort, Arc<BackendPolicy
     }
     let words: ClusterWords = from_struct(words(message.metadata.as_ref())?, "metadata")?;
     words.policy.check().map_err(unusable)?;
-    Ok((service_port(words.service)?, words.policy))
+    if words.external.as_ref().is_some_and(|host| host.address().is_some() || host.port() == 0) {
+        return Err(DecodeError::invalid("external", "it is no host that DNS could know"));
+    }
+    Ok(ClusterHead { service: service_port(words.service)?, policy: words.policy, external: words.external })
 }
 
 /// A cluster's endpoints, those that do not take traffic left out.

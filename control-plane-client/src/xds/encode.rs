@@ -161,6 +161,7 @@ pub fn cluster(cluster: &Cluster, trust_domain: &str, protocol: AppProtocol) -> 
         metadata: Some(words(to_struct(&ClusterWords {
             service: (&cluster.service).into(),
             policy: cluster.policy.clone(),
+            external: cluster.external.clone(),
         }))),
         ..cds::Cluster::default()
     };

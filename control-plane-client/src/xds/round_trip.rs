@@ -191,7 +191,9 @@ fn destination() -> impl Strategy<Value = Destination> {
             policy: rule_policy(at),
         };
         let cluster = |(name, (service, endpoints)): (ClusterName, (ServicePort, Vec<Endpoint>))| {
-            (name.clone(), Arc::new(Cluster { name, service, policy: backend_policy(endpoints.len()), endpoints }))
+            let external = (endpoints.len() % 2 == 1).then(|| "api.example.com:443".parse().unwrap());
+            let policy = backend_policy(endpoints.len());
+            (name.clone(), Arc::new(Cluster { name, service, policy, endpoints, external }))
         };
         let connection = |at: usize| ConnectionRule {
             name: format!("default/tls#{at}").into(),
@@ -236,10 +238,11 @@ fn there_and_back(target: &Target, sent: &Destination) -> Result<Destination, De
     let mut clusters = BTreeMap::new();
     for (name, cluster) in &sent.clusters {
         let packed = encode::cluster(cluster, &sent.trust_domain, sent.protocol);
-        let Decoded::Cluster(service, policy) = over(Kind::Cluster, name, packed)? else { panic!("a cluster") };
+        let Decoded::Cluster(head) = over(Kind::Cluster, name, packed)? else { panic!("a cluster") };
+        let decode::ClusterHead { service, policy, external } = decode::ClusterHead::clone(&head);
         let packed = encode::load_assignment(cluster);
         let Decoded::Endpoints(endpoints) = over(Kind::Endpoints, name, packed)? else { panic!("endpoints") };
-        let cluster = Cluster { name: name.clone(), service, endpoints: endpoints.to_vec(), policy };
+        let cluster = Cluster { name: name.clone(), service, endpoints: endpoints.to_vec(), external, policy };
         clusters.insert(name.clone(), Arc::new(cluster));
     }
     Ok(Destination {
@@ -411,7 +414,13 @@ fn to_web() -> Vec<Backend> {
 }
 
 fn empty_cluster() -> Cluster {
-    Cluster { name: "web.default:80".into(), service: web_port(), endpoints: vec![], policy: Arc::default() }
+    Cluster {
+        name: "web.default:80".into(),
+        service: web_port(),
+        endpoints: vec![],
+        external: None,
+        policy: Arc::default(),
+    }
 }
 
 fn web() -> Destination {
@@ -432,6 +441,7 @@ fn an_envoy_is_told_the_limits_in_its_own_words() {
         name: "web.default:80".into(),
         service: ServicePort { service: ServiceName { service: "web".into(), namespace: "default".into() }, port: 80 },
         endpoints: Vec::new(),
+        external: None,
         policy: backend_policy(0),
     };
     let breakers = encode::cluster(&cluster, "cluster.local", AppProtocol::Http).circuit_breakers.unwrap();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use sheetbend_certs::SpiffeId;
 
-use crate::model::{AppProtocol, BackendPolicy, ClusterName, ConnectionRule, ServiceName, ServicePort};
+use crate::model::{AppProtocol, BackendPolicy, ClusterName, ConnectionRule, ServiceName, ServicePort, Target};
 
 /// What a Listener of ours says beyond xDS.
 #[derive(Serialize, Deserialize)]
@@ -53,6 +53,8 @@ pub(super) struct ClusterWords {
     pub(super) service: ServiceWords,
     #[serde(default)]
     pub(super) policy: Arc<BackendPolicy>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) external: Option<Target>,
 }
 
 /// What an endpoint of ours says beyond xDS.

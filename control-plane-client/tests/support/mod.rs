@@ -296,6 +296,7 @@ pub fn cluster(name: &str, endpoints: &[&str]) -> Arc<Cluster> {
         name: name.into(),
         service: ServicePort { service, port: 80 },
         endpoints,
+        external: None,
         policy: Arc::default(),
     })
 }

@@ -138,7 +138,13 @@ impl View<'_> {
         }
         let service = ServiceName { service: "".into(), namespace: "".into() };
         let service = ServicePort { service, port: 0 };
-        let cluster = Arc::new(Cluster { name: name.into(), service, endpoints: Vec::new(), policy: Arc::default() });
+        let cluster = Arc::new(Cluster {
+            name: name.into(),
+            service,
+            endpoints: Vec::new(),
+            external: None,
+            policy: Arc::default(),
+        });
         Some(Basis::Cluster(ClusterEntry { cluster, protocol: AppProtocol::Detect }))
     }
 
@@ -171,7 +177,14 @@ impl View<'_> {
                 transports.sort_unstable();
                 transports.dedup();
                 let cluster = &entry.cluster;
-                encode::version(&(&cluster.name, &cluster.service, &cluster.policy, entry.protocol, transports))
+                encode::version(&(
+                    &cluster.name,
+                    &cluster.service,
+                    &cluster.policy,
+                    &cluster.external,
+                    entry.protocol,
+                    transports,
+                ))
             }
             (_, Basis::Cluster(entry)) => encode::version(&(&entry.cluster.name, &entry.cluster.endpoints)),
             (_, Basis::Everything(world)) => {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use ipnet::{IpNet, Ipv4Net};
 use serde_saphyr::{Location, Spanned};
-use sheetbend_control_plane_client::model::{AppProtocol, OutboundPolicy, ServiceName, Transport};
+use sheetbend_control_plane_client::model::{AppProtocol, OutboundPolicy, ServiceName, Target, Transport};
 
 use super::kinds::{self, Reference};
 use super::parse::{Checked, mistake};
@@ -52,7 +52,35 @@ pub(super) fn service(raw: kinds::Service) -> Checked<Service> {
         };
         ports.push(ServicePort { name: name_or_empty(port), port: number, target, protocol: protocol(port) });
     }
-    Ok(Service { name, cluster_ips, ports })
+    let external_name = external_name(&raw.spec)?;
+    if external_name.is_some() && ports.is_empty() {
+        let hint = "name those that may be called: ports: [{port: 443, appProtocol: tls}]";
+        return mistake(raw.metadata.name.referenced, "an ExternalName without ports leads nowhere", hint);
+    }
+    Ok(Service { name, cluster_ips, external_name, ports })
+}
+
+/// The host that a Service of `type: ExternalName` stands for.
+fn external_name(spec: &kinds::ServiceSpec) -> Checked<Option<Arc<str>>> {
+    let kind = spec.r#type.as_ref().filter(|kind| kind.value == "ExternalName");
+    match (kind, &spec.external_name) {
+        (None, None) => Ok(None),
+        (None, Some(name)) => mistake(
+            name.referenced,
+            "only a Service of type ExternalName has an externalName",
+            "write type: ExternalName",
+        ),
+        (Some(kind), None) => {
+            mistake(kind.referenced, "no externalName: this Service stands for nothing", "name a host: api.example.com")
+        }
+        (Some(_), Some(name)) => match Target::new(&name.value, 1).ok().filter(|host| host.address().is_none()) {
+            Some(host) => Ok(Some(host.host().into())),
+            None => {
+                let hint = "write a host such as api.example.com; addresses go into an EndpointSlice";
+                mistake(name.referenced, format!("`{}` is not a host's name", name.value), hint)
+            }
+        },
+    }
 }
 
 pub(super) fn slice(raw: kinds::EndpointSlice) -> Checked<Slice> {

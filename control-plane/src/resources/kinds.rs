@@ -50,6 +50,8 @@ pub(super) struct Service {
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct ServiceSpec {
+    pub(super) r#type: Option<Spanned<String>>,
+    pub(super) external_name: Option<Spanned<String>>,
     #[serde(rename = "clusterIP")]
     pub(super) cluster_ip: Option<Spanned<String>>,
     #[serde(rename = "clusterIPs", default)]

@@ -47,6 +47,8 @@ pub(crate) enum Resource {
 pub(crate) struct Service {
     pub(crate) name: ServiceName,
     pub(crate) cluster_ips: Vec<IpAddr>,
+    /// Of `type: ExternalName`: a host outside the mesh, lower case.
+    pub(crate) external_name: Option<Arc<str>>,
     pub(crate) ports: Vec<ServicePort>,
 }
 

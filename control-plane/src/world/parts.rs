@@ -8,7 +8,7 @@ use std::sync::Arc;
 use sheetbend_certs::SpiffeId;
 use sheetbend_control_plane_client::model::{
     AppProtocol, Backend, BackendPolicy, Cluster, ClusterName, Endpoint, Fault, HeaderEdits, Match, Mesh,
-    OutboundPolicy, Rule, RulePolicy, ServiceName, ServicePort, TrafficLimits, Transport,
+    OutboundPolicy, Rule, RulePolicy, ServiceName, ServicePort, Target, TrafficLimits, Transport,
 };
 
 use super::connections::is_of_connections;
@@ -95,6 +95,13 @@ impl<'a> Parts<'a> {
                 BackendPolicy { retry_constraint: found.retry_constraint, ..BackendPolicy::clone(&policy) }.into()
             }
         }
+    }
+
+    /// The host outside the mesh that a service port stands for.
+    pub(super) fn external(&self, name: &ServicePort) -> Option<Target> {
+        let service = self.services.get(&name.service)?;
+        let port = service.ports.iter().find(|port| port.port == name.port)?;
+        Target::new(service.external_name.as_deref()?, port.target).ok()
     }
 
     pub(crate) fn ports(&self, inputs: &Inputs<'_>) -> BTreeMap<ServicePort, PortParts> {
@@ -368,7 +375,8 @@ pub(super) fn clusters(
             close_ranks(&mut endpoints);
             let name: ClusterName = service.to_string().into();
             let policy = parts.policy(&service.service);
-            let cluster = Cluster { name: name.clone(), service, endpoints, policy };
+            let external = parts.external(&service);
+            let cluster = Cluster { name: name.clone(), service, endpoints, external, policy };
             let cluster = reuse(cluster, former.clusters.get(&name).map(|entry| &entry.cluster));
             (name, ClusterEntry { cluster, protocol })
         })

@@ -110,6 +110,7 @@ fn a_service_resource_names_the_port_of_what_registers_behind_it() {
     let service = Service {
         name: name("web"),
         cluster_ips: vec![[10, 9, 8, 7].into()],
+        external_name: None,
         ports: vec![crate::resources::ServicePort {
             name: "http".into(),
             port: 80,

@@ -129,6 +129,9 @@ metrics_of_the_process! {
     ResolvedNotMesh "sheetbend_resolved_total" { result: "not_mesh" } "Destinations traffic named, by what they turned out to be.";
     Unresolved "sheetbend_resolved_total" { result: "unresolved" } "Destinations traffic named, by what they turned out to be.";
 
+    LookedUp "sheetbend_dns_lookups_total" { result: "found" } "Hosts of external services that were looked up.";
+    NotLookedUp "sheetbend_dns_lookups_total" { result: "not_found" } "Hosts of external services that were looked up.";
+
     AcceptedOutbound "sheetbend_connections_total" { side: "outbound" } "Connections accepted.";
     AcceptedInbound "sheetbend_connections_total" { side: "inbound" } "Connections accepted.";
     DialedMesh "sheetbend_dials_total" { to: "mesh" } "Connections made.";

@@ -11,6 +11,7 @@ mod bounds;
 mod dial;
 pub(crate) mod health;
 mod lease;
+pub(crate) mod names;
 mod own;
 mod pool;
 mod sender;
@@ -192,6 +193,8 @@ pub struct Endpoints {
     pub(crate) zone: Arc<str>,
     /// Those that are asked whether they are well.
     pub(crate) checks: health::Checks,
+    /// Where hosts outside the mesh are.
+    pub(crate) names: names::Names,
     known: Mutex<Known>,
 }
 
@@ -315,7 +318,18 @@ impl Known {
 impl Endpoints {
     /// None yet, of a proxy in that zone.
     pub fn in_zone(zone: Arc<str>) -> Self {
-        Self { epoch: Instant::now(), zone, checks: health::Checks::default(), known: Mutex::default() }
+        Self {
+            epoch: Instant::now(),
+            zone,
+            checks: health::Checks::default(),
+            names: names::Names::default(),
+            known: Mutex::default(),
+        }
+    }
+
+    /// With these DNS servers instead of those of `/etc/resolv.conf`, if there are any.
+    pub(crate) fn asking(self, servers: Vec<SocketAddr>) -> Self {
+        Self { names: names::Names::asking(servers), ..self }
     }
 
     fn lock(&self) -> MutexGuard<'_, Known> {

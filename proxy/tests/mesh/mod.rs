@@ -70,6 +70,7 @@ impl Mesh {
             same_user_only: true,
             strict: false,
             allow: Vec::new(),
+            dns_servers: Vec::new(),
             deny_unknown: false,
             access_log: AccessLogSettings {
                 output: AccessLogOutput::Writer(Box::new(std::io::sink())),
