@@ -121,7 +121,24 @@ async fn envoy_refuses_nothing_of_what_it_is_told() {
                  parentRefs: [{kind: Service, group: \"\", name: web}]\n  rules:\n  \
                  - matches: [{path: {type: PathPrefix, value: /a}, headers: [{name: x-test, value: yes}]}, \
                  {path: {type: Exact, value: /b}, method: GET}]\n    \
-                 backendRefs: [{name: web, port: 80, weight: 3}, {name: gone, port: 80}]\n";
+                 backendRefs: [{name: web, port: 80, weight: 3}, {name: gone, port: 80}]\n  \
+                 - matches: [{path: {type: RegularExpression, value: '/v[0-9]+/.*'}, \
+                 queryParams: [{name: q, type: RegularExpression, value: 'a+'}]}]\n    \
+                 filters:\n    - {type: URLRewrite, urlRewrite: {hostname: other, path: {type: ReplaceFullPath, replaceFullPath: /x}}}\n    \
+                 - {type: RequestHeaderModifier, requestHeaderModifier: {set: [{name: x-a, value: b}], remove: [x-c]}}\n    \
+                 backendRefs: [{name: web, port: 80}]\n  \
+                 - matches: [{path: {type: PathPrefix, value: /old}}]\n    \
+                 filters: [{type: RequestRedirect, requestRedirect: {scheme: https, hostname: new, statusCode: 308, \
+                 path: {type: ReplacePrefixMatch, replacePrefixMatch: /new}}}]\n  \
+                 - timeouts: {request: 10s, backendRequest: 2s}\n    \
+                 retry: {codes: [503], attempts: 2, backoff: 100ms}\n    \
+                 backendRefs: [{name: web, port: 80}]\n---\n\
+                 apiVersion: sheetbend.io/v1alpha1\nkind: BackendPolicy\nmetadata: {name: web}\nspec:\n  \
+                 targetRefs: [{kind: Service, group: \"\", name: web}]\n  \
+                 outlierDetection: {consecutive5xxErrors: 5, interval: 5s, baseEjectionTime: 2s, successRateStdevFactor: 1900}\n  \
+                 connectionPool: {tcp: {maxConnections: 100}, http: {http2MaxRequests: 200, maxRetries: 3, maxRequestsPerConnection: 10}}\n  \
+                 loadBalancer: {consistentHash: {httpHeaderName: x-user}}\n  \
+                 healthCheck: {interval: 1s, timeout: 1s, http: {path: /}}\n";
     let route = route.replace("value: yes", "value: \"yes\"");
     let one = App::saying("one").await;
     write_endpoints(resources.path(), &[one.port()]);
