@@ -167,7 +167,7 @@ async fn each_condition_retries_what_it_names_and_no_post_unless_that_is_asked_f
 async fn a_route_says_how_often_and_how_long_to_wait_and_another_server_is_asked() {
     let never = "retry: {attempts: 0}";
     let thrice = "retry: {attempts: 3, backoff: 200ms}";
-    let story = story(&[("plain", "", ""), ("never", "", never), ("thrice", "", thrice)]).await;
+    let mut story = story(&[("plain", "", ""), ("never", "", never), ("thrice", "", thrice)]).await;
     for service in ["plain", "never", "thrice"] {
         story.caller.first_answer(&format!("http://{service}/")).await;
     }
@@ -187,6 +187,8 @@ async fn a_route_says_how_often_and_how_long_to_wait_and_another_server_is_asked
     let came = story.ask("GET", "thrice", "503").await;
     assert_eq!(came.servers.len(), 4, "one and three more");
     assert_eq!(story.not_retried("attempts").await, 3.0);
+    let line = story.caller.process.wait_for("attempts=4", START);
+    assert!(line.contains("503 URX"), "{line}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -204,6 +204,29 @@ mod tests {
         assert_eq!(read.limits.rates[0].for_each, ForEach::Header("x-key".into()));
     }
 
+    fn pool(words: &str) -> Result<model::ConnectionPool, String> {
+        let text = format!(
+            "apiVersion: sheetbend.io/v1alpha1\nkind: BackendPolicy\nmetadata: {{name: web}}\nspec:\n  \
+             targetRefs: [{{kind: Service, group: \"\", name: web}}]\n  connectionPool: {{{words}}}\n"
+        );
+        let read = parse(Path::new("web.yaml"), &text);
+        match read.resources.into_iter().next() {
+            Some((_, Resource::Backend(backend))) => Ok(backend.policy.connection_pool.clone().unwrap()),
+            _ => Err(read.problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")),
+        }
+    }
+
+    #[test]
+    fn a_pool_bounds_connects_and_what_stands_still() {
+        let read = pool("tcp: {connectTimeout: 500ms, idleTimeout: 1h}, http: {idleTimeout: 0s}").unwrap();
+        let millis = [read.tcp.connect_timeout, read.tcp.idle_timeout, read.http.idle_timeout]
+            .map(|time| time.map(|time| time.as_millis()));
+        assert_eq!(millis, [Some(500), Some(3_600_000), Some(0)]);
+        let refused = pool("tcp: {connectTimeout: 0s}").unwrap_err();
+        assert!(refused.contains("web.yaml:6:42: connectionPool.tcp.connectTimeout"), "{refused}");
+        assert!(pool("tcp: {idleTimeout: soon}").is_err());
+    }
+
     #[test]
     fn what_cannot_be_kept_is_refused_with_its_place_and_a_reason() {
         let cases = [
