@@ -75,10 +75,10 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
     };
     let all = || said.iter().map(|(proxy, said)| json!({ "proxy": proxy, "said": said })).collect();
     match (args.output, args.to.is_some(), args.latest) {
-        (Output::Json, ..) => println!("{:#}", Value::Array(all())),
-        (Output::Text, true, _) => print!("{}", decisions(&said)),
-        (Output::Text, _, true) => print!("{}", list(&said)),
-        (Output::Text, _, false) => print!("{}", stories(&said)),
+        (Output::Json, ..) => println!("{}", plain(&format!("{:#}", Value::Array(all())))),
+        (Output::Text, true, _) => print!("{}", plain(&decisions(&said))),
+        (Output::Text, _, true) => print!("{}", plain(&list(&said))),
+        (Output::Text, _, false) => print!("{}", plain(&stories(&said))),
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -210,6 +210,22 @@ fn decisions(said: &[Said]) -> String {
     out
 }
 
+/// Whatever strangers sent, nothing in it reaches a terminal but letters: what could move its cursor, turn a line round or hide
+/// a part of it is shown in JSON's form, `\u009b`.
+fn plain(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c == '\n' || !c.is_control() && (c.is_ascii() || c.is_alphanumeric()) {
+            out.push(c);
+            continue;
+        }
+        for unit in c.encode_utf16(&mut [0; 2]) {
+            let _ = write!(out, "\\u{unit:04x}");
+        }
+    }
+    out
+}
+
 fn word(value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),
@@ -221,4 +237,19 @@ fn word(value: &Value) -> String {
 fn header(text: &str) -> Result<(String, String), String> {
     let pair = text.split_once('=').ok_or_else(|| format!("`{text}` is no header: write NAME=VALUE"))?;
     Ok((pair.0.to_string(), pair.1.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_that_a_stranger_sent_moves_the_cursor_or_turns_the_line_round() {
+        let said = json!({ "path": "/\u{9b}2J\u{202e}\u{1b}[1m\u{200b}/ä/x" });
+        let list = list(&[("web".into(), json!({ "requests": [said.clone()] }))]);
+        assert!(plain(&list).contains("/\\u009b2J\\u202e\\u001b[1m\\u200b/ä/x"), "{}", plain(&list));
+        assert!(plain(&list).ends_with('\n'));
+        let same: Value = serde_json::from_str(&plain(&said.to_string())).unwrap();
+        assert_eq!(same, said, "JSON says the same still");
+    }
 }

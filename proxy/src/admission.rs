@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use http::request;
+use http::{Method, request};
 use sheetbend_certs::SpiffeId;
 use sheetbend_control_plane_client::model::{Concurrency, ForEach, RateLimit, TrafficLimits};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -13,6 +13,7 @@ use tokio::time::timeout;
 
 use crate::http::deadline::Deadline;
 use crate::http::error::Error;
+use crate::http::headers;
 use crate::telemetry::{Counter, Telemetry};
 use crate::traffic::limit::{Limit, Slots};
 use crate::traffic::rate::Rate;
@@ -222,12 +223,11 @@ impl Admission {
         /// How gRPC servers are asked whether they are well.
         const GRPC_HEALTH: &str = "/grpc.health.v1.Health/Check";
         let path = head.uri.path();
-        let exempt = |of: &Concurrency| path == GRPC_HEALTH || of.exempt_paths.iter().any(|exempt| **exempt == *path);
-        if self.gate.as_ref().is_some_and(|(of, _)| exempt(of)) {
-            return Ok(None);
-        }
+        let health = path == GRPC_HEALTH && head.method == Method::POST && headers::is_grpc(&head.headers);
+        let exempt = |of: &Concurrency| health || of.exempt_paths.iter().any(|exempt| **exempt == *path);
         self.rates.pass(head, caller, Counter::RateLimitedInbound, self.epoch.elapsed())?;
         match &self.gate {
+            Some((of, _)) if exempt(of) => Ok(None),
             Some((of, gate)) => gate.enter(of.pending_timeout, deadline, telemetry).await.map(Some),
             None => Ok(None),
         }
@@ -261,5 +261,36 @@ impl RouteLimits {
         let Some(bounds) = &self.bounds else { return Ok(None) };
         let full = || Error::overflow(Limit::Route, format_args!("route {}", self.name));
         bounds.take(Limit::Route).map(Some).ok_or_else(full)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::Request;
+    use sheetbend_control_plane_client::model::ServiceName;
+
+    use super::*;
+    use crate::telemetry::{AccessLogSettings, Settings};
+
+    #[tokio::test]
+    async fn whoever_looks_after_the_apps_health_has_no_need_of_room_but_is_counted() {
+        let limits = r#"{"rates": [{"name": "r", "requests": 3, "interval": "1h"}],
+            "concurrency": {"maxRequests": 1, "exemptPaths": ["/healthz"]}}"#;
+        let limits: TrafficLimits = serde_json::from_str(limits).unwrap();
+        let admission = Admission::new(&limits, &Admission::default());
+        let telemetry = Telemetry::new(Settings {
+            identity: "spiffe://cluster.local/ns/default/sa/web".parse().unwrap(),
+            service: ServiceName { service: "web".into(), namespace: "default".into() },
+            access_log: AccessLogSettings::default(),
+        });
+        let ask = async |path: &str, content: &str| {
+            let request = Request::post(path).header("content-type", content).body(()).unwrap();
+            admission.admit(&request.into_parts().0, None, None, &telemetry).await
+        };
+        let grpc = "application/grpc";
+        assert!(matches!(ask("/healthz", "text/plain").await, Ok(None)));
+        assert!(matches!(ask("/grpc.health.v1.Health/Check", grpc).await, Ok(None)));
+        assert!(matches!(ask("/grpc.health.v1.Health/Check", "text/plain").await, Ok(Some(_))), "it is no gRPC call");
+        assert!(matches!(ask("/healthz", "text/plain").await, Err(Error::RateLimited { .. })));
     }
 }

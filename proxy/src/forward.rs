@@ -23,7 +23,7 @@ use crate::http::deadline::Deadline;
 use crate::http::error::{Error, Processed, Refusal};
 use crate::http::exchange::Exchange;
 use crate::http::expect::{self, Ask};
-use crate::http::headers::{self, ATTEMPTS, GRPC_ATTEMPTS, IN_VAIN, SENT_VERSION, UNSENT};
+use crate::http::headers::{self, ATTEMPTS, GRPC_ATTEMPTS, IN_VAIN, PROXY_STATUS, SENT_VERSION, UNSENT};
 use crate::http::idle::Idle;
 use crate::http::upgrade;
 use crate::rest::Rest;
@@ -190,6 +190,14 @@ impl Way<'_> {
         }
         match grpc_status(&head) {
             Some(headers::GRPC_DEADLINE_EXCEEDED) => lease.expired(),
+            // Its proxy was told of the same deadline, and saw it pass a moment sooner.
+            _ if head.status == StatusCode::GATEWAY_TIMEOUT
+                && lease.is_callers_deadline()
+                && lease.endpoint.is_ours()
+                && head.headers.contains_key(PROXY_STATUS) =>
+            {
+                lease.expired();
+            }
             _ if lease.endpoint.is_ours() && head.headers.get(UNSENT) == Some(&headers::SHED) => lease.shed(),
             status => {
                 let ended = head.extensions.get::<Ended>().is_some() || body.is_end_stream();

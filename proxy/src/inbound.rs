@@ -89,6 +89,8 @@ impl Inbound {
         // Where plain callers are refused, nobody but a client of TLS is listened to, and that one speaks first.
         let patience = match self.shared.strict || self.may_connect(&caller_in_plain(peer)).is_err() {
             true => Patience { first_byte: Some(HANDSHAKE), decision: HANDSHAKE },
+            // An app that speaks HTTP never speaks first.
+            false if self.speaks_http() => Patience { first_byte: None, ..Patience::default() },
             false => Patience::default(),
         };
         let mut first = match read_first(&mut io, &mut bytes, patience).await {
@@ -282,14 +284,15 @@ impl Inbound {
         let authority =
             headers::authority(head).or_else(|| self.port.app.load().socket_address()?.to_string().parse().ok());
         let authority = authority.ok_or(Error::Refused(Refusal::Malformed("no authority")))?;
+        // Before anything is decided by what a header says: `Connection` names more that the app is not to see.
+        let upgrade = headers::asks_upgrade(head);
+        let client = strip(head, upgrade);
         self.admit(caller, head, &authority)?;
         if let Some(rules) = self.limits() {
             // Allocates: whoever has no limits carries no room for a wait.
             let admitted = rules.admission.admit(head, caller.id.as_ref(), deadline, &self.shared.telemetry);
             exchange.in_room(admitted.boxed().await?);
         }
-        let upgrade = headers::asks_upgrade(head);
-        let client = strip(head, upgrade);
         let fresh = upgrade || !headers::is_idempotent(head);
         let sending = if headers::expects_continue(head) { Sending::WhenAsked } else { Sending::Once };
         let body = Body1::new(head, body, sending, exchange);
@@ -327,7 +330,7 @@ impl Inbound {
 
     /// Bytes that nobody looks into, over a connection to the app that may be there already.
     async fn opaque(&self, mut io: BoxIo, caller: Caller, dialed: Option<BoxIo>) {
-        if self.admit_connection(&caller).is_err() {
+        if self.admit_connection(&caller).is_err() || self.admit_bytes(&caller).is_err() {
             return io.abort();
         }
         let _under_way = self.shared.inbound_drain.subscribe();

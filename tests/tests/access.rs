@@ -79,3 +79,28 @@ async fn a_connection_that_may_not_pass_is_reset_and_the_app_hears_nothing_of_it
     assert!(said.is_err(), "{said:?}");
     assert_eq!(app.heard(), "");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn where_requests_are_held_to_something_nothing_passes_that_only_a_lenient_server_takes_for_one() {
+    let once_a_day = "apiVersion: sheetbend.io/v1alpha1\nkind: TrafficLimit\nmetadata: {name: web}\n\
+                      spec: {targetRefs: [{group: \"\", kind: Service, name: web}], rates: [{requests: 1000, interval: 1s}]}\n";
+    for (port, resources, passes) in
+        [("", once_a_day, false), ("/http", "", false), ("", "", true), ("/tcp", once_a_day, true)]
+    {
+        let mesh = Mesh::with_resources(&format!("{}{resources}", by_default("Allow")), &[]);
+        let app = sheetbend_tests::Scripted::start(|mut line| async move {
+            if line.hear("web\r\n\r\n").await.is_some() {
+                line.say("HTTP/1.1 200 OK\r\n\r\n").await;
+            }
+        })
+        .await;
+        let web = mesh.run("web").flag(&["--port", &format!("{}{port}", app.address.port())]).serve();
+        for odd in ["GET  /x HTTP/1.1\r\nHost: web\r\n\r\n", "\r\n\r\n\r\nGET / HTTP/1.1\r\nHost: web\r\n\r\n"] {
+            let said = sheetbend_tests::dialogue(web.inbound(), odd, "HTTP/1.1 200 OK\r\n\r\n").await;
+            assert_eq!(said.is_ok(), passes, "{port} {odd:?}: {said:?}");
+        }
+        assert_eq!(app.heard().contains("HTTP"), passes, "{port}");
+        let refused = web.counter("sheetbend_refused_total", &["\"opaque\""]).await;
+        assert_eq!(refused >= 2.0, !passes, "{port}");
+    }
+}

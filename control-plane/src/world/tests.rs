@@ -1,10 +1,12 @@
-use sheetbend_control_plane_client::model::{Abort, DefaultAccess, Fault, Match, PathMatch};
+use sheetbend_control_plane_client::model::{
+    Abort, DefaultAccess, Fault, Match, PathMatch, TokenIssuer, TrafficLimits, Transport,
+};
 
 use super::*;
 use crate::registry::Instance;
 use crate::resources::{
-    FaultTarget, Faults, Parent, Ranked, Route, RouteBackend, RouteRule, RouteTarget, Service, Settings, TCP_ROUTE,
-    TLS_ROUTE,
+    FaultTarget, Faults, Limit, Parent, Ranked, Route, RouteBackend, RouteRule, RouteTarget, Service, Settings, Slice,
+    TCP_ROUTE, TLS_ROUTE, Tokens,
 };
 use sheetbend_control_plane_client::registration::RegisteredPort;
 
@@ -287,4 +289,55 @@ fn a_tcp_route_takes_all_connections_of_its_port_unless_a_route_of_requests_is_t
     assert_eq!((alone.connections.len(), alone.protocol), (1, AppProtocol::Tcp));
     let both = world(&db, &[tcp, connections("HTTPRoute", "http", &[])]).routes("db.default:5432").unwrap();
     assert_eq!((both.connections.len(), both.rules.len()), (0, 1));
+}
+
+fn about(service: &str) -> Parent {
+    Parent { at: Default::default(), service: name(service), port: None }
+}
+
+#[test]
+fn a_service_is_held_to_its_limits_by_the_name_of_its_account_and_once_its_endpoints_are_gone_too() {
+    let ports =
+        vec![crate::resources::ServicePort { name: "".into(), port: 80, target: 8000, protocol: AppProtocol::Detect }];
+    let service = Resource::Service(Service { name: name("web"), cluster_ips: vec![], ports, external_name: None });
+    let limits: TrafficLimits =
+        serde_json::from_str(r#"{"rates": [{"name": "default/web#0", "requests": 1, "interval": "1s"}]}"#).unwrap();
+    let limit = Limit { object: name("web"), services: vec![about("web")], routes: vec![], limits: limits.clone() };
+    let account = "spiffe://cluster.local/ns/default/sa/shop".parse().unwrap();
+    let slice = Resource::Slice(Slice {
+        object: name("web-x"),
+        service: name("web"),
+        transport: Transport::Sheetbend(account),
+        ports: vec![],
+        endpoints: vec![],
+    });
+    let resources = [service, Resource::Limit(limit), slice];
+    let seen = build(&[], &resources, true, &World::default());
+    assert_eq!(seen.inbound(&name("shop")).limits, limits);
+    assert_eq!(seen.inbound(&name("web")).limits, limits);
+    assert_eq!(seen.inbound(&name("other")).limits, TrafficLimits::default());
+    let gone = build(&[], &resources[..2], true, &seen);
+    assert_eq!(gone.inbound(&name("shop")).limits, limits, "a pod is held to it before it is an endpoint again");
+    let forgotten = build(&[], &resources[1..2], true, &gone);
+    assert_eq!(forgotten.inbound(&name("shop")).limits, TrafficLimits::default(), "there is no such Service any more");
+}
+
+#[test]
+fn what_a_service_says_of_an_issuer_hides_what_its_namespace_says_of_the_same() {
+    let issuer = |issuer: &str, audiences: &[&str]| TokenIssuer {
+        issuer: issuer.into(),
+        audiences: audiences.iter().map(|audience| Arc::from(*audience)).collect(),
+        keys: vec![],
+    };
+    let tokens = |object: &str, targets: Vec<Parent>, issuers: Vec<TokenIssuer>| {
+        Resource::Tokens(Tokens { object: name(object), targets, issuers, files: vec![] })
+    };
+    let (weak, other, own) = (issuer("https://i", &[]), issuer("https://j", &[]), issuer("https://i", &["web"]));
+    let resources = [
+        tokens("all", vec![], vec![weak.clone(), other.clone()]),
+        tokens("web", vec![about("web")], vec![own.clone()]),
+    ];
+    let world = world(&[registered("web", [127, 0, 0, 1], 8000, 41000)], &resources);
+    assert_eq!(world.inbound(&name("web")).access.issuers, [own, other.clone()]);
+    assert_eq!(world.inbound(&name("api")).access.issuers, [weak, other]);
 }

@@ -4,6 +4,7 @@ use std::time::SystemTime;
 
 use http::request;
 use http::uri::Authority;
+use sheetbend_control_plane_client::model::AppProtocol;
 
 use super::{Caller, Inbound};
 use crate::http::error::{Error, Refusal};
@@ -34,6 +35,36 @@ impl Inbound {
         let decision = rules.authz.connection(&caller.shown(self.port.port));
         self.tell(&decision, caller, "");
         listed.and(decision.verdict).inspect_err(|why| self.refuse(caller, why))
+    }
+
+    /// Whether somebody said that the app speaks HTTP.
+    pub(super) fn speaks_http(&self) -> bool {
+        matches!(self.port.protocol, AppProtocol::Http | AppProtocol::Http2 | AppProtocol::Grpc)
+    }
+
+    /// Whether nothing but requests may pass to the app. A server takes more for a request than a proxy dares to (RFC 9112
+    /// §2.2 and §3 let it be lenient), and what is read in requests alone would not be read in those.
+    fn must_be_read(&self) -> bool {
+        match self.port.protocol {
+            AppProtocol::Http | AppProtocol::Http2 | AppProtocol::Grpc => true,
+            AppProtocol::Tcp | AppProtocol::Tls => false,
+            AppProtocol::Detect => {
+                let rules = self.shared.inbound_rules.load();
+                !rules.tokens.is_empty() || !rules.admission.is_open()
+            }
+        }
+    }
+
+    /// Whether bytes may pass that are no request.
+    pub(super) fn admit_bytes(&self, caller: &Caller) -> Result<(), ()> {
+        if !self.must_be_read() {
+            return Ok(());
+        }
+        if let Some(left_out) = self.shared.telemetry.refused(Counter::RefusedOpaque) {
+            let (id, port, protocol) = (caller.name(), self.port.port, self.port.protocol);
+            tracing::warn!(peer = %caller.peer, id, port, ?protocol, left_out, "a connection without a request is refused");
+        }
+        Err(())
     }
 
     /// Whether a request may, which names `authority`.

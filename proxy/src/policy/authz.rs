@@ -451,12 +451,8 @@ impl Asked<'_> {
                 };
                 good && !bad
             }
-            Key::Claim(name) => {
-                holds(values, not_values, |glob| self.claims.is_some_and(|claims| claims.say(name, glob)))
-            }
-            Key::Audiences => {
-                holds(values, not_values, |glob| self.claims.is_some_and(|claims| claims.say(&["aud".into()], glob)))
-            }
+            Key::Claim(name) => self.says(name, values, not_values, bias),
+            Key::Audiences => self.says(&["aud".into()], values, not_values, bias),
             // These are made into others before.
             Key::RequestPrincipal
             | Key::SourceIp
@@ -464,6 +460,16 @@ impl Asked<'_> {
             | Key::SourcePrincipal
             | Key::DestinationPort => false,
         }
+    }
+}
+
+impl Asked<'_> {
+    /// Whether a claim is one of these; one that nobody can be sure of is where that keeps out, and is not where it lets in.
+    fn says(&self, claim: &[Arc<str>], values: &[Glob], not_values: &[Glob], bias: Bias) -> bool {
+        let said = |glob: &Glob| self.claims.map_or(Some(false), |claims| claims.say(claim, glob));
+        let keeps_out = bias == Bias::KeepOut;
+        (values.is_empty() || values.iter().any(|glob| said(glob).unwrap_or(keeps_out)))
+            && !not_values.iter().any(|glob| said(glob).unwrap_or(!keeps_out))
     }
 }
 

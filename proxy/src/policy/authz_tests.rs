@@ -241,7 +241,7 @@ fn what_runs_dry_is_told_and_changes_nothing() {
 }
 
 #[test]
-fn claims_are_texts_and_lists_of_texts() {
+fn claims_are_texts_booleans_whole_numbers_and_lists_of_them() {
     let claims = json!({"iss": "https://i", "sub": "me", "aud": ["a", "b"], "scope": "read write", "n": 1,
         "realm": {"roles": ["admin"]}, "note": "read write"});
     let Value::Object(claims) = claims else { unreachable!() };
@@ -253,7 +253,7 @@ fn claims_are_texts_and_lists_of_texts() {
         ("request.auth.audiences", "a", true),
         ("request.auth.claims[scope]", "write", true),
         ("request.auth.claims[note]", "write", false),
-        ("request.auth.claims[n]", "1", false),
+        ("request.auth.claims[n]", "1", true),
         ("request.auth.claims[realm][roles]", "admin", true),
         ("request.auth.claims[realm][roles][admin]", "*", false),
         ("request.auth.principal", "https://i/me", true),
@@ -265,5 +265,29 @@ fn claims_are_texts_and_lists_of_texts() {
         let decision = authz.request(&caller(None), &asked(&get, Some(&claims))).unwrap();
         assert_eq!(decision.verdict.is_ok(), expected, "{key} {value}");
         assert!(authz.request(&caller(None), &asked(&get, None)).unwrap().verdict.is_err(), "no token, no claim");
+    }
+}
+
+#[test]
+fn a_claim_that_no_text_can_be_held_against_lets_nobody_in_and_keeps_everybody_out() {
+    let claims = json!({"iss": "https://i", "sub": "me", "suspended": {"since": 1}, "barred": true});
+    let Value::Object(claims) = claims else { unreachable!() };
+    let claims = Claims::new(claims);
+    let get = head("GET", "/", &[]);
+    let decide = |action: &str, when: Value| {
+        let authz = authz(json!([{"name": "d/p", "action": action, "rules": [{"when": [when]}]}]));
+        authz.request(&caller(None), &asked(&get, Some(&claims))).unwrap().verdict.is_ok()
+    };
+    for (key, words, denied, allowed) in [
+        ("suspended", "values", true, false),
+        ("suspended", "notValues", true, false),
+        ("barred", "values", true, true),
+        ("barred", "notValues", false, false),
+        ("none", "values", false, false),
+    ] {
+        let mut when = json!({"key": format!("request.auth.claims[{key}]")});
+        when[words] = json!(["true"]);
+        assert_eq!(!decide("DENY", when.clone()), denied, "DENY {when}");
+        assert_eq!(decide("ALLOW", when.clone()), allowed, "ALLOW {when}");
     }
 }

@@ -83,6 +83,11 @@ impl Tokens {
         Self { issuers: issuers.to_vec() }
     }
 
+    /// Whether nobody's tokens are believed, and none are looked at.
+    pub fn is_empty(&self) -> bool {
+        self.issuers.is_empty()
+    }
+
     /// What the token of a request says; nothing where it has none, or nobody's are believed. Each request's is verified
     /// anew: 30 to 150 µs.
     ///
@@ -127,7 +132,7 @@ impl Tokens {
         let named = |issuer: &&TokenIssuer| claims.get("iss").and_then(Value::as_str) == Some(&*issuer.issuer);
         let mut known = self.issuers.iter().filter(named).peekable();
         known.peek().ok_or(BadToken::Issuer)?;
-        // Two resources may speak of one issuer: whichever believes it.
+        // Several may speak of one issuer: whichever believes it.
         let mut why = BadToken::Key;
         for issuer in known {
             match issuer.signed(&header, signed.as_bytes(), &signature).and_then(|()| check(issuer, &claims, now)) {
@@ -210,21 +215,41 @@ impl Claims {
         self.principal.as_deref()
     }
 
-    /// Whether a claim is a text that matches, or a list that has one. `scope` is a list with spaces (RFC 8693 §4.2).
-    pub fn say(&self, name: &[Arc<str>], glob: &Glob) -> bool {
-        let Some((first, rest)) = name.split_first() else { return false };
+    /// Whether a claim matches, or is a list of which a member does; `None` where it is of a shape that no text can be held
+    /// against. Booleans and numbers are held against their text. `scope` is a list with spaces (RFC 8693 §4.2).
+    pub fn say(&self, name: &[Arc<str>], glob: &Glob) -> Option<bool> {
+        let Some((first, rest)) = name.split_first() else { return Some(false) };
         let mut found = self.all.get(&**first);
         for part in rest {
             found = found.and_then(|value| value.get(&**part));
         }
+        let Some(found) = found else { return Some(false) };
         match found {
-            Some(Value::String(text)) => {
-                let list = rest.is_empty() && matches!(&**first, "scope" | "permission");
-                glob.matches(text) || (list && text.split(' ').any(|word| glob.matches(word)))
+            Value::String(text) if rest.is_empty() && matches!(&**first, "scope" | "permission") => {
+                Some(glob.matches(text) || text.split(' ').any(|word| glob.matches(word)))
             }
-            Some(Value::Array(list)) => list.iter().filter_map(Value::as_str).any(|text| glob.matches(text)),
-            _ => false,
+            Value::Array(list) => {
+                let all = || list.iter().map(|one| matches(one, glob));
+                if all().any(|one| one == Some(true)) {
+                    Some(true)
+                } else {
+                    all().all(|one| one.is_some()).then_some(false)
+                }
+            }
+            one => matches(one, glob),
         }
+    }
+}
+
+/// Whether a single value matches, where it has a text.
+fn matches(value: &Value, glob: &Glob) -> Option<bool> {
+    match value {
+        Value::Null => Some(false),
+        Value::Bool(value) => Some(glob.matches(if *value { "true" } else { "false" })),
+        Value::String(text) => Some(glob.matches(text)),
+        Value::Number(number) if number.is_f64() => None,
+        Value::Number(number) => Some(glob.matches(&number.to_string())),
+        Value::Array(_) | Value::Object(_) => None,
     }
 }
 
@@ -386,5 +411,27 @@ mod tests {
         let good = format!("Bearer {good}");
         assert_eq!(ask(&issuers, &[&good, &good]), Err(BadToken::Several));
         assert!(ask(&issuers, &[&good]).is_ok());
+    }
+
+    #[test]
+    fn booleans_and_whole_numbers_are_held_against_their_text() {
+        let claims =
+            json!({"suspended": true, "level": 7, "half": 0.5, "who": {"name": "me"}, "list": ["a", true], "no": null});
+        let claims = Claims::new(claims.as_object().unwrap().clone());
+        let say = |name: &str, text: &str| claims.say(&[name.into()], &Glob::try_from(text.to_string()).unwrap());
+        for (name, text, expected) in [
+            ("suspended", "true", Some(true)),
+            ("suspended", "false", Some(false)),
+            ("level", "7", Some(true)),
+            ("level", "70", Some(false)),
+            ("list", "true", Some(true)),
+            ("list", "b", Some(false)),
+            ("half", "0.5", None),
+            ("who", "me", None),
+            ("no", "null", Some(false)),
+            ("none", "x", Some(false)),
+        ] {
+            assert_eq!(say(name, text), expected, "{name} {text}");
+        }
     }
 }

@@ -84,6 +84,7 @@ metrics_of_the_process! {
     RefusedAuthorization "sheetbend_refused_total" { reason: "authorization_policy" } "Connections and requests refused, by why.";
     RefusedToken "sheetbend_refused_total" { reason: "token" } "Connections and requests refused, by why.";
     RefusedPlain "sheetbend_refused_total" { reason: "plain" } "Connections and requests refused, by why.";
+    RefusedOpaque "sheetbend_refused_total" { reason: "opaque" } "Connections and requests refused, by why.";
     RefusedTlsVersion "sheetbend_refused_total" { reason: "tls_version" } "Connections and requests refused, by why.";
     RefusedHandshake "sheetbend_refused_total" { reason: "handshake" } "Connections and requests refused, by why.";
     RefusedHandshakeTimeout "sheetbend_refused_total" { reason: "handshake_timeout" } "Connections and requests refused, by why.";

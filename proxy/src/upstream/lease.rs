@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{DialError, EndpointState};
-use crate::http::deadline::Deadline;
+use crate::http::deadline::{Deadline, SetBy};
 use crate::http::error::Processed;
 use crate::http::headers;
 use crate::traffic::breaker::Admitted;
@@ -134,17 +134,20 @@ impl Lease {
         self.report(Outcome::Unknown);
     }
 
-    /// A deadline passed, there or here. That speaks against it only where it had time enough.
+    /// A deadline passed, there or here.
     pub(crate) fn expired(&mut self) {
-        /// A deadline below this is the caller's own affair.
-        const ENOUGH: Duration = Duration::from_secs(1);
         let now = self.endpoint.now();
         let waited = now.saturating_sub(self.began);
         self.endpoint.vitals.load.longer_than(waited, now);
-        match waited >= ENOUGH {
+        match blames(self.deadline.map(Deadline::set_by), waited) {
             true => self.failed(Fault::LocalOrigin),
             false => self.report(Outcome::Unknown),
         }
+    }
+
+    /// Whether it is the caller who set the deadline.
+    pub(crate) fn is_callers_deadline(&self) -> bool {
+        self.deadline.is_some_and(|deadline| deadline.set_by() != SetBy::Route)
     }
 
     /// It took longer for the head of its answer than an attempt may take, by the route's word and not by its caller's.
@@ -186,5 +189,32 @@ impl Drop for Lease {
             self.endpoint.vitals.load.longer_than(now.saturating_sub(self.began), now);
         }
         self.report(Outcome::Unknown);
+    }
+}
+
+/// Whether a deadline that passed speaks against an endpoint: where the mesh's operator set it, and it had time enough. Whoever
+/// calls can ask for less than what a healthy method takes, as often as it likes.
+fn blames(set_by: Option<SetBy>, waited: Duration) -> bool {
+    /// A shorter time is too short to say anything.
+    const ENOUGH: Duration = Duration::from_secs(1);
+    match set_by {
+        Some(SetBy::GrpcTimeout | SetBy::Expected) => false,
+        Some(SetBy::Route) | None => waited >= ENOUGH,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_deadline_of_a_caller_speaks_against_an_endpoint() {
+        let long = Duration::from_secs(60);
+        for set_by in [SetBy::GrpcTimeout, SetBy::Expected] {
+            assert!(!blames(Some(set_by), long), "{set_by}");
+        }
+        assert!(blames(Some(SetBy::Route), Duration::from_secs(1)));
+        assert!(!blames(Some(SetBy::Route), Duration::from_millis(999)));
+        assert!(blames(None, long), "by its own word");
     }
 }
