@@ -223,6 +223,8 @@ impl Inner {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicU32, AtomicU64};
+
     use proptest::prelude::*;
 
     use super::super::outlier::Fault;
@@ -320,6 +322,34 @@ mod tests {
         breaker.follow(None);
         assert_eq!(breaker.admit(secs(2)), Ok(None));
         assert_eq!(breaker.shown(secs(2)), None);
+    }
+
+    /// Four workers fail, wait and try: of each opening there is one trial at a time, whoever wins it, and one verdict.
+    #[test]
+    fn workers_together_open_it_once_and_never_try_twice_at_once() {
+        let breaker = breaker();
+        let (trying, twice, opened) = (AtomicU32::new(0), AtomicBool::new(false), AtomicU32::new(0));
+        let clock = AtomicU64::new(1);
+        let worker = || {
+            for _ in 0..50_000 {
+                let now = Duration::from_millis(clock.fetch_add(1, Relaxed));
+                let Ok(Some(admitted)) = breaker.admit(now) else { continue };
+                let is_trial = admitted.is_trial();
+                if is_trial {
+                    twice.fetch_or(trying.fetch_add(1, Relaxed) > 0, Relaxed);
+                    std::thread::yield_now();
+                    trying.fetch_sub(1, Relaxed);
+                }
+                let well = is_trial && now.as_millis().is_multiple_of(3);
+                let opens = breaker.report(admitted, if well { Outcome::Good } else { BAD }, now);
+                opened.fetch_add(u32::from(opens), Relaxed);
+            }
+        };
+        std::thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(worker))));
+        assert!(!twice.into_inner(), "two at once");
+        let told = u64::from(opened.into_inner());
+        assert!(told > 2, "it opened {told} times");
+        assert_eq!(breaker.opened(), told);
     }
 
     proptest! {

@@ -13,6 +13,8 @@ use crate::traffic::breaker::Breaker;
 
 mod by_hand;
 mod checked;
+#[cfg(test)]
+mod threads;
 
 pub use by_hand::NotEjected;
 
