@@ -1,5 +1,6 @@
 //! One proxy's decisions, all of them made by the code that makes them in production.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,6 +25,8 @@ pub(crate) struct Proxy {
     level: Level,
     pub(crate) budget: Budget,
     pub(crate) retrying: u64,
+    /// Requests and retries of each second that had any, for whoever doubts the budget.
+    seconds: VecDeque<(u64, u64, u64)>,
 }
 
 /// Where an attempt goes.
@@ -49,6 +52,7 @@ impl Proxy {
             balancer: script.balancer.clone(),
             budget: Budget::default(),
             retrying: 0,
+            seconds: VecDeque::new(),
         };
         proxy.follow((0..servers).collect(), Duration::ZERO);
         proxy
@@ -75,6 +79,23 @@ impl Proxy {
     /// A request begins.
     pub(crate) fn begin(&mut self, now: Duration) {
         self.budget.begin(now);
+        self.second(now).1 += 1;
+    }
+
+    fn second(&mut self, now: Duration) -> &mut (u64, u64, u64) {
+        /// The budget's interval, in seconds.
+        const INTERVAL: u64 = 10;
+        let second = now.as_secs();
+        if self.seconds.back().is_none_or(|last| last.0 < second) {
+            self.seconds.push_back((second, 0, 0));
+            self.seconds.retain(|known| known.0 + INTERVAL > second);
+        }
+        self.seconds.back_mut().expect("a second was pushed")
+    }
+
+    /// Requests and retries that the budget counts at this moment.
+    pub(crate) fn recent(&self) -> (u64, u64) {
+        self.seconds.iter().fold((0, 0), |sum, second| (sum.0 + second.1, sum.1 + second.2))
     }
 
     /// It has ended.
@@ -140,7 +161,9 @@ impl Proxy {
             left: None,
         };
         let verdict = retry::decide(&attempt, chance, || self.budget.take(now));
-        self.retrying += u64::from(matches!(verdict, Verdict::Retry { .. }));
+        let retries = u64::from(matches!(verdict, Verdict::Retry { .. }));
+        self.retrying += retries;
+        self.second(now).2 += retries;
         verdict
     }
 

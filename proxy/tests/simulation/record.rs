@@ -61,11 +61,16 @@ impl Record {
         self.reached[server].push(at);
     }
 
-    /// A retry was granted: those under way are a fifth and three of all at most.
+    /// A retry was granted: those under way are a fifth and three of all at most, and those of ten seconds a fifth and a
+    /// hundred.
     pub(crate) fn retried(&mut self, proxy: &Proxy) {
         let in_flight = proxy.budget.in_flight();
         if (proxy.retrying - 1) * 100 >= in_flight * 20 + 300 {
             self.wrong(format!("{} of {in_flight} requests under way are retries", proxy.retrying));
+        }
+        let (requests, retries) = proxy.recent();
+        if retries * 100 > requests * 20 + 10_000 {
+            self.wrong(format!("{retries} retries of {requests} requests in ten seconds"));
         }
     }
 
