@@ -14,7 +14,7 @@ pub(crate) struct Args {
     #[arg(value_name = "FOLDER")]
     path: PathBuf,
 
-    /// A service that no resource declares, since a sidecar registers it: NAME[.NAMESPACE][:PORT]; may be repeated
+    /// A service that no resource declares, since a sidecar registers it: `NAME[.NAMESPACE][:PORT]`; may be repeated
     #[arg(long = "service", value_name = "NAME", value_parser = service)]
     services: Vec<(ServiceName, Option<u16>)>,
 

@@ -5,7 +5,7 @@
 //!
 //! - [`Config`], [`ControlPlane`]: start one, ask where it listens, shut it down.
 //! - [`LocalMesh`]: the mesh of one user on one machine, in which any process may turn out to be the control plane.
-//! - [`check`]: what is wrong with a folder of resources.
+//! - [`check()`]: what is wrong with a folder of resources.
 //! - [`token`]: join tokens.
 
 #![deny(missing_docs)]

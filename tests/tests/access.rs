@@ -1,6 +1,10 @@
 //! Who may call: what an operator writes, obeyed by the sidecar beside the one who is called.
 
 use ::http::Request;
+use aws_lc_rs::hmac;
+use aws_lc_rs::signature::{Ed25519KeyPair, KeyPair};
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use http_body_util::Full;
 use sheetbend_tests::http::{self, http1};
 use sheetbend_tests::{App, Mesh, START, Sidecar, eventually, free_port, loopback};
@@ -103,4 +107,163 @@ async fn where_requests_are_held_to_something_nothing_passes_that_only_a_lenient
         let refused = web.counter("sheetbend_refused_total", &["\"opaque\""]).await;
         assert_eq!(refused >= 2.0, !passes, "{port}");
     }
+}
+
+/// An AuthorizationPolicy of `service`.
+fn authorization(name: &str, service: &str, spec: &str) -> String {
+    format!(
+        "apiVersion: sheetbend.io/v1alpha1\nkind: AuthorizationPolicy\nmetadata: {{name: {name}}}\nspec:\n  \
+         targetRefs: [{{group: \"\", kind: Service, name: {service}}}]\n{spec}---\n"
+    )
+}
+
+async fn asked(caller: &Sidecar, method: &str, path: &str, headers: &[(&str, &str)]) -> http::Answer {
+    let mut request = Request::builder().method(method).uri(format!("http://web{path}")).header("host", "web");
+    for (name, value) in headers {
+        request = request.header(*name, *value);
+    }
+    let mut sender = http1(caller.proxy()).await.expect("a connection");
+    let sent = sender.send_request(request.body(Full::default()).expect("a request"));
+    http::read(sent.await.expect("an answer")).await.expect("a whole answer")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_asks_for_what_is_decided_by_policies_and_no_spelling_of_a_path_opens_a_door() {
+    let callers = "  rules:\n  - from: [{source: {principals: [cluster.local/ns/default/sa/shop]}}]\n  \
+                   - from: [{source: {namespaces: [default], notPrincipals: [\"*/sa/stranger\"]}}]\n    \
+                   to: [{operation: {methods: [GET], paths: [/public/*]}}]\n";
+    let admin = "  action: DENY\n  rules: [{to: [{operation: {paths: [/admin, /admin/*]}}]}]\n";
+    let soon = "  action: DENY\n  dryRun: true\n  rules: [{to: [{operation: {paths: [/public/old]}}]}]\n";
+    let watched = "  action: AUDIT\n  rules: [{to: [{operation: {methods: [DELETE]}}]}]\n";
+    let policies: String = [("callers", callers), ("admin", admin), ("soon", soon), ("watched", watched)]
+        .map(|(name, spec)| authorization(name, "web", spec))
+        .concat();
+    let mesh = Mesh::with_resources(&format!("{}{policies}", by_default("MeshOnly")), &[]);
+    let (app, web) = web(&mesh).await;
+    let [shop, guest, stranger] = ["shop", "guest", "stranger"].map(|name| mesh.caller(name));
+    shop.first_answer("http://web/").await;
+
+    for (caller, method, path, status) in [
+        (&shop, "GET", "/", 200),
+        (&shop, "POST", "/anything", 200),
+        (&guest, "GET", "/public/a", 200),
+        (&guest, "GET", "/", 403),
+        (&guest, "POST", "/public/a", 403),
+        (&guest, "GET", "/publicity", 403),
+        (&stranger, "GET", "/public/a", 403),
+        (&guest, "GET", "/public/old", 200),
+        (&shop, "DELETE", "/a", 200),
+        (&shop, "GET", "/admin", 403),
+        (&shop, "GET", "/admin/users", 403),
+    ] {
+        let answer = asked(caller, method, path, &[]).await;
+        assert_eq!(answer.status, status, "{} {method} {path}: {}", caller.service, answer.text());
+    }
+    let seen = || app.seen.load(std::sync::atomic::Ordering::Relaxed);
+    let before = seen();
+    for path in ["//admin", "/%61dmin", "/admin;v=1", "/x/../admin", "/x/%2e%2e/admin", "/admin%2fusers", "/%2561dmin"]
+    {
+        let answer = asked(&shop, "GET", path, &[]).await;
+        assert!(matches!(answer.status.as_u16(), 400 | 403), "{path}: {}", answer.status);
+    }
+    assert_eq!(seen(), before, "the app hears nothing of them");
+
+    let refused =
+        asked(&shop, "POST", "/admin/Users", &[("content-type", "application/grpc"), ("te", "trailers")]).await;
+    assert_eq!(refused.headers.get("grpc-status").map(|status| status.as_bytes()), Some(&b"7"[..]), "{refused:?}");
+    let said = asked(&shop, "GET", "/admin", &[]).await;
+    assert!(!format!("{:?}{}", said.headers, said.text()).contains("default/admin"), "{said:?}");
+    eventually("the log names the policy", START, || async {
+        web.process.stderr().contains("rbac_access_denied_matched_policy[default/admin#0]").then_some(())
+    })
+    .await;
+    assert!(web.counter("sheetbend_authorization_dry_run_total", &["result=\"denied\""]).await >= 1.0);
+    assert!(web.counter("sheetbend_authorization_audited_total", &[]).await >= 1.0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_policy_lets_one_callers_connections_pass_and_resets_anothers() {
+    let only_shop = "  rules: [{from: [{source: {principals: [cluster.local/ns/default/sa/shop]}}]}]\n";
+    let mesh = Mesh::with_resources(&authorization("callers", "db", only_shop), &[]);
+    let app = sheetbend_tests::Scripted::start(|mut line| async move {
+        if line.hear("select 1\n").await.is_some() {
+            line.say("hello\n").await;
+        }
+    })
+    .await;
+    let _db = mesh.run("db").port(app.port()).serve();
+    let target = format!("db:{}", app.port());
+    let caller = |name: &'static str| {
+        let local = free_port();
+        let sidecar = mesh.run(name).upstream(local, &target).caller();
+        let _ = sidecar.proxy();
+        (sidecar, loopback(local))
+    };
+    let ((_shop, let_in), (_guest, kept_out)) = (caller("shop"), caller("guest"));
+    eventually("the shop is let in", START, || async {
+        sheetbend_tests::dialogue(let_in, "select 1\n", "hello\n").await.ok()
+    })
+    .await;
+    let heard = app.heard();
+    let said = sheetbend_tests::dialogue(kept_out, "select 1\n", "hello\n").await;
+    assert!(said.is_err(), "{said:?}");
+    assert_eq!(app.heard(), heard, "the app hears nothing of it");
+}
+
+/// Signs tokens of one issuer.
+struct Issuer(Ed25519KeyPair);
+
+impl Issuer {
+    fn new() -> Self {
+        Self(Ed25519KeyPair::generate().expect("a key"))
+    }
+
+    fn keys(&self) -> String {
+        let x = URL_SAFE_NO_PAD.encode(self.0.public_key());
+        serde_json::json!({"keys": [{"kty": "OKP", "crv": "Ed25519", "x": x}]}).to_string()
+    }
+
+    /// A token with this header, and what is signed of it by `sign`.
+    fn token(algorithm: &str, sign: impl Fn(&[u8]) -> Vec<u8>) -> String {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970").as_secs();
+        let claims = serde_json::json!({"iss": "login", "sub": "a", "exp": now + 3_600, "scope": "read write"});
+        let part = |json: serde_json::Value| URL_SAFE_NO_PAD.encode(json.to_string());
+        let message = format!("{}.{}", part(serde_json::json!({"alg": algorithm})), part(claims));
+        format!("Bearer {message}.{}", URL_SAFE_NO_PAD.encode(sign(message.as_bytes())))
+    }
+
+    fn good(&self) -> String {
+        Self::token("EdDSA", |message| self.0.sign(message).as_ref().to_vec())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tokens_are_believed_by_the_keys_in_a_file_and_no_longer_once_it_has_others() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("login.jwks");
+    let (first, second) = (Issuer::new(), Issuer::new());
+    std::fs::write(&file, first.keys()).expect("the keys are written");
+    let believes = format!(
+        "apiVersion: sheetbend.io/v1alpha1\nkind: RequestAuthentication\nmetadata: {{name: tokens}}\nspec:\n  \
+         targetRefs: [{{group: \"\", kind: Service, name: web}}]\n  \
+         jwtRules: [{{issuer: login, jwksFile: {}}}]\n---\n",
+        file.display()
+    );
+    let writers = "  rules:\n  - from: [{source: {requestPrincipals: [login/*]}}]\n    \
+                   when: [{key: \"request.auth.claims[scope]\", values: [write]}]\n";
+    let mesh = Mesh::with_resources(&format!("{believes}{}", authorization("writers", "web", writers)), &[]);
+    let (_app, _web) = web(&mesh).await;
+    let caller = mesh.caller("caller");
+    until_answered(&caller, "http://web/", 403).await;
+    let ask = async |token: &str| asked(&caller, "GET", "/", &[("authorization", token)]).await.status.as_u16();
+    assert_eq!(ask(&first.good()).await, 200);
+    assert_eq!(ask(&second.good()).await, 401);
+    assert_eq!(ask(&Issuer::token("none", |_| Vec::new())).await, 401);
+    let public = hmac::Key::new(hmac::HMAC_SHA256, first.0.public_key().as_ref());
+    let confused = Issuer::token("HS256", |message| hmac::sign(&public, message).as_ref().to_vec());
+    assert_eq!(ask(&confused).await, 401);
+
+    std::fs::write(&file, second.keys()).expect("the keys are written");
+    eventually("the new key is believed", START, || async { (ask(&second.good()).await == 200).then_some(()) }).await;
+    assert_eq!(ask(&first.good()).await, 401);
 }

@@ -28,7 +28,7 @@ pub enum BadToken {
     /// More than one Authorization header.
     #[error("there is more than one Authorization header")]
     Several,
-    /// Longer than [`MAX_TOKEN`].
+    /// Longer than 8 KiB.
     #[error("it is longer than {MAX_TOKEN} bytes")]
     TooLong,
     /// Not three parts of base64url, JSON in two of them.
