@@ -18,7 +18,8 @@ enum Target {
     Envoy { part: f64, below_nginx: bool },
     /// At most this, in the row's own unit.
     AtMost(f64),
-    /// At most this part of what it is without any policy.
+    /// At most this part of what it is where resources switch each policy off. What is switched off is still asked whether
+    /// it is: that is not seen here.
     WithoutPolicies { part: f64 },
 }
 
@@ -145,8 +146,9 @@ fn judge(outcome: &Outcome, row: Row) -> (String, String) {
             (format!("{limit} or less"), verdict.unwrap_or_default())
         }
         Target::WithoutPolicies { part } => {
-            let verdict = outcome.policies().map(|found| met(found <= part, &format!(", {found:.3} × without")));
-            (format!("{part} × without any"), verdict.unwrap_or_default())
+            let verdict =
+                outcome.policies().map(|found| met(found <= part, &format!(", {found:.3} × where each is off")));
+            (format!("{part} × where each is off"), verdict.unwrap_or_default())
         }
         Target::Envoy { part, below_nginx } => {
             let also = if below_nginx { ", and below nginx" } else { "" };

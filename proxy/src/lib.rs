@@ -50,7 +50,7 @@
 //! * A request that may have had an effect is not sent twice, unless its method, its `Idempotency-Key` or its route says
 //!   that this is as good as once.
 //! * No decision makes an outage worse: retries have a budget, half of the endpoints serve whatever was seen of them, and
-//!   what all of them have in common speaks against none.
+//!   where all of them fail, none is ejected.
 //! * What one caller does (hangs up, stops reading, sends noise) costs no other caller a request.
 //! * When the control plane is away, what is known goes on.
 

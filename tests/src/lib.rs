@@ -18,7 +18,9 @@ mod netns;
 pub mod planned;
 mod pod;
 mod process;
+mod resources;
 mod scripted;
+mod slow;
 pub mod tls;
 mod wait;
 
@@ -35,5 +37,7 @@ pub use need::{envoy, leave_out, namespaces, print_left_out, program, python, ro
 pub use netns::{Host, two_hosts, two_pods};
 pub use pod::{PYTHON, Pod, PodBuilder, lines_on, pods};
 pub use process::{Finished, Process, finish, raise_file_limit};
+pub use resources::service;
 pub use scripted::{Line, Scripted, dialogue, hear};
+pub use slow::Slow;
 pub use wait::{eventually, free_port, loopback, until, until_accepts};

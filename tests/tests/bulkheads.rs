@@ -1,69 +1,18 @@
 //! What may be under way at once: to a destination, by a route, and what happens beyond it.
 
-use std::fmt::Write;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
 use http::{Request, Response};
 use http_body_util::{BodyExt, Full};
 use serde_json::Value;
 use sheetbend_tests::http::{self as client, Answer};
-use sheetbend_tests::{App, Mesh, START, Sidecar, eventually, full, long};
-use tokio::sync::watch;
+use sheetbend_tests::{App, Mesh, START, Sidecar, Slow, eventually, full, long, service};
 use tokio::task::JoinSet;
-
-/// A server that answers once it is told to, and knows how many wait for that at most.
-struct Slow {
-    app: App,
-    inside: Arc<AtomicU64>,
-    most: Arc<AtomicU64>,
-    open: watch::Sender<bool>,
-}
-
-/// A request that is with the app until this is dropped.
-struct Inside(Arc<AtomicU64>);
-
-impl Drop for Inside {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, SeqCst);
-    }
-}
-
-impl Slow {
-    async fn start() -> Self {
-        let (inside, most) = (Arc::<AtomicU64>::default(), Arc::<AtomicU64>::default());
-        let open = watch::Sender::new(false);
-        let (now, ever, gate) = (Arc::clone(&inside), Arc::clone(&most), open.subscribe());
-        let app = App::start(move |_| {
-            let (now, ever, mut gate) = (Arc::clone(&now), Arc::clone(&ever), gate.clone());
-            async move {
-                ever.fetch_max(now.fetch_add(1, SeqCst) + 1, SeqCst);
-                let _inside = Inside(now);
-                let _ = gate.wait_for(|open| *open).await;
-                Response::new(full("slow\n"))
-            }
-        });
-        Self { app: app.await, inside, most, open }
-    }
-
-    async fn has(&self, requests: u64) {
-        let what = format!("{requests} requests are with the app");
-        eventually(&what, START, || async { (self.inside.load(SeqCst) == requests).then_some(()) }).await;
-    }
-}
 
 /// The service, its one endpoint in plain, and what an operator says of it.
 fn resources(app: &App, more: &str) -> String {
-    let port = app.port();
-    let mut text = String::from("apiVersion: v1\nkind: Service\nmetadata: {name: web}\nspec: {ports: [{port: 80}]}\n");
-    let _ = write!(
-        text,
-        "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\n\
-         metadata: {{name: web, labels: {{kubernetes.io/service-name: web}}}}\n\
-         addressType: IPv4\nports: [{{port: {port}}}]\nendpoints: [{{addresses: [127.0.0.1]}}]\n---\n{more}"
-    );
-    text
+    format!("{}---\n{more}", service("web", &[app.port()]))
 }
 
 fn connection_pool(words: &str) -> String {

@@ -1,6 +1,5 @@
 //! Why a request went the way it did, asked of real sidecars afterwards, or before it is sent.
 
-use std::fmt::Write;
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -8,28 +7,13 @@ use http::{Request, Response};
 use http_body_util::Full;
 use serde_json::Value;
 use sheetbend_tests::http::{Answer, http1, read, send};
-use sheetbend_tests::{App, Mesh, START, Sidecar, eventually, free_port, full};
-
-/// A Service with endpoints on these ports.
-fn service(name: &str, ports: &[u16]) -> String {
-    let mut text =
-        format!("apiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{ports: [{{port: 80}}]}}\n");
-    for port in ports {
-        let _ = write!(
-            text,
-            "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\n\
-             metadata: {{name: {name}-{port}, labels: {{kubernetes.io/service-name: {name}}}}}\n\
-             addressType: IPv4\nports: [{{port: {port}}}]\nendpoints: [{{addresses: [127.0.0.1]}}]\n"
-        );
-    }
-    text
-}
+use sheetbend_tests::{App, Mesh, START, Sidecar, eventually, free_port, full, service};
 
 /// An HTTPRoute of `web` with these rules, which begin on its seventh line.
 fn route(rules: &str) -> String {
     format!(
         "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {{name: split}}\nspec:\n  \
-         parentRefs: [{{kind: Service, group: '', name: web}}]\n  rules:\n{rules}---\n"
+         parentRefs: [{{kind: Service, group: '', name: web}}]\n  rules:\n{rules}"
     )
 }
 
@@ -178,7 +162,7 @@ async fn what_would_be_decided_is_told_and_nothing_is_sent() {
     let (app, canary) = (App::saying("web\n").await, App::saying("canary\n").await);
     let rules = "  - matches: [{headers: [{name: x-user, value: tester}]}]\n    \
                  backendRefs: [{name: web, port: 80, weight: 1}, {name: canary, port: 80, weight: 3}]\n";
-    let services = format!("{}---\n{}", service("web", &[app.port()]), service("canary", &[canary.port()]));
+    let services = format!("{}{}", service("web", &[app.port()]), service("canary", &[canary.port()]));
     let mesh = Mesh::with_resources(&format!("{}{services}", route(rules)), &[]);
     let _caller = mesh.caller("caller");
     let explain = |more: &[&str]| {

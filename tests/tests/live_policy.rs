@@ -1,6 +1,5 @@
 //! Resources that change while requests pass: what is new holds for the next request, and nothing else notices.
 
-use std::fmt::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
@@ -11,26 +10,11 @@ use http_body_util::Full;
 use hyper::client::conn::{http1, http2};
 use serde_json::Value;
 use sheetbend_tests::http::{self as client, get, read, send, tunnel};
-use sheetbend_tests::{App, Load, Mesh, START, Sidecar, eventually, full};
+use sheetbend_tests::{App, Load, Mesh, START, Sidecar, eventually, full, service};
 
 /// Services with endpoints on these ports.
 fn services(services: &[(&str, &[u16])]) -> String {
-    let mut text = String::new();
-    for (name, ports) in services {
-        let _ = write!(
-            text,
-            "---\napiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{ports: [{{port: 80}}]}}\n"
-        );
-        for port in *ports {
-            let _ = write!(
-                text,
-                "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\n\
-                 metadata: {{name: {name}-{port}, labels: {{kubernetes.io/service-name: {name}}}}}\n\
-                 addressType: IPv4\nports: [{{port: {port}}}]\nendpoints: [{{addresses: [127.0.0.1]}}]\n"
-            );
-        }
-    }
-    text
+    services.iter().map(|(name, ports)| service(name, ports)).collect()
 }
 
 /// An HTTPRoute of `web` that leads to `backend`.

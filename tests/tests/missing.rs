@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use rustix::process::Signal;
-use sheetbend_tests::{App, Impostor, Load, Mesh, START, Sidecar, eventually, free_port, http};
+use sheetbend_tests::{App, Impostor, Load, Mesh, START, Sidecar, eventually, free_port, http, service};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_mesh_name_without_an_answer_is_503_after_a_second_and_never_sent_in_plain() {
@@ -50,16 +50,7 @@ async fn an_endpoint_that_died_without_a_word_is_gone_after_its_ttl() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_endpoint_that_nobody_can_connect_to_is_ejected_and_no_request_fails_for_it() {
     let (app, dead) = (App::saying("one\n").await, free_port());
-    let mut resources =
-        String::from("apiVersion: v1\nkind: Service\nmetadata: {name: web}\nspec: {ports: [{port: 80}]}\n");
-    for port in [app.port(), dead] {
-        resources.push_str(&format!(
-            "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\n\
-             metadata: {{name: web-{port}, labels: {{kubernetes.io/service-name: web}}}}\n\
-             addressType: IPv4\nports: [{{port: {port}}}]\nendpoints: [{{addresses: [127.0.0.1]}}]\n"
-        ));
-    }
-    let mesh = Mesh::with_resources(&resources, &[]);
+    let mesh = Mesh::with_resources(&service("web", &[app.port(), dead]), &[]);
     let caller = mesh.caller("caller");
     caller.first_answer("http://web/").await;
     let load = Load::start(caller.proxy(), "http://web/", 2, 20.0);

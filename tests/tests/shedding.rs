@@ -1,57 +1,11 @@
 //! An app that can do some requests at once, and more callers than that.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::Ordering::SeqCst;
 
-use http::{Request, Response};
 use serde_json::json;
 use sheetbend_tests::http::{self as client, Answer};
-use sheetbend_tests::{App, Mesh, START, Sidecar, eventually, full};
-use tokio::sync::watch;
+use sheetbend_tests::{Mesh, START, Sidecar, Slow, eventually};
 use tokio::task::JoinSet;
-
-/// A server that answers once it is told to, but for questions after its health.
-struct Slow {
-    app: App,
-    inside: Arc<AtomicU64>,
-    most: Arc<AtomicU64>,
-    open: watch::Sender<bool>,
-}
-
-/// A request that is with the app until this is dropped.
-struct Inside(Arc<AtomicU64>);
-
-impl Drop for Inside {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, SeqCst);
-    }
-}
-
-impl Slow {
-    async fn start() -> Self {
-        let (inside, most) = (Arc::<AtomicU64>::default(), Arc::<AtomicU64>::default());
-        let open = watch::Sender::new(false);
-        let (now, ever, gate) = (Arc::clone(&inside), Arc::clone(&most), open.subscribe());
-        let app = App::start(move |request: Request<hyper::body::Incoming>| {
-            let (now, ever, mut gate) = (Arc::clone(&now), Arc::clone(&ever), gate.clone());
-            async move {
-                if request.uri().path() == "/healthz" {
-                    return Response::new(full("well\n"));
-                }
-                ever.fetch_max(now.fetch_add(1, SeqCst) + 1, SeqCst);
-                let _inside = Inside(now);
-                let _ = gate.wait_for(|open| *open).await;
-                Response::new(full("slow\n"))
-            }
-        });
-        Self { app: app.await, inside, most, open }
-    }
-
-    async fn has(&self, requests: u64) {
-        let what = format!("{requests} requests are with the app");
-        eventually(&what, START, || async { (self.inside.load(SeqCst) == requests).then_some(()) }).await;
-    }
-}
 
 fn concurrency(words: &str) -> String {
     format!(

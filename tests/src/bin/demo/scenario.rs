@@ -140,17 +140,8 @@ fn seen(servers: &[Server]) -> u64 {
 
 /// A Service and its endpoints, as an operator writes them down.
 fn service(name: &str, servers: &[Server]) -> String {
-    let mut text =
-        format!("---\napiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{ports: [{{port: 80}}]}}\n");
-    for port in servers.iter().map(|server| server.app.port()) {
-        let _ = write!(
-            text,
-            "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\n\
-             metadata: {{name: {name}-{port}, labels: {{kubernetes.io/service-name: {name}}}}}\n\
-             addressType: IPv4\nports: [{{port: {port}}}]\nendpoints: [{{addresses: [127.0.0.1]}}]\n"
-        );
-    }
-    text
+    let ports: Vec<u16> = servers.iter().map(|server| server.app.port()).collect();
+    sheetbend_tests::service(name, &ports)
 }
 
 /// What is played on: a mesh with one caller, and its requests.
