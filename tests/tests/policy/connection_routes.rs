@@ -97,10 +97,13 @@ async fn where_no_backend_has_any_weight_connections_are_reset_logged_and_counte
     assert!(refused.to_string().contains("reset"), "{refused}");
     // Whatever is spoken.
     let mut stream = tunnel(caller.proxy(), "db:5432").await.expect("a tunnel");
-    // The reset may come first.
-    let _ = stream.write_all(b"GET / HTTP/1.1\r\nhost: db\r\n\r\n").await;
-    let refused = hear(&mut stream, "").await.expect_err("no answer");
-    assert!(refused.to_string().contains("reset") && refused.to_string().ends_with("after \"\""), "{refused}");
+    let refused = match stream.write_all(b"GET / HTTP/1.1\r\nhost: db\r\n\r\n").await {
+        Ok(()) => hear(&mut stream, "").await.expect_err("no answer").to_string(),
+        // The reset came first. A socket tells of it once: whoever read now would hear a plain end.
+        Err(error) => error.to_string(),
+    };
+    assert!(refused.contains("reset"), "{refused}");
+    assert!(!refused.contains("after") || refused.ends_with("after \"\""), "something was heard before it: {refused}");
     assert!(caller.counter("sheetbend_refused_total", &["reason=\"no_route\""]).await >= 2.0);
     let told = caller.process.told();
     assert!(told.contains("a connection to db:5432 goes nowhere: the rule default/db#0 ("), "{told}");
