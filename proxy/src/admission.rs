@@ -1,23 +1,20 @@
-//! Limits as they are kept: who has passed too often, and who may come to the app now. Decided in [`crate::traffic`].
+//! Limits as they are kept: who has passed too often. Decided in [`crate::traffic`].
 
 use std::hash::RandomState;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use http::{Method, request};
 use sheetbend_certs::SpiffeId;
 use sheetbend_control_plane_client::model::{Concurrency, ForEach, RateLimit, TrafficLimits};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::timeout;
 
 use crate::http::deadline::Deadline;
 use crate::http::error::Error;
 use crate::http::headers;
+use crate::room::{Gate, Room};
 use crate::telemetry::{Counter, Telemetry};
-use crate::traffic::limit::{Limit, Slots};
+use crate::traffic::limit::Limit;
 use crate::traffic::rate::Rate;
-use crate::traffic::shed::{self, Shed};
 use crate::upstream::{Bounded, Bounds, Endpoints, Permit};
 
 /// How often, of a service or of a route.
@@ -64,114 +61,6 @@ impl Rates {
     }
 }
 
-/// How many requests may be with the app at once, and how many wait for that.
-pub(crate) struct Gate {
-    /// First come, first served.
-    room: Arc<Semaphore>,
-    most: Mutex<usize>,
-    /// Room that is taken and will not be there any more once it is given back: the limit was lowered meanwhile.
-    owed: AtomicUsize,
-    pending: Slots,
-}
-
-/// Room at the app, until this is dropped.
-pub(crate) struct Room {
-    gate: Arc<Gate>,
-    permit: Option<OwnedSemaphorePermit>,
-}
-
-impl Drop for Room {
-    fn drop(&mut self) {
-        let repaid = self.gate.owed.fetch_update(Relaxed, Relaxed, |owed| owed.checked_sub(1)).is_ok();
-        if let Some(permit) = self.permit.take().filter(|_| repaid) {
-            permit.forget();
-        }
-    }
-}
-
-/// A place in the queue. Given up for the deadline's sake, it counts as that, however it came to be given up.
-struct Place<'a> {
-    gate: &'a Gate,
-    telemetry: &'a Telemetry,
-    deadline: Option<Deadline>,
-    served: bool,
-}
-
-impl Drop for Place<'_> {
-    fn drop(&mut self) {
-        self.gate.pending.free();
-        if !self.served && self.deadline.is_some_and(|deadline| deadline.left().is_zero()) {
-            self.telemetry.count(Counter::ShedLate);
-        }
-    }
-}
-
-impl Gate {
-    fn new(most: usize) -> Self {
-        Self {
-            room: Arc::new(Semaphore::new(most)),
-            most: Mutex::new(most),
-            owed: AtomicUsize::new(0),
-            pending: Slots::new(0),
-        }
-    }
-
-    /// Keeps to another limit from now on. Whoever is with the app already stays.
-    fn follow(&self, wanted: &Concurrency) {
-        let wanted_most = usize::try_from(wanted.max_requests).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS);
-        self.pending.allow(wanted.max_pending.into());
-        let mut most = self.most.lock().unwrap_or_else(PoisonError::into_inner);
-        if wanted_most > *most {
-            let more = wanted_most - *most;
-            let owed = self.owed.fetch_update(Relaxed, Relaxed, |owed| Some(owed.saturating_sub(more))).unwrap_or(0);
-            self.room.add_permits(more - owed.min(more));
-        } else {
-            let fewer = *most - wanted_most;
-            self.owed.fetch_add(fewer - self.room.forget_permits(fewer), Relaxed);
-        }
-        *most = wanted_most;
-    }
-
-    fn room(self: &Arc<Self>, permit: OwnedSemaphorePermit) -> Room {
-        Room { gate: Arc::clone(self), permit: Some(permit) }
-    }
-
-    /// Room at the app, at once or after a wait.
-    async fn enter(
-        self: &Arc<Self>,
-        pending_timeout: Duration,
-        deadline: Option<Deadline>,
-        telemetry: &Telemetry,
-    ) -> Result<Room, Error> {
-        // Free room means that nobody waits for it.
-        if let Ok(permit) = Arc::clone(&self.room).try_acquire_owned() {
-            return Ok(self.room(permit));
-        }
-        let left = deadline.map(Deadline::left);
-        let within = shed::queue(&self.pending, pending_timeout, left).map_err(Error::Shed)?;
-        let mut place = Place { gate: self, telemetry, deadline, served: false };
-        match timeout(within, Arc::clone(&self.room).acquire_owned()).await {
-            Ok(Ok(permit)) => {
-                place.served = true;
-                Ok(self.room(permit))
-            }
-            // It counts where the place is given up, or where the caller hears of it.
-            Err(_) if deadline.is_some_and(|deadline| deadline.left().is_zero()) => {
-                place.served = true;
-                Err(Error::Shed(Shed::Late))
-            }
-            Ok(Err(_)) | Err(_) => Err(Error::Shed(Shed::Waited)),
-        }
-    }
-
-    /// With the app now, and how many may be; waiting now, and how many may.
-    pub(crate) fn levels(&self) -> [(u64, Option<u64>); 2] {
-        let most = *self.most.lock().unwrap_or_else(PoisonError::into_inner);
-        let with_the_app = (most + self.owed.load(Relaxed)).saturating_sub(self.room.available_permits());
-        [(with_the_app as u64, Some(most as u64)), (self.pending.taken(), self.pending.most())]
-    }
-}
-
 /// What holds for all who call the app.
 pub(crate) struct Admission {
     /// The start of the clock by which buckets fill.
@@ -194,7 +83,7 @@ impl Admission {
         let gate = limits.concurrency.as_ref().map(|wanted| {
             let gate = match &former.gate {
                 Some((_, gate)) => Arc::clone(gate),
-                None => Arc::new(Gate::new(0)),
+                None => Arc::new(Gate::new()),
             };
             gate.follow(wanted);
             (wanted.clone(), gate)
@@ -218,17 +107,18 @@ impl Admission {
         head: &request::Parts,
         caller: Option<&SpiffeId>,
         deadline: Option<Deadline>,
-        telemetry: &Telemetry,
+        telemetry: &Arc<Telemetry>,
     ) -> Result<Option<Room>, Error> {
         /// How gRPC servers are asked whether they are well.
         const GRPC_HEALTH: &str = "/grpc.health.v1.Health/Check";
         let path = head.uri.path();
-        let health = path == GRPC_HEALTH && head.method == Method::POST && headers::is_grpc(&head.headers);
+        let grpc = headers::is_grpc(&head.headers);
+        let health = path == GRPC_HEALTH && head.method == Method::POST && grpc;
         let exempt = |of: &Concurrency| health || of.exempt_paths.iter().any(|exempt| **exempt == *path);
         self.rates.pass(head, caller, Counter::RateLimitedInbound, self.epoch.elapsed())?;
         match &self.gate {
             Some((of, _)) if exempt(of) => Ok(None),
-            Some((of, gate)) => gate.enter(of.pending_timeout, deadline, telemetry).await.map(Some),
+            Some((of, gate)) => gate.enter(of.pending_timeout, deadline, grpc, telemetry).await.map(Some),
             None => Ok(None),
         }
     }

@@ -27,6 +27,7 @@ use crate::http::headers::{self, ATTEMPTS, GRPC_ATTEMPTS, IN_VAIN, PROXY_STATUS,
 use crate::http::idle::Idle;
 use crate::http::upgrade;
 use crate::rest::Rest;
+use crate::tcp::Transferred;
 use crate::telemetry::{Counter, Protocol, Telemetry};
 use crate::traffic::limit::Limit;
 use crate::traffic::outlier::Fault;
@@ -432,7 +433,10 @@ pub(crate) fn finish(
             telemetry.count(Counter::UpgradesTunnelled);
             let rest = answer.extensions_mut().remove::<Rest>();
             let held = (exchange.give_permits(), answer.extensions_mut().remove::<Arc<Permit>>());
-            upgrade::join(client, hyper::upgrade::on(&mut answer), rest, drain.subscribe(), held);
+            // A tunnel takes up what its request did.
+            held.0.tunnels(0);
+            let moved = move |moved: Transferred| held.0.tunnels(moved.client_to_server + moved.server_to_client);
+            upgrade::join(client, hyper::upgrade::on(&mut answer), rest, drain.subscribe(), moved);
         }
         exchange.complete();
         return answer.map(|_| ResponseBody::empty());

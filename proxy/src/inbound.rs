@@ -297,6 +297,9 @@ impl Inbound {
         let sending = if headers::expects_continue(head) { Sending::WhenAsked } else { Sending::Once };
         let body = Body1::new(head, body, sending, exchange);
         let passed = exchange.request_passed.clone();
+        if let (Some(stay), Some(passed)) = (exchange.stay(), &passed) {
+            stay.request(passed);
+        }
         let mut outgoing = Outgoing {
             head,
             authority,
@@ -319,7 +322,14 @@ impl Inbound {
         let shared = &self.shared;
         let identity: &IdentityStore = &shared.identity;
         let way = Way { pool: &self.pool, identity, telemetry: &shared.telemetry, epoch: shared.epoch };
-        let answer = way.attempt(Lease::alone(app), wire, fresh, (None, None), &mut outgoing).await;
+        let answer = {
+            let call = pin!(way.attempt(Lease::alone(app), wire, fresh, (None, None), &mut outgoing));
+            match exchange.stay() {
+                None => call.await,
+                // Allocates: whoever has no limits carries no room for a wait.
+                Some(stay) => Box::pin(stay.unless_over(call)).await,
+            }
+        };
         exchange.story.over(outgoing.reused.take());
         let mut answer = answer?;
         if let Some(rest) = caller.rest.clone().filter(|_| client.is_some()) {

@@ -38,7 +38,7 @@
 //! | `mtls`, [`rest`] | who calls, by mutual TLS; the end of what rests on a dropped root |
 //! | `inbound_rules` | who may call, as the control plane says it now |
 //! | `forward`, [`http`], `faults` | attempts and retries; hyper, and the one table from an error to an answer |
-//! | `admission` | how often and how many at once: who passes, who waits, who is sent away |
+//! | `admission`, `room` | how often and how many at once: who passes, who waits, who is sent away |
 //! | [`route`], [`policy`] | what the control plane said, ready for requests: which rule takes one, who may come, what is changed |
 //! | [`traffic`] | pure: state and `now` in, a decision out: balancing, ejection, breakers, retries, limits, rates |
 //! | [`upstream`] | endpoints that outlive a change of configuration, connections to them, mutual TLS |
@@ -77,6 +77,7 @@ pub mod proc_net;
 mod refuse;
 pub mod rest;
 pub mod rewind;
+mod room;
 pub mod route;
 mod sock_diag;
 pub mod tcp;

@@ -145,6 +145,9 @@ pub struct Concurrency {
     /// How long one waits at most.
     #[serde(with = "duration", default = "a_second")]
     pub pending_timeout: Duration,
+    /// How long a caller may keep the app waiting, and a stream stand still: 30 s unless said, and zero is for ever.
+    #[serde(default, with = "duration::option", skip_serializing_if = "Option::is_none")]
+    pub stall_timeout: Option<Duration>,
     /// Paths that are never held up, such as those of health checks.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub exempt_paths: Vec<Arc<str>>,
@@ -152,6 +155,13 @@ pub struct Concurrency {
 
 fn a_second() -> Duration {
     Duration::from_secs(1)
+}
+
+impl Concurrency {
+    /// How long a caller may keep the app waiting, and a stream stand still; zero is for ever.
+    pub fn stall_timeout(&self) -> Duration {
+        self.stall_timeout.unwrap_or(Duration::from_secs(30))
+    }
 }
 
 impl ForEach {
@@ -229,6 +239,10 @@ impl TrafficLimits {
             Some(of) if of.max_pending > 0 => Err(Unusable::new(
                 "concurrency.maxPending",
                 "a route's overflow is answered at once, by the caller's proxy: take it out, or target the Service",
+            )),
+            Some(of) if of.stall_timeout.is_some() => Err(Unusable::new(
+                "concurrency.stallTimeout",
+                "it gives back room at the app, of which a caller's proxy knows nothing: take it out, or target the Service",
             )),
             _ => Ok(()),
         }

@@ -21,6 +21,7 @@ use super::expect::Asked;
 use super::headers::grpc_status;
 use super::idle::Idle;
 use super::turns::{Reading, Turn};
+use crate::room::Watched;
 use crate::traffic::retry::BODY_COPY;
 use crate::upstream::{Checkout, Lease};
 
@@ -39,6 +40,8 @@ pub enum BodyError {
         /// Of a gRPC call, which ends with a status.
         grpc: bool,
     },
+    /// Its caller did not read it for so long, while others waited for its room at the app.
+    Unread(Duration),
     /// The attempt that reads this body is no longer the current one.
     Superseded,
 }
@@ -49,6 +52,7 @@ impl fmt::Display for BodyError {
             Self::Hyper(error) => error.fmt(f),
             Self::Deadline(deadline) => write!(f, "{} has passed", deadline.set_by()),
             Self::Idle { time, .. } => Error::Idle(*time).fmt(f),
+            Self::Unread(time) => write!(f, "the caller did not read for {time:?} (stallTimeout)"),
             Self::Superseded => f.write_str("another attempt is under way"),
         }
     }
@@ -58,7 +62,7 @@ impl std::error::Error for BodyError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             Self::Hyper(error) => Some(error),
-            Self::Deadline(_) | Self::Idle { .. } | Self::Superseded => None,
+            Self::Deadline(_) | Self::Idle { .. } | Self::Unread(_) | Self::Superseded => None,
         }
     }
 }
@@ -85,8 +89,7 @@ impl Body for RequestBody {
         match &mut *self {
             Self::Empty => Poll::Ready(None),
             Self::Streamed(body, passing) => {
-                let frame = ready!(poll_useful_frame(body, cx));
-                passing.saw(frame.as_ref(), body);
+                let frame = ready!(passing.poll_frame(body, cx));
                 Poll::Ready(frame.map(|frame| frame.map_err(BodyError::Hyper)))
             }
             Self::Kept(attempt) => attempt.poll_frame(cx),
@@ -122,12 +125,18 @@ impl Body for RequestBody {
 pub struct Passed {
     bytes: AtomicU64,
     broke: AtomicBool,
+    waited_for: AtomicBool,
 }
 
 impl Passed {
     /// Bytes of it.
     pub fn bytes(&self) -> u64 {
         self.bytes.load(Relaxed)
+    }
+
+    /// Whether more of it is wanted, and does not come.
+    pub(crate) fn is_waited_for(&self) -> bool {
+        self.waited_for.load(Relaxed)
     }
 
     /// Whether it broke off: whoever sent it is gone, or makes no sense.
@@ -148,6 +157,19 @@ impl Passing {
     /// Of a connection that hears of the body's end.
     pub(crate) fn read_from(reading: Reading) -> Self {
         Self { passed: Arc::default(), reading: Some(Arc::new(Mutex::new(reading))) }
+    }
+
+    fn poll_frame(
+        &self,
+        body: &mut Incoming,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let frame = poll_useful_frame(body, cx);
+        self.passed.waited_for.store(frame.is_pending(), Relaxed);
+        if let Poll::Ready(frame) = &frame {
+            self.saw(frame.as_ref(), body);
+        }
+        frame
     }
 
     fn saw(&self, frame: Option<&Result<Frame<Bytes>, hyper::Error>>, body: &Incoming) {
@@ -263,9 +285,8 @@ impl Attempt {
         if kept.ended {
             return Poll::Ready(None);
         }
-        let frame = ready!(poll_useful_frame(&mut kept.body, cx));
-        kept.passing.saw(frame.as_ref(), &kept.body);
-        let frame = match frame {
+        let Kept { body, passing, .. } = &mut *kept;
+        let frame = match ready!(passing.poll_frame(body, cx)) {
             None => {
                 kept.ended = true;
                 return Poll::Ready(None);
@@ -347,6 +368,9 @@ pub struct ResponseBody {
     turn: Option<Turn>,
 }
 
+/// What a body says when it is asked for more.
+pub(crate) type Polled = Poll<Option<Result<Frame<Bytes>, BodyError>>>;
+
 /// A frame that came early.
 pub(crate) type Ahead = Box<Result<Frame<Bytes>, hyper::Error>>;
 
@@ -354,6 +378,8 @@ enum Kind {
     Empty,
     Text(Option<Bytes>),
     Incoming(Incoming),
+    /// One that is with whoever looks after the app's room.
+    Watched(Watched),
     /// It broke off, which the caller hears after what came before.
     Broken(BodyError),
 }
@@ -391,10 +417,14 @@ impl ResponseBody {
         Self { kind, ahead: None, exchange: None, checkout: None, lease: None, deadline: None, idle: None, turn: None }
     }
 
-    /// Lets `exchange` end with this body.
+    /// Lets `exchange` end with this body, or before, where others wait for its room at the app.
     pub fn reporting(mut self, exchange: Box<Exchange>) -> Self {
+        let stay = exchange.stay().cloned();
         self.exchange = Some(exchange);
-        self
+        match stay {
+            Some(stay) => Self::of(Kind::Watched(Watched::new(self, stay))),
+            None => self,
+        }
     }
 
     /// Breaks off once nothing moves any more.
@@ -447,7 +477,7 @@ impl ResponseBody {
         }
     }
 
-    fn fail(&mut self, error: &BodyError) {
+    pub(crate) fn fail(&mut self, error: &BodyError) {
         if let Some(mut exchange) = self.exchange.take() {
             exchange.body_failed(error);
         }
@@ -480,6 +510,13 @@ impl Body for ResponseBody {
             Kind::Incoming(_) if this.ahead.is_some() => this.ahead.take().map(|frame| *frame),
             Kind::Empty | Kind::Broken(_) => None,
             Kind::Text(text) => text.take().map(|text| Ok(Frame::data(text))),
+            Kind::Watched(watched) => match watched.poll_frame(cx) {
+                Ok(polled) => return polled,
+                Err(over) => {
+                    this.kind = Kind::Broken(over);
+                    return this.after_what_came_before(cx);
+                }
+            },
             Kind::Incoming(body) => match (poll_useful_frame(body, cx), &mut this.idle) {
                 (Poll::Ready(frame), None) => frame,
                 (Poll::Ready(frame), Some(idle)) => {
@@ -527,6 +564,7 @@ impl Body for ResponseBody {
             Kind::Empty => true,
             Kind::Text(text) => text.is_none(),
             Kind::Incoming(body) => self.ahead.is_none() && body.is_end_stream(),
+            Kind::Watched(watched) => watched.with(Self::is_end_stream).unwrap_or(false),
             Kind::Broken(_) => false,
         }
     }
@@ -537,6 +575,7 @@ impl Body for ResponseBody {
             Kind::Text(text) => SizeHint::with_exact(text.as_ref().map_or(0, |text| text.len() as u64)),
             Kind::Incoming(_) if self.ahead.is_some() => SizeHint::default(),
             Kind::Incoming(body) => body.size_hint(),
+            Kind::Watched(watched) => watched.with(Self::size_hint).unwrap_or_default(),
             Kind::Broken(_) => SizeHint::default(),
         }
     }

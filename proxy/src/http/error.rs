@@ -101,6 +101,8 @@ pub enum Error {
     },
     /// Nothing moved for so long.
     Idle(Duration),
+    /// The caller kept the app waiting for so long, while others waited for its room there.
+    Stalled(Duration),
     /// The caller may not.
     Denied(Denied),
     /// It shows a token that is not to be believed.
@@ -162,6 +164,7 @@ impl Error {
             | Self::CircuitOpen(..)
             | Self::Deadline(_)
             | Self::Idle(_)
+            | Self::Stalled(_)
             | Self::Denied(_)
             | Self::Token(_)
             | Self::Loop(_)
@@ -202,6 +205,7 @@ impl Error {
                 (StatusCode::GATEWAY_TIMEOUT, "http_response_timeout", Flags::UPSTREAM_TIMEOUT)
             }
             Self::Idle(_) => (StatusCode::GATEWAY_TIMEOUT, "connection_read_timeout", Flags::STREAM_IDLE_TIMEOUT),
+            Self::Stalled(_) => (StatusCode::REQUEST_TIMEOUT, "http_request_error", Flags::STREAM_IDLE_TIMEOUT),
             Self::Token(_) => (StatusCode::UNAUTHORIZED, "http_request_denied", Flags::DENIED),
             Self::Denied(_) => (StatusCode::FORBIDDEN, "http_request_denied", Flags::DENIED),
             Self::Loop(_) | Self::NotRedirected(_) | Self::OwnConnection { .. } => {
@@ -244,6 +248,7 @@ impl Error {
             Self::Connect { source, .. } => source.counter(),
             Self::Deadline(set_by) => Some(set_by.counter()),
             Self::Idle(_) => Some(Counter::TimeoutStreamIdle),
+            Self::Stalled(_) => Some(Counter::StalledRequest),
             // Each attempt has counted for itself.
             Self::Broken { .. } | Self::TooSlow { .. } => None,
         }
@@ -287,7 +292,7 @@ impl Error {
             // RFC 6750 §3: which of them it was helps nobody but a stranger.
             headers.insert(http::header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer error=\"invalid_token\""));
         }
-        if matches!(self, Self::Refused(_)) {
+        if matches!(self, Self::Refused(_) | Self::Stalled(_)) {
             // Where such a message ends, nobody can be sure. (HTTP/2 frames its messages; hyper leaves this out there.)
             headers.insert(http::header::CONNECTION, HeaderValue::from_static("close"));
         }
@@ -393,6 +398,9 @@ impl fmt::Display for Error {
                 write!(f, "no answer of {endpoint} within {within:?} (timeouts.backendRequest)")
             }
             Self::Idle(time) => write!(f, "nothing moved for {time:?} (stream-idle-timeout)"),
+            Self::Stalled(time) => {
+                write!(f, "the app waited too long for the rest of the request: more than {time:?} (stallTimeout)")
+            }
             Self::Token(_) => f.write_str("the token is not valid"),
             Self::Denied(_) => f.write_str("the caller is not allowed"),
             Self::Loop(own) => write!(f, "{own} is this proxy itself"),

@@ -11,7 +11,7 @@ use super::body::{BodyError, Passed};
 use super::error::{Causes, Error, h2_reason};
 use super::headers::X_REQUEST_ID;
 use super::story::{Story, millis};
-use crate::admission::Room;
+use crate::room::{Room, Stay};
 use crate::telemetry::{AccessEntry, Counter, Edge, Flags, Outcome, Reporter, Telemetry};
 use crate::traffic::layers::Call;
 use crate::traffic::retry::Budget;
@@ -24,6 +24,15 @@ pub(crate) struct Permits {
     outbound: [Option<Permit>; 2],
     /// At the app.
     room: Option<Room>,
+}
+
+impl Permits {
+    /// So many bytes have passed through the tunnel that it is held for.
+    pub(crate) fn tunnels(&self, bytes: u64) {
+        if let Some(room) = &self.room {
+            room.stay().tunnels(bytes);
+        }
+    }
 }
 
 /// What is counted when it ends.
@@ -149,6 +158,11 @@ impl Exchange {
         self.permits.room = room;
     }
 
+    /// Its stay at the app, where there is room for so many only.
+    pub(crate) fn stay(&self) -> Option<&Arc<Stay>> {
+        self.permits.room.as_ref().map(Room::stay)
+    }
+
     /// What it takes up, for what goes on after it.
     pub(crate) fn give_permits(&mut self) -> Permits {
         std::mem::take(&mut self.permits)
@@ -188,7 +202,7 @@ impl Exchange {
         self.ended = true;
         self.flags |= match error {
             BodyError::Deadline(_) => Flags::UPSTREAM_TIMEOUT,
-            BodyError::Idle { .. } => Flags::STREAM_IDLE_TIMEOUT,
+            BodyError::Idle { .. } | BodyError::Unread(_) => Flags::STREAM_IDLE_TIMEOUT,
             BodyError::Superseded => Flags::NONE,
             BodyError::Hyper(error) if h2_reason(error).is_some() => Flags::UPSTREAM_RESET,
             BodyError::Hyper(_) => Flags::UPSTREAM_CONNECTION_CLOSED,
@@ -196,6 +210,7 @@ impl Exchange {
         let timer = match error {
             BodyError::Deadline(deadline) => Some((deadline.set_by().counter(), deadline.is_grpc().then_some(4))),
             BodyError::Idle { grpc, .. } => Some((Counter::TimeoutStreamIdle, grpc.then_some(14))),
+            BodyError::Unread(_) => Some((Counter::StalledAnswer, None)),
             BodyError::Hyper(_) | BodyError::Superseded => None,
         };
         if let Some((counter, grpc_status)) = timer {

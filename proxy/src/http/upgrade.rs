@@ -7,7 +7,7 @@ use tokio::sync::watch;
 use super::serve::Clocked;
 use crate::rest::{Rest, splice_for};
 use crate::rewind::Rewind;
-use crate::tcp::Abort;
+use crate::tcp::{Abort, Transferred};
 use crate::upstream::BoxIo;
 
 impl Abort for TokioIo<Upgraded> {
@@ -34,19 +34,20 @@ pub fn connection(upgraded: Upgraded) -> BoxIo {
 }
 
 /// Carries bytes between two connections once both have left HTTP. `rest` is what the one within the mesh rests on;
-/// whoever stops this proxy waits until `under_way` is dropped. `held` is what the tunnel takes up for as long as it lasts.
+/// whoever stops this proxy waits until `under_way` is dropped. `moved` hears of bytes that have passed, and lives as long as the
+/// tunnel.
 pub fn join(
     client: OnUpgrade,
     server: OnUpgrade,
     rest: Option<Rest>,
     under_way: watch::Receiver<bool>,
-    held: impl Send + 'static,
+    moved: impl Fn(Transferred) + Send + Sync + 'static,
 ) {
     tokio::spawn(async move {
-        let (_under_way, _held) = (under_way, held);
+        let _under_way = under_way;
         let (Ok(client), Ok(server)) = (client.await, server.await) else { return };
         let (mut client, mut server) = (connection(client), connection(server));
-        splice_for(&mut client, &mut server, rest, None, |_| {}).await;
+        splice_for(&mut client, &mut server, rest, None, moved).await;
     });
 }
 
@@ -71,7 +72,7 @@ mod tests {
         tokio::spawn(connection.with_upgrades());
         let client = hyper::upgrade::on(&mut request);
         let mut answer = sender.send_request(request).await.unwrap();
-        join(client, hyper::upgrade::on(&mut answer), None, watch::channel(false).1, ());
+        join(client, hyper::upgrade::on(&mut answer), None, watch::channel(false).1, |_| {});
         answer.map(|_| ResponseBody::empty())
     }
 

@@ -122,6 +122,9 @@ metrics_of_the_process! {
     ShedFull "sheetbend_shed_total" { reason: "full" } "Requests kept from the app because it has enough to do, by why.";
     ShedWaited "sheetbend_shed_total" { reason: "waited" } "Requests kept from the app because it has enough to do, by why.";
     ShedLate "sheetbend_shed_total" { reason: "late" } "Requests kept from the app because it has enough to do, by why.";
+    StalledRequest "sheetbend_stalled_total" { reason: "request" } "Requests that stood still while they had room at the app, by what stood still; a stream goes on without.";
+    StalledAnswer "sheetbend_stalled_total" { reason: "answer" } "Requests that stood still while they had room at the app, by what stood still; a stream goes on without.";
+    StalledStream "sheetbend_stalled_total" { reason: "stream" } "Requests that stood still while they had room at the app, by what stood still; a stream goes on without.";
 
     CheckedWell "sheetbend_health_checks_total" { result: "well" } "Health checks of endpoints, by what came of them.";
     CheckedUnwell "sheetbend_health_checks_total" { result: "unwell" } "Health checks of endpoints, by what came of them.";

@@ -1,4 +1,5 @@
-//! PURE: who may come to the app now, who waits for their turn, and who is sent away before the app drowns.
+//! PURE: who may come to the app now, who waits for their turn, who is sent away before the app drowns, and who is with it
+//! for so long without need that others may come.
 
 use std::time::Duration;
 
@@ -36,6 +37,69 @@ pub fn queue(pending: &Slots, timeout: Duration, left: Option<Duration>) -> Resu
     }
 }
 
+/// What a request that is with the app waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// The app, which has all that it asked for.
+    App,
+    /// Its caller, for more of the request.
+    Request,
+    /// Its caller, who does not read the answer.
+    Unread,
+    /// Nobody can say: a stream, a conversation, a tunnel, in which either side may be silent for as long as it likes.
+    Quiet,
+}
+
+/// What becomes of its room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It stays.
+    Stays,
+    /// It goes on without: whoever is silent drowns nobody.
+    GivesBack,
+    /// It ends: its caller keeps the app from doing anything else.
+    Ends,
+}
+
+/// How much longer one may stand still. A bucket: time runs out while somebody is waited for, and bytes bring it back, so that
+/// neither silence nor a byte now and then holds the app's room for ever.
+#[derive(Debug)]
+pub struct Patience {
+    left: Duration,
+    moved: u64,
+    looked: Option<Duration>,
+}
+
+impl Patience {
+    /// Bytes that bring back a second. What a connection of 2G does is ten times as much.
+    const RATE: u64 = 500;
+
+    /// Of one who has just come, and may stand still for `most`.
+    pub fn new(most: Duration) -> Self {
+        Self { left: most, moved: 0, looked: None }
+    }
+
+    /// Looks at what it waits for now, when `moved` bytes have passed since it came. Who looks too seldom blames nobody for
+    /// more than `seldom`.
+    pub fn look(&mut self, wait: Wait, moved: u64, now: Duration, seldom: Duration, most: Duration) -> Verdict {
+        let passed = self.looked.map_or(Duration::ZERO, |looked| now.saturating_sub(looked).min(seldom));
+        self.looked = Some(now);
+        let bytes = moved.saturating_sub(self.moved);
+        self.moved = moved;
+        let earned = Duration::from_millis(bytes.saturating_mul(1000) / Self::RATE);
+        self.left = self.left.saturating_add(earned).min(most);
+        if wait == Wait::App {
+            return Verdict::Stays;
+        }
+        self.left = self.left.saturating_sub(passed);
+        match wait {
+            _ if !self.left.is_zero() => Verdict::Stays,
+            Wait::Request | Wait::Unread => Verdict::Ends,
+            Wait::Quiet | Wait::App => Verdict::GivesBack,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -52,5 +116,51 @@ mod tests {
         assert_eq!(queue(&pending, SECOND, Some(Duration::ZERO)), Err(Shed::Late));
         assert_eq!(queue(&pending, SECOND, Some(SECOND * 4)), Ok(SECOND));
         assert_eq!(pending.taken(), 2);
+    }
+
+    /// What becomes of one who is looked at every second, and of whom so many bytes pass in each: after how many seconds,
+    /// within an hour.
+    fn ends(wait: Wait, bytes_a_second: u64) -> (Verdict, u64) {
+        let mut patience = Patience::new(30 * SECOND);
+        let look =
+            |second| patience.look(wait, bytes_a_second * second, SECOND * second as u32, 2 * SECOND, 30 * SECOND);
+        let mut looks = (0..3600).map(look).enumerate();
+        let over = looks.find(|(_, verdict)| *verdict != Verdict::Stays);
+        over.map_or((Verdict::Stays, 3600), |(second, verdict)| (verdict, second as u64))
+    }
+
+    #[test]
+    fn who_keeps_the_app_waiting_ends_and_who_is_silent_goes_on_without_room() {
+        assert_eq!(ends(Wait::Request, 0), (Verdict::Ends, 30));
+        assert_eq!(ends(Wait::Unread, 0), (Verdict::Ends, 30));
+        assert_eq!(ends(Wait::Quiet, 0), (Verdict::GivesBack, 30));
+        assert_eq!(ends(Wait::App, 0).0, Verdict::Stays);
+    }
+
+    #[test]
+    fn a_byte_now_and_then_wins_no_time_and_a_slow_line_all_of_it() {
+        let (verdict, after) = ends(Wait::Request, 1);
+        assert_eq!(verdict, Verdict::Ends);
+        assert!((30..32).contains(&after), "{after}");
+        let (verdict, after) = ends(Wait::Request, Patience::RATE / 2);
+        assert_eq!(verdict, Verdict::Ends);
+        assert!((59..=60).contains(&after), "{after}");
+        assert_eq!(ends(Wait::Request, Patience::RATE).0, Verdict::Stays);
+    }
+
+    #[test]
+    fn what_went_fast_before_stands_still_no_longer_for_that() {
+        let mut patience = Patience::new(30 * SECOND);
+        let mut look = |moved, now| patience.look(Wait::Unread, moved, SECOND * now, 2 * SECOND, 30 * SECOND);
+        assert_eq!(look(1 << 40, 0), Verdict::Stays);
+        let ended = (1..100).find(|now| look(1 << 40, *now) != Verdict::Stays);
+        assert_eq!(ended, Some(30));
+    }
+
+    #[test]
+    fn a_proxy_that_stood_still_itself_blames_nobody_for_it() {
+        let mut patience = Patience::new(30 * SECOND);
+        let mut look = |now| patience.look(Wait::Request, 0, SECOND * now, 2 * SECOND, 30 * SECOND);
+        assert_eq!((look(0), look(3600), look(3601)), (Verdict::Stays, Verdict::Stays, Verdict::Stays));
     }
 }

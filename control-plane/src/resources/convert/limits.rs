@@ -165,6 +165,7 @@ fn concurrency(raw: &Spanned<kinds::Concurrency>) -> Checked<model::Concurrency>
         max_requests: written.max_requests,
         max_pending: written.max_pending,
         pending_timeout: span(written.pending_timeout.as_ref())?.unwrap_or(std::time::Duration::from_secs(1)),
+        stall_timeout: span(written.stall_timeout.as_ref())?,
         exempt_paths: written.exempt_paths.iter().map(path).collect::<Checked<_>>()?,
     })
 }
@@ -241,6 +242,8 @@ mod tests {
             (SERVICE, "", "limits nothing"),
             (ROUTE, "  rates: [{requests: 1, interval: 1s, forEach: Caller}]", "target the Service"),
             (ROUTE, "  concurrency: {maxRequests: 1, maxPending: 1}", "answered at once"),
+            (ROUTE, "  concurrency: {maxRequests: 1, stallTimeout: 1s}", "target the Service"),
+            (SERVICE, "  concurrency: {maxRequests: 1, stallTimeout: soon}", "web.yaml:6:48"),
             ("{kind: HTTPRoute, name: web}", "  concurrency: {maxRequests: 1}", "needs its group"),
         ];
         for (targets, rest, reason) in cases {

@@ -69,6 +69,7 @@ pub(in crate::resources) struct Concurrency {
     #[serde(default)]
     pub(in crate::resources) max_pending: u32,
     pub(in crate::resources) pending_timeout: Option<Spanned<String>>,
+    pub(in crate::resources) stall_timeout: Option<Spanned<String>>,
     #[serde(default)]
     pub(in crate::resources) exempt_paths: Vec<Spanned<String>>,
 }
