@@ -287,7 +287,7 @@ impl Inbound {
         // Before anything is decided by what a header says: `Connection` names more that the app is not to see.
         let upgrade = headers::asks_upgrade(head);
         let client = strip(head, upgrade);
-        self.admit(caller, head, &authority)?;
+        self.admit(caller, head, &authority, exchange)?;
         if let Some(rules) = self.limits() {
             // Allocates: whoever has no limits carries no room for a wait.
             let admitted = rules.admission.admit(head, caller.id.as_ref(), deadline, &self.shared.telemetry);

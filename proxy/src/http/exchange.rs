@@ -35,6 +35,14 @@ impl Permits {
     }
 }
 
+/// What policies want to be seen of a request or a connection, in the access log and nowhere else.
+pub struct Noted {
+    /// The rule that audits it: `default/watched#0`.
+    pub audit: Option<Arc<str>>,
+    /// What would have become of it if policies that run dry were obeyed, where that is something else.
+    pub dry_run: Option<Box<str>>,
+}
+
 /// What is counted when it ends.
 pub struct Exchange {
     telemetry: Arc<Telemetry>,
@@ -58,6 +66,8 @@ pub struct Exchange {
     detail: String,
     endpoint: Option<Arc<EndpointState>>,
     budget: Option<Arc<Budget>>,
+    /// What policies want to be seen of it.
+    pub noted: Option<Box<Noted>>,
     /// What it takes up of its limits.
     permits: Permits,
     ended: bool,
@@ -110,6 +120,7 @@ impl Exchange {
             detail: String::new(),
             endpoint: None,
             budget: None,
+            noted: None,
             permits: Permits::default(),
             ended: false,
             story: Story::new(telemetry.explained().samples()),
@@ -247,7 +258,7 @@ impl Drop for Exchange {
             edge.request(&outcome);
         }
         let failed = outcome.is_error();
-        if self.telemetry.access_log().wants(failed || self.flags.is_injected()) {
+        if self.telemetry.access_log().wants(failed || self.flags.is_injected() || self.noted.is_some()) {
             self.log(&outcome, now);
         }
         if failed || self.story.is_kept() {
@@ -304,11 +315,11 @@ impl Exchange {
         }
     }
 
-    /// Off the usual way: a failure, or a log that wants everything.
+    /// Off the usual way: a failure, something noted, or a log that wants everything.
     #[cold]
     fn log(&self, outcome: &Outcome, now: Instant) {
         let facts = &self.facts;
-        let endpoint = self.endpoint.as_deref();
+        let (endpoint, noted) = (self.endpoint.as_deref(), self.noted.as_deref());
         let identity = endpoint.and_then(EndpointState::identity).map(ToString::to_string).unwrap_or_default();
         let source = match facts.reporter {
             Reporter::Source => Some(self.telemetry.identity()),
@@ -336,6 +347,8 @@ impl Exchange {
             destination_identity: &identity,
             request_id: facts.request_id.as_ref().and_then(|id| id.to_str().ok()).unwrap_or(""),
             attempts: self.attempts,
+            audit: noted.and_then(|noted| noted.audit.as_deref()).unwrap_or_default(),
+            dry_run: noted.and_then(|noted| noted.dry_run.as_deref()).unwrap_or_default(),
         });
     }
 }

@@ -1,6 +1,6 @@
 //! Whether somebody may call: what the policies decide is carried out, counted and told here.
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use http::request;
 use http::uri::Authority;
@@ -8,8 +8,9 @@ use sheetbend_control_plane_client::model::AppProtocol;
 
 use super::{Caller, Inbound};
 use crate::http::error::{Error, Refusal};
+use crate::http::exchange::{Exchange, Noted};
 use crate::policy::authz::{self, Asked, Decision, Denied};
-use crate::telemetry::Counter;
+use crate::telemetry::{AccessEntry, Counter, Flags, Reporter};
 
 impl Caller {
     fn shown(&self, port: u16) -> authz::Caller<'_> {
@@ -33,8 +34,12 @@ impl Inbound {
         let listed = self.lists(caller);
         let rules = self.shared.inbound_rules.load();
         let decision = rules.authz.connection(&caller.shown(self.port.port));
-        self.tell(&decision, caller, "");
-        listed.and(decision.verdict).inspect_err(|why| self.refuse(caller, why))
+        let noted = self.note(&decision);
+        let verdict = listed.and(decision.verdict);
+        if let Some(noted) = noted {
+            self.log(&noted, caller, verdict.as_ref().copied());
+        }
+        verdict.inspect_err(|why| self.refuse(caller, why))
     }
 
     /// Whether somebody said that the app speaks HTTP.
@@ -67,8 +72,14 @@ impl Inbound {
         Err(())
     }
 
-    /// Whether a request may, which names `authority`.
-    pub(super) fn admit(&self, caller: &Caller, head: &request::Parts, authority: &Authority) -> Result<(), Error> {
+    /// Whether a request may, which names `authority`. `exchange` hears what is noted of it.
+    pub(super) fn admit(
+        &self,
+        caller: &Caller,
+        head: &request::Parts,
+        authority: &Authority,
+        exchange: &mut Exchange,
+    ) -> Result<(), Error> {
         self.lists(caller).map_err(Error::Denied)?;
         let rules = self.shared.inbound_rules.load();
         let claims = rules.tokens.claims(&head.headers, SystemTime::now()).map_err(Error::Token)?;
@@ -81,7 +92,7 @@ impl Inbound {
         };
         let decision = rules.authz.request(&caller.shown(self.port.port), &asked);
         let decision = decision.map_err(|why| Error::Refused(Refusal::Ambiguous(why)))?;
-        self.tell(&decision, caller, asked.path);
+        exchange.noted = self.note(&decision);
         decision.verdict.map_err(Error::Denied)
     }
 
@@ -94,28 +105,56 @@ impl Inbound {
         }
     }
 
-    /// What is audited, and what would have happened.
-    fn tell(&self, decision: &Decision<'_>, caller: &Caller, path: &str) {
-        let (telemetry, caller) = (&self.shared.telemetry, caller.name());
-        if let Some(rule) = decision.audit {
+    /// Counts what is audited and what would have happened, and gives what the access log says of it: of each, since whoever
+    /// audits wants all of them.
+    fn note(&self, decision: &Decision<'_>) -> Option<Box<Noted>> {
+        let telemetry = &self.shared.telemetry;
+        if decision.audit.is_some() {
             telemetry.count(Counter::AccessAudited);
-            if let Some(left_out) = telemetry.sparingly("audit") {
-                let allowed = decision.verdict.is_ok();
-                tracing::info!(%rule, caller, path, port = self.port.port, allowed, left_out, "a call is audited");
-            }
         }
-        let Some(would) = &decision.dry_run else { return };
-        telemetry.count(if would.is_ok() { Counter::DryRunAllowed } else { Counter::DryRunDenied });
-        if would.is_ok() == decision.verdict.is_ok() {
-            return;
+        if let Some(would) = &decision.dry_run {
+            telemetry.count(if would.is_ok() { Counter::DryRunAllowed } else { Counter::DryRunDenied });
         }
-        if let Some(left_out) = telemetry.sparingly("dry run") {
-            let port = self.port.port;
-            match would {
-                Ok(()) => tracing::info!(caller, path, port, left_out, "dry run: this call would be allowed"),
-                Err(why) => tracing::info!(%why, caller, path, port, left_out, "dry run: this call would be denied"),
-            }
+        let differs = decision.dry_run.as_ref().filter(|would| would.is_ok() != decision.verdict.is_ok());
+        if decision.audit.is_none() && differs.is_none() {
+            return None;
         }
+        let dry_run = differs.map(|would| match would {
+            Ok(()) => "allowed".into(),
+            Err(why) => why.to_string().into(),
+        });
+        Some(Box::new(Noted { audit: decision.audit.cloned(), dry_run }))
+    }
+
+    /// The line of a connection of which something is noted, as it begins.
+    fn log(&self, noted: &Noted, caller: &Caller, verdict: Result<(), &Denied>) {
+        let app = self.port.app.load_full();
+        let detail = verdict.err().map(ToString::to_string).unwrap_or_default();
+        self.shared.telemetry.access_log().write(&AccessEntry {
+            start: SystemTime::now(),
+            reporter: Reporter::Destination,
+            method: "",
+            path: "",
+            authority: "",
+            protocol: "TCP",
+            status: 0,
+            grpc_status: None,
+            flags: if verdict.is_ok() { Flags::NONE } else { Flags::DENIED },
+            detail: &detail,
+            duration: Duration::ZERO,
+            upstream_duration: None,
+            request_bytes: 0,
+            response_bytes: 0,
+            upstream: app.socket_address(),
+            downstream: Some(caller.peer),
+            destination: &self.port.name,
+            source_identity: caller.id.as_ref().map_or("", |id| id.as_str()),
+            destination_identity: "",
+            request_id: "",
+            attempts: 1,
+            audit: noted.audit.as_deref().unwrap_or_default(),
+            dry_run: noted.dry_run.as_deref().unwrap_or_default(),
+        });
     }
 
     /// Counts and tells a connection that may not pass.

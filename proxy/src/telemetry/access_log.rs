@@ -1,4 +1,5 @@
-//! The access log: one line a request (or opaque connection), failures only unless more is asked for.
+//! The access log: one line a request, of failures and what policies audit only unless more is asked for. An opaque
+//! connection has one where a policy notes something of it.
 //!
 //! The line is made by whoever writes it and handed to a thread of its own through a bounded queue: a slow disk or a
 //! stopped terminal costs lines, which are counted, and never a request's time. What a stranger sent is escaped, so
@@ -110,6 +111,10 @@ pub struct AccessEntry<'a> {
     pub request_id: &'a str,
     /// Attempts made; 1 unless retried.
     pub attempts: u32,
+    /// The rule that audits it; empty where none does.
+    pub audit: &'a str,
+    /// What would have become of it if policies that run dry were obeyed; empty where it is the same.
+    pub dry_run: &'a str,
 }
 
 /// Hands lines to the writer's thread.
@@ -255,6 +260,8 @@ fn write_text(line: &mut String, e: &AccessEntry<'_>) -> fmt::Result {
         ("source_identity", e.source_identity),
         ("destination_identity", e.destination_identity),
         ("request_id", e.request_id),
+        ("audit", e.audit),
+        ("dry_run", e.dry_run),
     ];
     for (name, value) in texts.into_iter().filter(|(_, value)| !value.is_empty()) {
         write!(line, " {name}=\"{}\"", Escaped(value))?;
@@ -271,6 +278,7 @@ fn write_text(line: &mut String, e: &AccessEntry<'_>) -> fmt::Result {
 
 fn json_line(e: &AccessEntry<'_>) -> String {
     let cut = |text: &str| -> String { text.chars().take(MAX_TEXT).collect() };
+    let said = |text: &str| Some(cut(text)).filter(|text| !text.is_empty());
     let millis = |d: Duration| d.as_micros() as f64 / 1000.0;
     let detail = if e.detail.is_empty() { e.flags.words().to_string() } else { cut(e.detail) };
     let object = serde_json::json!({
@@ -295,6 +303,8 @@ fn json_line(e: &AccessEntry<'_>) -> String {
         "destination_identity": cut(e.destination_identity),
         "request_id": cut(e.request_id),
         "attempts": e.attempts,
+        "audit": said(e.audit),
+        "dry_run": said(e.dry_run),
     });
     // serde_json escapes control characters; what is beyond ASCII stays.
     format!("{object}\n")

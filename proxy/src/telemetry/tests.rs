@@ -222,6 +222,8 @@ fn entry() -> AccessEntry<'static> {
         destination_identity: "spiffe://cluster.local/ns/default/sa/cart",
         request_id: "6c8d4a3e-6b0d-4a8e-9d6c-0f2b7a1c5e90",
         attempts: 2,
+        audit: "",
+        dry_run: "",
     }
 }
 
@@ -249,6 +251,8 @@ fn an_access_log_line_reads_well() {
         detail: "connection reset by peer",
         request_id: "",
         attempts: 1,
+        audit: "default/watched#0",
+        dry_run: "rbac_access_denied_matched_policy[default/soon#0]",
         ..entry()
     };
     insta::assert_snapshot!(logged(AccessLogFormat::Text, &[entry(), opaque]));

@@ -178,20 +178,44 @@ async fn who_asks_for_what_is_decided_by_policies_and_no_spelling_of_a_path_open
     })
     .await;
     assert!(web.counter("sheetbend_authorization_dry_run_total", &["result=\"denied\""]).await >= 1.0);
-    assert!(web.counter("sheetbend_authorization_audited_total", &[]).await >= 1.0);
+    let would = "\"GET /public/old HTTP/2\" 200 - ";
+    let why = "dry_run=\"rbac_access_denied_matched_policy[default/soon#0]\"";
+    eventually("the log says what would have been", START, || async { (lines(&web, would, why) == 1).then_some(()) })
+        .await;
+
+    // Each of them, however many there are in a second, and whatever became of them.
+    for (path, status) in [("/b", 200), ("/b", 200), ("/b", 200), ("/admin", 403)] {
+        let answer = asked(&shop, "DELETE", path, &[]).await;
+        assert_eq!(answer.status, status);
+        assert!(!format!("{:?}{}", answer.headers, answer.text()).contains("watched"), "{answer:?}");
+    }
+    for (line, times) in [("\"DELETE /b HTTP/2\" 200 - ", 3), ("\"DELETE /admin HTTP/2\" 403 UAEX ", 1)] {
+        eventually(&format!("{line} is logged {times} times"), START, || async {
+            (lines(&web, line, "audit=\"default/watched#0\"") == times).then_some(())
+        })
+        .await;
+    }
+    assert_eq!(web.counter("sheetbend_authorization_audited_total", &[]).await, 5.0);
+    assert_eq!(lines(&web, "\"GET ", "audit="), 0);
+}
+
+/// Lines of a sidecar's log that have both of these.
+fn lines(sidecar: &Sidecar, one: &str, other: &str) -> usize {
+    sidecar.process.stderr().lines().filter(|line| line.contains(one) && line.contains(other)).count()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_policy_lets_one_callers_connections_pass_and_resets_anothers() {
     let only_shop = "  rules: [{from: [{source: {principals: [cluster.local/ns/default/sa/shop]}}]}]\n";
-    let mesh = Mesh::with_resources(&authorization("callers", "db", only_shop), &[]);
+    let watched = authorization("watched", "db", "  action: AUDIT\n  rules: [{}]\n");
+    let mesh = Mesh::with_resources(&format!("{}{watched}", authorization("callers", "db", only_shop)), &[]);
     let app = sheetbend_tests::Scripted::start(|mut line| async move {
         if line.hear("select 1\n").await.is_some() {
             line.say("hello\n").await;
         }
     })
     .await;
-    let _db = mesh.run("db").port(app.port()).serve();
+    let db = mesh.run("db").port(app.port()).serve();
     let target = format!("db:{}", app.port());
     let caller = |name: &'static str| {
         let local = free_port();
@@ -208,6 +232,12 @@ async fn a_policy_lets_one_callers_connections_pass_and_resets_anothers() {
     let said = sheetbend_tests::dialogue(kept_out, "select 1\n", "hello\n").await;
     assert!(said.is_err(), "{said:?}");
     assert_eq!(app.heard(), heard, "the app hears nothing of it");
+    for line in ["\"TCP\" 0 - ", "\"TCP\" 0 UAEX "] {
+        eventually("the log has what is audited", START, || async {
+            (lines(&db, line, "audit=\"default/watched#0\"") >= 1).then_some(())
+        })
+        .await;
+    }
 }
 
 /// Signs tokens of one issuer.
