@@ -259,6 +259,7 @@ impl Error {
         match self {
             Self::Denied(why) => format!("{self}: {why}"),
             Self::Token(why) => format!("{self}: {why}"),
+            Self::RateLimited { by, .. } => format!("{self}: {by}"),
             other => other.to_string(),
         }
     }
@@ -299,8 +300,8 @@ impl Error {
         response
     }
 
-    /// When to come again: in whole seconds, so that whoever waits for them does not wait in vain. The bucket is named as
-    /// draft-ietf-httpapi-ratelimit-headers does.
+    /// When to come again: in whole seconds, so that whoever waits for them does not wait in vain. Also as
+    /// draft-ietf-httpapi-ratelimit-headers says it, which wants a name for the limit; which of them it was is for the log.
     fn say_when(&self, headers: &mut http::HeaderMap) {
         let seconds = match self {
             Self::RateLimited { after, .. } | Self::CircuitOpen(_, after) => {
@@ -310,8 +311,8 @@ impl Error {
             _ => return,
         };
         headers.insert(http::header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
-        if let Self::RateLimited { by, .. } = self
-            && let Ok(value) = HeaderValue::try_from(format!("\"{by}\";r=0;t={}", seconds.max(1)))
+        if matches!(self, Self::RateLimited { .. })
+            && let Ok(value) = HeaderValue::try_from(format!("\"limit\";r=0;t={}", seconds.max(1)))
         {
             headers.insert("ratelimit", value);
         }
@@ -383,7 +384,7 @@ impl fmt::Display for Error {
                 write!(f, "{target} is not in the mesh, and outboundPolicy Deny allows nothing else")
             }
             Self::NoEndpoint(cluster) => write!(f, "{cluster} has no endpoint"),
-            Self::RateLimited { by, .. } => write!(f, "the rate limit {by} is reached"),
+            Self::RateLimited { .. } => f.write_str("the rate limit is reached"),
             Self::Shed(Shed::Full) => f.write_str("the app has as many requests as it may have at once"),
             Self::Shed(Shed::Waited) => f.write_str("no room at the app came free in time"),
             Self::Shed(Shed::Late) => f.write_str("the deadline passed before there was room at the app"),

@@ -112,7 +112,7 @@ impl Name {
             return;
         }
         let found = match timeout(FIRST, resolve(&servers, &self.host)).await {
-            Ok(Ok((addresses, until))) => Ok((outside(addresses, &self.host, &discovery).await, until)),
+            Ok(Ok((addresses, until))) => Ok((outside(addresses, &self.host, &discovery, &telemetry).await, until)),
             Ok(Err(error)) => Err(error),
             Err(_) => Err(format!("no answer within {} s", FIRST.as_secs())),
         };
@@ -231,16 +231,24 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// Those that are not the mesh's: what is meshed is never called in plain, by whatever name.
-async fn outside(addresses: Vec<SocketAddr>, host: &Target, discovery: &Discovery) -> Vec<SocketAddr> {
-    let mut outside = Vec::new();
+async fn outside(
+    addresses: Vec<SocketAddr>,
+    host: &Target,
+    discovery: &Discovery,
+    telemetry: &Telemetry,
+) -> Vec<SocketAddr> {
+    let (mut outside, mut inside) = (Vec::new(), Vec::new());
     for address in addresses.into_iter().take(MOST_ADDRESSES) {
         let target = Target::from(address);
         let of_mesh = discovery.snapshot().claims(&target)
             && !matches!(discovery.resolve(&target).await, Ok(Resolution::NotMesh));
-        match of_mesh {
-            true => tracing::warn!(%host, %address, "a name leads into the mesh, where nothing is called in plain"),
-            false => outside.push(address),
-        }
+        if of_mesh { &mut inside } else { &mut outside }.push(address);
+    }
+    if let Some(first) = inside.first()
+        && let Some(left_out) = telemetry.sparingly("a name leads into the mesh")
+    {
+        let addresses = inside.len();
+        tracing::warn!(%host, %first, addresses, left_out, "a name leads into the mesh, where nothing is called in plain");
     }
     outside
 }

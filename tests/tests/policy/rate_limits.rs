@@ -61,7 +61,13 @@ async fn who_asks_too_often_is_told_how_long_to_wait_and_passes_then() {
     let (_, refused) = until_limited(&caller, &[]).await;
     let seconds: u64 = refused.headers["retry-after"].to_str().expect("text").parse().expect("seconds");
     assert!((1..=3).contains(&seconds), "{seconds}");
-    assert_eq!(refused.headers["ratelimit"], format!("\"default/web#0\";r=0;t={seconds}"));
+    assert_eq!(refused.headers["ratelimit"], format!("\"limit\";r=0;t={seconds}"));
+    // Which limit it was is the operator's to know.
+    assert!(!format!("{:?}{}", refused.headers, refused.text()).contains("default/web"), "{refused:?}");
+    eventually("the log names the limit", START, || async {
+        web.process.stderr().contains("\"the rate limit is reached: default/web#0\"").then_some(())
+    })
+    .await;
     assert!(refused.headers["proxy-status"].to_str().is_ok_and(|why| why.contains("error=http_request_denied")));
     tokio::time::sleep(Duration::from_secs(seconds)).await;
     assert_eq!(ask(&caller, &[]).await.status, 200);
