@@ -63,7 +63,8 @@ async fn connect(to: SocketAddr) -> io::Result<Client> {
 fn config(bench: &Bench<'_>) -> io::Result<Config> {
     let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let token = std::fs::read_to_string(bench.mesh.token("late", bench.scratch)?)?;
-    let port = |port| AppPort { port, protocol: AppProtocol::Detect, mesh_tls: false, listen: Some(loopback) };
+    let port =
+        |port| AppPort { port, local: port, protocol: AppProtocol::Detect, mesh_tls: false, listen: Some(loopback) };
     Ok(Config {
         control_plane: bench.mesh.url.clone(),
         proof: Proof::Join(token.trim().parse().map_err(io::Error::other)?),

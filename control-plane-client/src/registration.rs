@@ -41,7 +41,7 @@ pub const MAX_ADDRESSES: usize = 16;
 /// One port of the service, and the proxy's port that takes its traffic in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RegisteredPort {
-    /// The service's port, which is also the app's.
+    /// The service's port.
     pub port: u16,
     /// The port on which the proxy takes in what is meant for it.
     pub inbound: u16,

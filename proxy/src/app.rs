@@ -81,8 +81,10 @@ pub struct Config {
 /// A port of the app.
 #[derive(Clone, Copy, Debug)]
 pub struct AppPort {
-    /// The service's port, which is also the app's.
+    /// The service's port.
     pub port: u16,
+    /// The app's own, which is the same unless somebody says otherwise.
+    pub local: u16,
     /// What it speaks.
     pub protocol: AppProtocol,
     /// TLS that comes in is the mesh's even where the peer is not ours. Strict takes it for that anyway.
@@ -288,7 +290,7 @@ impl Proxy {
         for (listener, port) in ports {
             let served = match listener {
                 Some(listener) => {
-                    let app = ArcSwap::new(Port::app_at(SocketAddr::from((Ipv4Addr::LOCALHOST, port.port))));
+                    let app = ArcSwap::new(Port::app_at(SocketAddr::from((Ipv4Addr::LOCALHOST, port.local))));
                     let name = format!("{service}:{}", port.port).into();
                     let AppPort { port, protocol, mesh_tls, .. } = port;
                     let app = Arc::new(Port { port, protocol, mesh_tls, name, app });

@@ -167,6 +167,7 @@ fn run(args: Args) -> Result<(), Failure> {
             .iter()
             .map(|port| AppPort {
                 port: *port,
+                local: *port,
                 protocol: AppProtocol::Detect,
                 mesh_tls: false,
                 listen: app.map(|_| args.inbound),

@@ -54,10 +54,11 @@ pub(crate) struct Args {
     #[arg(long, value_name = "NAME")]
     service: String,
 
-    /// A port on which the program serves; registered when it first accepts. `8000/tcp` says what it speaks (http,
-    /// http2, grpc, tcp, tls), otherwise that is detected. `8000,tls=mesh` takes mutual TLS from peers that are no sidecar
-    /// too, as --strict does. May be repeated
-    #[arg(long, value_name = "PORT")]
+    /// A port on which the program serves; registered when it first accepts. `8001:8000` serves port 8000 of the service
+    /// on port 8001 of the program, so that several instances of a service share a machine. `8000/tcp` says what it speaks
+    /// (http, http2, grpc, tcp, tls), otherwise that is detected. `8000,tls=mesh` takes mutual TLS from peers that are no
+    /// sidecar too, as --strict does. May be repeated
+    #[arg(long, value_name = "PORT[:SERVICEPORT]")]
     port: Vec<String>,
 
     /// A local port that leads to a service, for clients that know nothing of proxies: `5432:postgres`, or

@@ -64,6 +64,9 @@ impl std::fmt::Display for ControlPlane {
 /// A port that the program listens on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct AppPort {
+    /// The program's.
+    pub(super) local: u16,
+    /// The service's, by which others call it.
     pub(super) port: u16,
     pub(super) protocol: AppProtocol,
     pub(super) mesh_tls: bool,
@@ -168,15 +171,16 @@ fn parse_all<T>(
 /// A port of this machine can stand for one thing only.
 fn twice(ports: &[AppPort], upstreams: &[Upstream], note: &mut impl FnMut(String)) {
     for (at, port) in ports.iter().enumerate() {
+        // Two ports of the service may lead to the same of the program's.
         if ports.iter().take(at).any(|other| other.port == port.port) {
-            note(format!("--port {}: given twice", port.port));
+            note(format!("--port: port {} of the service is given twice", port.port));
         }
     }
     for (at, upstream) in upstreams.iter().enumerate() {
         if upstreams.iter().take(at).any(|other| other.local == upstream.local) {
             note(format!("--upstream: local port {} is given to two services", upstream.local));
         }
-        if ports.iter().any(|port| port.port == upstream.local) {
+        if ports.iter().any(|port| port.local == upstream.local) {
             note(format!("--upstream: local port {} is the program's own (--port)", upstream.local));
         }
     }
@@ -237,8 +241,8 @@ pub(crate) fn dns_label(text: &str) -> Result<(), String> {
     }
 }
 
-/// `8000`, or `8000/tcp` where the operator knows what is spoken; `8000,tls=mesh` where TLS that comes in is the mesh's,
-/// whoever the peer is.
+/// `8000`, or `8001:8000` where the program's own port is not the service's; `8000/tcp` where the operator knows what is
+/// spoken; `8000,tls=mesh` where TLS that comes in is the mesh's, whoever the peer is.
 pub(super) fn app_port(text: &str) -> Result<AppPort, String> {
     let (text, mesh_tls) = match text.split_once(',') {
         None => (text, false),
@@ -258,7 +262,8 @@ pub(super) fn app_port(text: &str) -> Result<AppPort, String> {
     if mesh_tls && protocol == AppProtocol::Tls {
         return Err("`tls` is the app's own TLS, and tls=mesh is not".to_string());
     }
-    Ok(AppPort { port: port_number(port)?, protocol, mesh_tls })
+    let (local, port) = port.split_once(':').unwrap_or((port, port));
+    Ok(AppPort { local: port_number(local)?, port: port_number(port)?, protocol, mesh_tls })
 }
 
 /// `LOCALPORT:SERVICE[:PORT]`.
@@ -324,15 +329,32 @@ mod tests {
 
     #[test]
     fn a_port_may_say_what_it_speaks() {
-        assert_eq!(app_port("8000"), Ok(AppPort { port: 8000, protocol: AppProtocol::Detect, mesh_tls: false }));
-        assert_eq!(
-            app_port("5432/tcp,tls=mesh"),
-            Ok(AppPort { port: 5432, protocol: AppProtocol::Tcp, mesh_tls: true })
-        );
+        let same = |port, protocol, mesh_tls| Ok(AppPort { local: port, port, protocol, mesh_tls });
+        assert_eq!(app_port("8000"), same(8000, AppProtocol::Detect, false));
+        assert_eq!(app_port("5432/tcp,tls=mesh"), same(5432, AppProtocol::Tcp, true));
         assert!(app_port("8000,tls=app").is_err() && app_port("8000/tls,tls=mesh").is_err());
-        for bad in ["", "0", "65536", "8000/udp", "8000:80"] {
+        for bad in ["", "0", "65536", "8000/udp"] {
             assert!(app_port(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_port_of_the_program_may_stand_for_another_of_the_service() {
+        let mapped = AppPort { local: 8001, port: 80, protocol: AppProtocol::Http, mesh_tls: false };
+        assert_eq!(app_port("8001:80/http"), Ok(mapped));
+        for bad in [":80", "8001:", "8001:0", "8001:80:80", "8001/http:80"] {
+            assert!(app_port(bad).is_err(), "{bad}");
+        }
+        let told = |ports: &[&str], upstreams: &[&str]| {
+            let ports: Vec<_> = ports.iter().map(|text| app_port(text).unwrap()).collect();
+            let upstreams: Vec<_> = upstreams.iter().map(|text| upstream(text).unwrap()).collect();
+            let mut notes = Vec::new();
+            twice(&ports, &upstreams, &mut |note| notes.push(note));
+            notes
+        };
+        assert_eq!(told(&["8001:80", "8001:81", "81:82"], &["80:web", "82:web"]), Vec::<String>::new());
+        assert_eq!(told(&["8001:80", "8002:80"], &[]), ["--port: port 80 of the service is given twice"]);
+        assert_eq!(told(&["8001:80"], &["8001:web"]).len(), 1);
     }
 
     #[test]

@@ -101,6 +101,7 @@ fn config(plan: &Plan, token: JoinToken, control_plane: String, advertise: IpAdd
     };
     let ports = plan.ports.iter().map(|port| app::AppPort {
         port: port.port,
+        local: port.local,
         protocol: port.protocol,
         mesh_tls: port.mesh_tls,
         listen: Some(inbound),

@@ -18,8 +18,8 @@ use crate::Failure;
 pub(super) async fn supervise(plan: Plan) -> Result<ExitCode, Failure> {
     let listened = signals::listen().map_err(|why| Failure::new(format!("cannot listen for signals: {why}")))?;
     let mut signals = listened;
-    for port in plan.ports.iter().filter(|port| listening::taken(port.port)) {
-        say(&format!("port {} is served already, before the program starts; callers will reach that", port.port));
+    for port in plan.ports.iter().filter(|port| listening::taken(port.local)) {
+        say(&format!("port {} is served already, before the program starts; callers will reach that", port.local));
     }
     let sidecar = tokio::select! {
         sidecar = Sidecar::start(&plan) => sidecar?,
@@ -63,7 +63,7 @@ pub(super) async fn supervise(plan: Plan) -> Result<ExitCode, Failure> {
                 }
             }
             Some((port, listeners)) = opening.next(), if !stopping => {
-                if let Some(warning) = listening::warning(port.port, &listeners) {
+                if let Some(warning) = listening::warning(port.local, &listeners) {
                     say(&warning);
                 }
                 if let Some(app) = listening::call_at(&listeners) {
@@ -81,7 +81,7 @@ pub(super) async fn supervise(plan: Plan) -> Result<ExitCode, Failure> {
 }
 
 async fn first_accept(port: AppPort) -> (AppPort, Vec<SocketAddr>) {
-    (port, listening::accepts(port.port).await)
+    (port, listening::accepts(port.local).await)
 }
 
 /// Waits for a signal that ends.

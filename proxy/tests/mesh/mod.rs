@@ -48,6 +48,7 @@ impl Mesh {
     pub(crate) async fn sidecar(&self, service: &str, app: Option<SocketAddr>) -> Proxy {
         let port = app.map(|app| AppPort {
             port: app.port(),
+            local: app.port(),
             protocol: AppProtocol::Detect,
             mesh_tls: false,
             listen: Some(LOOPBACK),
