@@ -178,7 +178,7 @@ pub enum AppProtocol {
     /// Nobody said; the first bytes decide.
     #[default]
     Detect,
-    /// HTTP/1.1 (an upgrade to HTTP/2 by prior knowledge is still seen).
+    /// HTTP/1.1. Callers may speak HTTP/2: the app gets HTTP/1.1, but for gRPC.
     Http,
     /// HTTP/2 with prior knowledge.
     Http2,
@@ -188,6 +188,22 @@ pub enum AppProtocol {
     Tcp,
     /// The app's own TLS: bytes nobody looks into.
     Tls,
+}
+
+impl FromStr for AppProtocol {
+    type Err = String;
+
+    /// As an operator says it of a port: `8000/http`.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "http" => Ok(Self::Http),
+            "http2" => Ok(Self::Http2),
+            "grpc" => Ok(Self::Grpc),
+            "tcp" => Ok(Self::Tcp),
+            "tls" => Ok(Self::Tls),
+            other => Err(format!("`{other}` is none of http, http2, grpc, tcp, tls")),
+        }
+    }
 }
 
 /// What a target stands for.

@@ -200,6 +200,9 @@ impl Way<'_> {
                 lease.expired();
             }
             _ if lease.endpoint.is_ours() && head.headers.get(UNSENT) == Some(&headers::SHED) => lease.shed(),
+            _ if lease.endpoint.is_ours() && head.headers.get(UNSENT) == Some(&headers::NOT_HTTP2) => {
+                lease.misunderstood();
+            }
             status => {
                 let ended = head.extensions.get::<Ended>().is_some() || body.is_end_stream();
                 let trailers = headers::is_grpc(&head.headers) && !ended;
@@ -252,6 +255,10 @@ impl Way<'_> {
         *sent = true;
         match sender.send(request).await {
             Ok(answer) => Ok((answer, checkout.holding(sender))),
+            Err(_) if sender.wire() == Wire::Http2 && endpoint.never_spoke_http2() => {
+                lease.misunderstood();
+                Err(Error::NotHttp2(endpoint.place.clone()))
+            }
             Err(SendError { source, processed }) => {
                 match outgoing.passed.as_ref().is_some_and(|passed| passed.broke()) {
                     true => lease.hung_up(),
@@ -358,6 +365,10 @@ fn failure(result: &Result<Response<ResponseBody>, Error>, policy: &Retry, from_
         }
     };
     if let Some(unsent) = answer.headers().get(UNSENT).filter(|_| from_peer) {
+        if *unsent == headers::NOT_HTTP2 {
+            // Nor would another endpoint of it.
+            return None;
+        }
         let shed = *unsent == headers::SHED;
         return Some(Failure::Unprocessed(if shed { Counter::RetriedShed } else { Counter::RetriedPeerConnect }));
     }

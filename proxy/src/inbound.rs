@@ -317,7 +317,9 @@ impl Inbound {
         };
         let app = self.port.app.load_full();
         exchange.attempt(&app);
-        let wire = if sent == Version::HTTP_2 { Wire::Http2 } else { Wire::Http1 };
+        // As it was sent, unless the app is said to know no other; gRPC has no other form.
+        let http1 = self.port.protocol == AppProtocol::Http && !headers::is_grpc(&outgoing.head.headers);
+        let wire = if sent == Version::HTTP_2 && !http1 { Wire::Http2 } else { Wire::Http1 };
         // The app's own servers ignore identities: there is none to show, and no TLS to it.
         let shared = &self.shared;
         let identity: &IdentityStore = &shared.identity;

@@ -37,9 +37,10 @@ struct Args {
     #[arg(long, value_name = "IP,…", value_delimiter = ',', default_value = "127.0.0.1")]
     advertise: Vec<IpAddr>,
 
-    /// A port of the app. Registered at once: whoever starts this proxy knows that the app is there. May be repeated
-    #[arg(long, value_name = "PORT")]
-    port: Vec<u16>,
+    /// A port of the app, and what it speaks if that is known (http, http2, grpc, tcp, tls). Registered at once: whoever
+    /// starts this proxy knows that the app is there. May be repeated
+    #[arg(long, value_name = "PORT[/PROTOCOL]", value_parser = app_port)]
+    port: Vec<(u16, AppProtocol)>,
 
     /// Where connections of the app that were redirected come in. May be repeated
     #[arg(long, value_name = "ADDRESS", default_values = ["127.0.0.1:15101", "[::1]:15101"])]
@@ -119,6 +120,12 @@ fn upstream(text: &str) -> Result<(SocketAddr, Target), String> {
     Ok((SocketAddr::from((Ipv4Addr::LOCALHOST, local)), target))
 }
 
+fn app_port(text: &str) -> Result<(u16, AppProtocol), String> {
+    let (port, protocol) = text.split_once('/').map_or((text, None), |(port, protocol)| (port, Some(protocol)));
+    let port = port.parse().map_err(|_| format!("`{port}` is not a port"))?;
+    Ok((port, protocol.map_or(Ok(AppProtocol::Detect), str::parse)?))
+}
+
 fn main() -> ExitCode {
     sheetbend_proxy::listen::make_room_for_descriptors();
     // Huge pages make buffers resident that idle connections never used: 20 KiB a connection instead of 12, 25 MiB for an
@@ -147,6 +154,7 @@ fn run(args: Args) -> Result<(), Failure> {
         return Err((2, format!("--app needs one --port, here are {}: --inbound leads to that one", args.port.len())));
     }
     let app = args.app;
+    let ports = args.port.iter().map(|(port, _)| *port).collect();
     let Some(&advertise) = args.advertise.first() else { return Err((2, "--advertise: name an address".into())) };
     let standing = Standing { weight: args.weight, priority: args.priority, zone: args.zone.into() };
     standing.check().map_err(|why| (2, format!("--{why}")))?;
@@ -165,10 +173,10 @@ fn run(args: Args) -> Result<(), Failure> {
         ports: args
             .port
             .iter()
-            .map(|port| AppPort {
+            .map(|(port, protocol)| AppPort {
                 port: *port,
                 local: *port,
-                protocol: AppProtocol::Detect,
+                protocol: *protocol,
                 mesh_tls: false,
                 listen: app.map(|_| args.inbound),
             })
@@ -185,7 +193,7 @@ fn run(args: Args) -> Result<(), Failure> {
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|why| (1, format!("cannot start: {why}")))?;
-    runtime.block_on(serve(config, args.port, app.unwrap_or(Ipv4Addr::LOCALHOST.into())))
+    runtime.block_on(serve(config, ports, app.unwrap_or(Ipv4Addr::LOCALHOST.into())))
 }
 
 async fn serve(config: Config, ports: Vec<u16>, app: IpAddr) -> Result<(), Failure> {

@@ -250,15 +250,7 @@ pub(super) fn app_port(text: &str) -> Result<AppPort, String> {
         Some((_, other)) => return Err(format!("`{other}` is not tls=mesh")),
     };
     let (port, protocol) = text.split_once('/').map_or((text, None), |(port, protocol)| (port, Some(protocol)));
-    let protocol = match protocol {
-        None => AppProtocol::Detect,
-        Some("http") => AppProtocol::Http,
-        Some("http2") => AppProtocol::Http2,
-        Some("grpc") => AppProtocol::Grpc,
-        Some("tcp") => AppProtocol::Tcp,
-        Some("tls") => AppProtocol::Tls,
-        Some(other) => return Err(format!("`{other}` is none of http, http2, grpc, tcp, tls")),
-    };
+    let protocol = protocol.map_or(Ok(AppProtocol::Detect), str::parse)?;
     if mesh_tls && protocol == AppProtocol::Tls {
         return Err("`tls` is the app's own TLS, and tls=mesh is not".to_string());
     }

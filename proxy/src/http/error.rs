@@ -88,6 +88,8 @@ pub enum Error {
         /// What is known of the request's fate.
         processed: Processed,
     },
+    /// It was asked in HTTP/2, and has never spoken it.
+    NotHttp2(Place),
     /// The request's deadline has passed; who set it.
     Deadline(SetBy),
     /// One attempt had no answer within the time that the route gives an attempt.
@@ -165,6 +167,7 @@ impl Error {
             | Self::Deadline(_)
             | Self::Idle(_)
             | Self::Stalled(_)
+            | Self::NotHttp2(_)
             | Self::Denied(_)
             | Self::Token(_)
             | Self::Loop(_)
@@ -195,6 +198,7 @@ impl Error {
             Self::Broken { source, .. } if h2_reason(source).is_some() => {
                 (StatusCode::BAD_GATEWAY, "connection_terminated", Flags::UPSTREAM_RESET)
             }
+            Self::NotHttp2(_) => (StatusCode::BAD_GATEWAY, "http_protocol_error", Flags::UPSTREAM_PROTOCOL_ERROR),
             Self::Broken { source, .. } if source.is_parse() => {
                 (StatusCode::BAD_GATEWAY, "http_protocol_error", Flags::UPSTREAM_PROTOCOL_ERROR)
             }
@@ -247,6 +251,7 @@ impl Error {
             Self::NoIdentity => Some(Counter::RefusedNoIdentity),
             Self::Connect { source, .. } => source.counter(),
             Self::Deadline(set_by) => Some(set_by.counter()),
+            Self::NotHttp2(_) => Some(Counter::RejectedNotHttp2),
             Self::Idle(_) => Some(Counter::TimeoutStreamIdle),
             Self::Stalled(_) => Some(Counter::StalledRequest),
             // Each attempt has counted for itself.
@@ -287,6 +292,9 @@ impl Error {
         if to_peer && matches!(self.processed(), Processed::No(_)) {
             let shed = matches!(self, Self::Shed(_));
             headers.insert(UNSENT, if shed { headers::SHED } else { HeaderValue::from_static("?1") });
+        }
+        if to_peer && matches!(self, Self::NotHttp2(_)) {
+            headers.insert(UNSENT, headers::NOT_HTTP2);
         }
         self.say_when(headers);
         if matches!(self, Self::Token(_)) {
@@ -394,6 +402,11 @@ impl fmt::Display for Error {
             Self::Broken { endpoint, source, .. } => {
                 write!(f, "the connection to {endpoint} broke before an answer: {}", Causes(source))
             }
+            Self::NotHttp2(at) => write!(
+                f,
+                "the request is HTTP/2, and {at} does not speak it: call it in HTTP/1.1, or give its port as --port PORT/http, so \
+                 that it gets HTTP/1.1 (gRPC needs HTTP/2)"
+            ),
             Self::Deadline(set_by) => write!(f, "{set_by} has passed"),
             Self::TooSlow { endpoint, within, .. } => {
                 write!(f, "no answer of {endpoint} within {within:?} (timeouts.backendRequest)")

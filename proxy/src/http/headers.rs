@@ -17,6 +17,8 @@ pub const SENT_VERSION: HeaderName = HeaderName::from_static("sheetbend-version"
 pub const UNSENT: HeaderName = HeaderName::from_static("sheetbend-unsent");
 /// Its value where the app was not asked because it has enough to do: it is well, and no fault of its is to be counted.
 pub(crate) const SHED: HeaderValue = HeaderValue::from_static("?1;shed");
+/// Its value where the app was asked in HTTP/2 and speaks HTTP/1.1 alone, so that no other would fare better.
+pub(crate) const NOT_HTTP2: HeaderValue = HeaderValue::from_static("?0;not-http2");
 /// On a request: so many attempts were made before this one. Believed only from a mesh peer.
 pub const ATTEMPTS: HeaderName = HeaderName::from_static("sheetbend-attempts-before");
 /// On a response: what followed from the request was tried again already, in vain. Believed only from a mesh peer.

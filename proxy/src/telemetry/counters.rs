@@ -104,6 +104,7 @@ metrics_of_the_process! {
     RejectedNoEndpoint "sheetbend_rejected_requests_total" { reason: "no_endpoint" } "Requests this proxy answered itself, by why.";
     RejectedNoDiscovery "sheetbend_rejected_requests_total" { reason: "no_discovery" } "Requests this proxy answered itself, by why.";
 
+    RejectedNotHttp2 "sheetbend_rejected_requests_total" { reason: "not_http2" } "Requests this proxy answered itself, by why.";
     RejectedNoRule "sheetbend_rejected_requests_total" { reason: "no_rule" } "Requests this proxy answered itself, by why.";
     Redirected "sheetbend_redirects_total" {} "Requests answered with where to go instead.";
 

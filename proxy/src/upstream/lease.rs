@@ -129,6 +129,11 @@ impl Lease {
         }
     }
 
+    /// It was asked in HTTP/2, of which it knows nothing: whoever set that up is to blame, and every other is like it.
+    pub(crate) fn misunderstood(&mut self) {
+        self.report(Outcome::Unknown);
+    }
+
     /// The caller went away in the middle of its request.
     pub(crate) fn hung_up(&mut self) {
         self.report(Outcome::Unknown);

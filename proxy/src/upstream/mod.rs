@@ -9,6 +9,7 @@
 
 mod bounds;
 mod dial;
+mod first_word;
 pub(crate) mod health;
 mod lease;
 pub(crate) mod names;
@@ -86,6 +87,7 @@ pub struct EndpointState {
     epoch: Instant,
     /// Never given to another: the key of its connections.
     number: u64,
+    speaks_http2: first_word::SpeaksHttp2,
     edges: [OnceLock<Arc<Edge>>; 4],
 }
 
@@ -104,8 +106,14 @@ impl EndpointState {
             floor: None,
             epoch: Instant::now(),
             number,
+            speaks_http2: first_word::SpeaksHttp2::default(),
             edges: Default::default(),
         }
+    }
+
+    /// Whether it was asked in HTTP/2, and has never answered in it.
+    pub(crate) fn never_spoke_http2(&self) -> bool {
+        self.speaks_http2.never()
     }
 
     /// Its number among all that there ever were.

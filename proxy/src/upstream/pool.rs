@@ -12,6 +12,7 @@ use sheetbend_control_plane_client::model::Transport;
 use tokio::sync::watch;
 use tokio::time::MissedTickBehavior;
 
+use super::first_word::FirstWord;
 use super::sender::{Sender, Wire, connect_h2, until_over};
 use super::turn::{Turns, WAITS};
 use super::{Bounds, DialError, Dialed, EndpointState, Own, Permit, STREAMS, dial};
@@ -308,10 +309,14 @@ impl Pool {
         };
         let endpoint = Arc::clone(&checkout.endpoint);
         let dialed = dial(&endpoint, MeshAlpn::H2, identity, telemetry, &self.own).await?;
-        let dialed = Dialed { permit, ..dialed };
+        let mut dialed = Dialed { permit, ..dialed };
         self.lock().of(&endpoint).chose_http1 = !dialed.http2;
         if !dialed.http2 {
             return checkout.alone(dialed).await;
+        }
+        if endpoint.transport == Transport::Plain {
+            // Nobody has asked it whether it speaks HTTP/2.
+            dialed.io = Box::new(FirstWord::new(dialed.io, Arc::clone(&endpoint)));
         }
         let root = dialed.rest.as_ref().map(Rest::root);
         let (sender, allowed) = connect_h2(dialed, endpoint.is_ours()).await?;

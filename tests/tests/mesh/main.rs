@@ -19,6 +19,7 @@ mod readme;
 mod rotation;
 mod run_mesh;
 mod run_program;
+mod versions;
 mod wire;
 mod xds_envoy;
 mod xds_grpc;
