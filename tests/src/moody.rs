@@ -2,11 +2,11 @@
 
 use std::fmt::Write;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use http::{Request, Response, StatusCode};
+use http::{Method, Request, Response, StatusCode};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
@@ -41,6 +41,7 @@ pub struct Moody {
     /// Where it listens.
     pub address: SocketAddr,
     seen: Arc<AtomicU64>,
+    posts: Arc<Mutex<Vec<String>>>,
     mood: watch::Sender<Mood>,
     accepting: JoinHandle<()>,
 }
@@ -52,15 +53,19 @@ impl Moody {
         let address = listener.local_addr().expect("a bound socket has an address");
         let (mood, told) = watch::channel(Mood::Well);
         let seen = Arc::<AtomicU64>::default();
-        let count = Arc::clone(&seen);
+        let posts = Arc::<Mutex<Vec<String>>>::default();
+        let (count, paths) = (Arc::clone(&seen), Arc::clone(&posts));
         let accepting = tokio::spawn(async move {
             loop {
                 let Ok((stream, _)) = listener.accept().await else { continue };
                 let _ = stream.set_nodelay(true);
                 let Ok(socket) = SockRef::from(&stream).try_clone().map(Arc::new) else { continue };
-                let (told, count) = (told.clone(), Arc::clone(&count));
-                let service = service_fn(move |_: Request<Incoming>| {
+                let (told, count, paths) = (told.clone(), Arc::clone(&count), Arc::clone(&paths));
+                let service = service_fn(move |request: Request<Incoming>| {
                     count.fetch_add(1, Ordering::Relaxed);
+                    if request.method() == Method::POST {
+                        paths.lock().unwrap_or_else(PoisonError::into_inner).push(request.uri().path().into());
+                    }
                     answer(told.clone(), Arc::clone(&socket))
                 });
                 tokio::spawn(
@@ -68,7 +73,7 @@ impl Moody {
                 );
             }
         });
-        Self { address, seen, mood, accepting }
+        Self { address, seen, posts, mood, accepting }
     }
 
     /// So many of them.
@@ -88,6 +93,11 @@ impl Moody {
     /// Requests that it has seen.
     pub fn seen(&self) -> u64 {
         self.seen.load(Ordering::Relaxed)
+    }
+
+    /// The paths of all POSTs that it has seen.
+    pub fn posts(&self) -> Vec<String> {
+        self.posts.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// A service `web` of these endpoints, as an operator writes them down.

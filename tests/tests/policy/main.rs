@@ -5,6 +5,7 @@ mod balancing;
 mod breakers;
 mod bulkheads;
 mod check;
+mod come_back;
 mod connection_routes;
 mod egress;
 mod explain;
