@@ -243,7 +243,7 @@ mod tests {
             (ROUTE, "  rates: [{requests: 1, interval: 1s, forEach: Caller}]", "target the Service"),
             (ROUTE, "  concurrency: {maxRequests: 1, maxPending: 1}", "answered at once"),
             (ROUTE, "  concurrency: {maxRequests: 1, stallTimeout: 1s}", "target the Service"),
-            (SERVICE, "  concurrency: {maxRequests: 1, stallTimeout: soon}", "web.yaml:6:48"),
+            (SERVICE, "  concurrency: {maxRequests: 1, stallTimeout: soon}", "web.yaml:6:47: `soon`"),
             ("{kind: HTTPRoute, name: web}", "  concurrency: {maxRequests: 1}", "needs its group"),
         ];
         for (targets, rest, reason) in cases {
