@@ -2,18 +2,19 @@
 
 #[path = "../tests/mesh/mod.rs"]
 mod mesh;
+#[path = "small/snapshot.rs"]
+mod snapshot;
 
 use std::hint::black_box;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use criterion::measurement::WallTime;
 use criterion::{BatchSize, BenchmarkGroup, Criterion, criterion_group, criterion_main};
 use http::{Request, Version, request};
 use sheetbend_control_plane_client::discovery::Discovery;
 use sheetbend_control_plane_client::model::{
-    Backend, Cluster, ClusterName, ConsistentHash, Destination, Endpoint, LoadBalancer, Match, PathMatch, Resolution,
-    Rule, ServiceName, ServicePort, Simple, Target, Transport,
+    Backend, ConsistentHash, LoadBalancer, Match, PathMatch, Resolution, Rule, ServiceName, Simple, Target,
 };
 use sheetbend_proxy::detect::detect;
 use sheetbend_proxy::http::headers;
@@ -27,6 +28,10 @@ use sheetbend_proxy::traffic::outlier::{Detection, Floor, Vitals};
 use sheetbend_proxy::traffic::retry::Budget;
 
 use self::mesh::{Mesh, PATIENCE};
+
+/// As in the program.
+#[global_allocator]
+static GLOBAL: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn detection(c: &mut Criterion) {
     let http1 = b"GET /cart/items?page=2 HTTP/1.1\r\nHost: web:8000\r\nAccept: */*\r\n\r\n";
@@ -73,95 +78,6 @@ fn matching(c: &mut Criterion) {
         assert_eq!(index.find(&head).map(|found| found.rule), Some(997));
         group.bench_function(name, |b| b.iter(|| index.find(black_box(&head))));
     }
-}
-
-/// The promise: a new snapshot of a thousand services with ten endpoints each takes less than 50 ms, until the last route is
-/// made ready, and no request waits for more than 1 ms because of it. One thread asks for routes on and on, as a worker does
-/// for its requests, while another one puts the snapshot in their place.
-fn swapping(c: &mut Criterion) {
-    const SERVICES: u16 = 1_000;
-    let service = |n: u16| ServicePort {
-        service: ServiceName { service: format!("web-{n}").into(), namespace: "default".into() },
-        port: 80,
-    };
-    let targets: Vec<Target> = (0..SERVICES).map(|n| Target::new(&format!("web-{n}"), 80).expect("a target")).collect();
-    let destination = |n: u16, version: u8| {
-        let endpoint = |m: u16| Endpoint {
-            address: ([127, version, (n >> 8) as u8, n as u8], 8_000 + m).into(),
-            transport: Transport::Plain,
-            standing: Default::default(),
-            workload: "".into(),
-        };
-        let name: ClusterName = service(n).to_string().into();
-        let cluster = Cluster {
-            name: name.clone(),
-            service: service(n),
-            endpoints: (0..10).map(endpoint).collect(),
-            external: None,
-            policy: Arc::default(),
-        };
-        Resolution::Mesh(Arc::new(Destination {
-            name: service(n),
-            trust_domain: "cluster.local".into(),
-            protocol: Default::default(),
-            rules: Vec::new(),
-            connections: Vec::new(),
-            default_cluster: name.clone(),
-            clusters: [(name, Arc::new(cluster))].into(),
-        }))
-    };
-    let snapshot = |version: u8| -> Vec<(Target, Resolution)> {
-        targets.iter().cloned().zip((0..SERVICES).map(|n| destination(n, version))).collect()
-    };
-    let (discovery, tell) = Discovery::told();
-    let (routes, endpoints, telemetry) = (Routes::default(), Arc::default(), telemetry());
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-    // Gives how long the ask took, and whether a route had to be made.
-    let ask = |target: &Target| {
-        let begun = Instant::now();
-        let known = routes.known(target, &discovery, false);
-        let made = known.is_none();
-        let route =
-            known.map_or_else(|| runtime.block_on(routes.to(target, &discovery, &endpoints, false, &telemetry)), Ok);
-        black_box(route.is_ok_and(|route| route.destination().is_some()));
-        (begun.elapsed(), made)
-    };
-    tell(snapshot(1));
-    for target in &targets {
-        ask(target);
-    }
-    let (mut version, mut slowest, mut publishing) = (1u8, Duration::ZERO, Duration::ZERO);
-    let mut group = c.benchmark_group("snapshot");
-    group.sample_size(10);
-    group.bench_function("of 1,000 services with 10 endpoints", |b| {
-        b.iter_custom(|rounds| {
-            let mut all = Duration::ZERO;
-            for _ in 0..rounds {
-                version = if version == 1 { 2 } else { 1 };
-                let next = snapshot(version);
-                std::thread::scope(|scope| {
-                    let told = scope.spawn(|| {
-                        let begun = Instant::now();
-                        tell(next);
-                        (begun, begun.elapsed())
-                    });
-                    let mut left = targets.len();
-                    for target in targets.iter().cycle() {
-                        let (took, made) = ask(target);
-                        slowest = slowest.max(took);
-                        left -= usize::from(made);
-                        if left == 0 {
-                            break;
-                        }
-                    }
-                    let (begun, took) = told.join().expect("the snapshot is installed");
-                    (all, publishing) = (all + begun.elapsed(), publishing.max(took));
-                });
-            }
-            all
-        });
-    });
-    println!("snapshot: the slowest ask took {slowest:?}, the slowest installation {publishing:?}");
 }
 
 fn routing(c: &mut Criterion) {
@@ -330,5 +246,5 @@ fn counting(c: &mut Criterion) {
     c.bench_function("telemetry/a request", |b| b.iter(|| edge.request(black_box(&outcome))));
 }
 
-criterion_group!(small, detection, matching, swapping, routing, balancing, header_handling, counting);
+criterion_group!(small, detection, matching, snapshot::swapping, routing, balancing, header_handling, counting);
 criterion_main!(small);

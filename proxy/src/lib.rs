@@ -18,7 +18,7 @@
 //!    sides are listened to, and nobody waits for a timer. [`rewind`] gives back what was read.
 //! 3. `outbound` finds whom a request is for: caught traffic by its original destination, explicit traffic by its
 //!    authority. [`route`] holds what the control plane said of that destination; only the first request to a new
-//!    destination ever asks for it.
+//!    destination ever asks for it. What is said later is made ready aside, and requests go on meanwhile.
 //! 4. `forward` makes one attempt, or another where nothing can have happened yet: [`traffic`] chooses the endpoint and
 //!    decides about the retry, [`upstream`] gives a connection to it, [`http`] takes care of headers, bodies and errors.
 //! 5. `inbound` knows its caller by the certificate, asks whether they may call, and hands over to the app.

@@ -2,8 +2,7 @@
 //! when the control plane says something new.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use http::request;
@@ -13,8 +12,10 @@ use sheetbend_control_plane_client::model::{
     Backend, Cluster, ClusterName, Destination, HeaderEdits, Resolution, RetryConstraint, Rule, Target, TrafficLimits,
     Transport,
 };
+use tokio::time::Instant;
 
 mod candidates;
+mod renewal;
 
 pub use candidates::{Caller, Candidates};
 
@@ -39,9 +40,15 @@ pub struct Route {
     limits: HashMap<Arc<str>, Arc<RouteLimits>>,
     /// Hosts outside the mesh that it leads to, and where they are.
     hosts: Hosts,
-    /// Whether its successor is being made ready.
-    renewing: AtomicBool,
+    /// Since when it is known to lead elsewhere than it should.
+    superseded: OnceLock<Instant>,
+    #[cfg(test)]
+    made_by: std::thread::ThreadId,
 }
+
+/// Requests go on with a route that something newer was said of, until its successor is ready, and no longer than this.
+/// Usually that is a few milliseconds.
+const HELD: Duration = Duration::from_millis(50);
 
 /// What is to be done with a request.
 #[derive(Clone, Copy)]
@@ -93,7 +100,9 @@ impl Route {
             elsewhere,
             limits,
             hosts,
-            renewing: AtomicBool::default(),
+            superseded: OnceLock::new(),
+            #[cfg(test)]
+            made_by: std::thread::current().id(),
         }
     }
 
@@ -108,7 +117,9 @@ impl Route {
             elsewhere: Candidates::alone(endpoints.at(place, Transport::Plain, None, None), budget),
             limits: HashMap::new(),
             hosts: Box::default(),
-            renewing: AtomicBool::default(),
+            superseded: OnceLock::new(),
+            #[cfg(test)]
+            made_by: std::thread::current().id(),
         }
     }
 
@@ -123,6 +134,16 @@ impl Route {
             Some((name, _)) => format!("{} (DNS knows no address of {})", self.target, name.host()),
             None => self.target.to_string(),
         }
+    }
+
+    /// Whether that is where it leads, and is as it was when it was made.
+    fn leads_to(&self, destination: &Arc<Destination>) -> bool {
+        self.destination.as_ref().is_some_and(|then| Arc::ptr_eq(then, destination)) && self.leads_there()
+    }
+
+    /// Whether requests may go on with it though something newer was said of it.
+    fn may_stay(&self) -> bool {
+        self.destination.is_some() && self.superseded.get_or_init(Instant::now).elapsed() < HELD
     }
 
     /// Whether all of its hosts are where they were when it was made.
@@ -263,12 +284,14 @@ fn limits(rules: &[Rule], endpoints: &Endpoints) -> HashMap<Arc<str>, Arc<RouteL
     each.collect()
 }
 
-/// The routes of one worker. The lock is never contended: one thread uses it.
+/// The routes of one worker. The lock is hardly ever contended: one thread uses it, or one that makes a large route ready.
 #[derive(Default)]
 pub struct Routes {
     /// How many requests wait on purpose.
     pub(crate) delayed: Delayed,
     known: Arc<Mutex<HashMap<Target, Arc<Route>>>>,
+    /// Held by who makes a large route ready.
+    making: tokio::sync::Mutex<()>,
 }
 
 /// Whether a destination takes long to be made ready: for its endpoints, or for the places that they have on a ring.
@@ -280,7 +303,7 @@ fn is_large(destination: &Destination) -> bool {
 }
 
 /// A destination with more endpoints is made ready aside, since that takes a millisecond or more: nobody else on this worker
-/// waits for it, and where one is ready, requests go on with that one until then.
+/// waits for it.
 const LARGE: usize = 500;
 
 /// Routes that carry nothing go when there are this many.
@@ -365,36 +388,31 @@ impl Routes {
         };
         endpoints.names.look_up(&destination, discovery, telemetry).await;
         let old = self.lock().get(target).cloned();
-        let is_new = |old: &&Arc<Route>| {
-            old.destination.as_ref().is_some_and(|then| Arc::ptr_eq(then, &destination)) && old.leads_there()
-        };
-        if let Some(old) = old.as_ref().filter(is_new) {
-            return Ok(Arc::clone(old));
+        if let Some(old) = &old {
+            if old.leads_to(&destination) {
+                return Ok(Arc::clone(old));
+            }
+            // Where a name leads is looked up by whoever asks, who then goes there.
+            if old.leads_there() && old.may_stay() {
+                return Ok(Arc::clone(old));
+            }
         }
-        let (now, named) = (discovery.clone(), target.clone());
-        let is_current = move |cluster: &Arc<Cluster>| match now.lookup(&named) {
-            Some(Resolution::Mesh(now)) => now.clusters.get(&cluster.name).is_some_and(|now| Arc::ptr_eq(now, cluster)),
-            _ => false,
-        };
+        let current = renewal::is_current(discovery.clone(), target.clone());
         if !is_large(&destination) {
-            let route = Route::mesh(target.clone(), destination, endpoints, old.as_deref(), is_current);
+            let route = Route::mesh(target.clone(), destination, endpoints, old.as_deref(), current);
             return Ok(insert(&mut self.lock(), route));
         }
-        let old = old.filter(|old| old.destination.is_some());
-        if let Some(old) = old.as_ref().filter(|old| old.renewing.swap(true, Relaxed)) {
-            return Ok(Arc::clone(old));
+        let _making = self.making.lock().await;
+        if let Some(known) = self.lock().get(target).filter(|known| known.leads_to(&destination)) {
+            return Ok(Arc::clone(known));
         }
-        let (known, endpoints, target, before) =
-            (Arc::clone(&self.known), Arc::clone(endpoints), target.clone(), old.clone());
+        let (known, endpoints, target) = (Arc::clone(&self.known), Arc::clone(endpoints), target.clone());
         let making = tokio::task::spawn_blocking(move || {
-            let route = Route::mesh(target, destination, &endpoints, before.as_deref(), is_current);
+            let route = Route::mesh(target, destination, &endpoints, old.as_deref(), current);
             insert(&mut known.lock().unwrap_or_else(PoisonError::into_inner), route)
         });
-        match old {
-            Some(old) => Ok(old),
-            // Nothing but a worker that ends cancels it.
-            None => making.await.map_err(|_| Error::NoEndpoint("a worker that ends".to_string())),
-        }
+        // Nothing but a worker that ends cancels it.
+        making.await.map_err(|_| Error::NoEndpoint("a worker that ends".to_string()))
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<Target, Arc<Route>>> {

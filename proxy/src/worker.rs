@@ -113,6 +113,7 @@ impl Workers {
                 let routes = Arc::new(Routes::default());
                 runtime.block_on(async {
                     tokio::spawn(Arc::clone(&pool).follow(shared.identity.subscribe()));
+                    tokio::spawn(Arc::clone(&routes).follow(shared.discovery.clone(), Arc::clone(&shared.endpoints)));
                     loop {
                         // In no order, and nothing is lost: a queue keeps what is not taken.
                         tokio::select! {

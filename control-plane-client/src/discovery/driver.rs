@@ -176,6 +176,7 @@ impl Driver {
     }
 
     fn sweep(&mut self) {
+        self.shared.let_go();
         if self.state.sweep(now()) {
             self.shared.publish(self.state.snapshot());
         }

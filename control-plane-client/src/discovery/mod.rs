@@ -15,7 +15,7 @@ mod snapshot;
 mod state;
 mod store;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
@@ -60,6 +60,9 @@ pub struct Discovery {
 
 struct Shared {
     snapshot: ArcSwap<Snapshot>,
+    /// Those that were in its place, for as long as somebody still reads them, and the last one a little longer: nobody
+    /// who reads is to be the last who holds one, and to take it apart.
+    replaced: Mutex<Vec<Arc<Snapshot>>>,
     changes: watch::Sender<Arc<Snapshot>>,
     status: watch::Sender<Status>,
 }
@@ -72,6 +75,7 @@ impl Default for Shared {
             Status { connected: false, since: Instant::now(), streams: 0, failures: 0, refused: 0, last_error: None };
         Self {
             snapshot: ArcSwap::new(empty.clone()),
+            replaced: Mutex::default(),
             changes: watch::Sender::new(empty),
             status: watch::Sender::new(status),
         }
@@ -81,8 +85,15 @@ impl Default for Shared {
 impl Shared {
     fn publish(&self, snapshot: Snapshot) {
         let snapshot = Arc::new(snapshot);
-        self.snapshot.store(snapshot.clone());
+        let replaced = self.snapshot.swap(snapshot.clone());
         self.changes.send_replace(snapshot);
+        self.let_go();
+        self.replaced.lock().unwrap_or_else(PoisonError::into_inner).push(replaced);
+    }
+
+    /// Takes apart what nobody reads any more.
+    fn let_go(&self) {
+        self.replaced.lock().unwrap_or_else(PoisonError::into_inner).retain(|one| Arc::strong_count(one) > 1);
     }
 }
 
@@ -197,5 +208,24 @@ impl Discovery {
         };
         // Away or slow: its own TTL does the rest.
         let _ = tokio::time::timeout(PATIENCE, told).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_snapshot_is_taken_apart_by_who_replaces_it_however_long_somebody_reads_it() {
+        let (discovery, tell) = Discovery::told();
+        tell(Vec::new());
+        let read = discovery.snapshot();
+        let old = Arc::downgrade(&read);
+        tell(Vec::new());
+        tell(Vec::new());
+        drop(read);
+        assert!(old.strong_count() > 0, "by who read it last");
+        tell(Vec::new());
+        assert_eq!(old.strong_count(), 0, "kept for ever");
     }
 }

@@ -38,6 +38,11 @@ impl Snapshot {
         Some(&entry.resolution)
     }
 
+    /// The same, of one who only keeps up with what is said: does not count as a use.
+    pub fn peek(&self, target: &Target) -> Option<&Resolution> {
+        self.entries.get(target).map(|entry| &entry.resolution)
+    }
+
     /// What the mesh is; `None` before the first answer of a control plane.
     pub fn mesh(&self) -> Option<&Arc<Mesh>> {
         self.mesh.as_ref()

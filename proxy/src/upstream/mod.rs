@@ -276,19 +276,24 @@ enum Transport2 {
 }
 
 impl Known {
-    /// Lets go of what nobody has used for a minute: one that comes back before is as it was.
-    fn sweep(&mut self, now: Duration) {
+    /// Lets go of what nobody has used for a minute, and gives the endpoints: one that comes back before is as it was.
+    fn sweep(&mut self, now: Duration) -> Vec<Arc<EndpointState>> {
         const EVERY: Duration = Duration::from_secs(10);
         const KEPT: Duration = Duration::from_secs(60);
         if now < self.swept + EVERY {
-            return;
+            return Vec::new();
         }
         self.swept = now;
+        let mut gone = Vec::new();
         self.endpoints.retain(|_, remembered| {
             let used = Arc::strong_count(&remembered.endpoint) > 1;
             let since = *remembered.unused.get_or_insert(now);
             remembered.unused = (!used).then_some(since);
-            used || now < since + KEPT
+            let stays = used || now < since + KEPT;
+            if !stays {
+                gone.push(Arc::clone(&remembered.endpoint));
+            }
+            stays
         });
         self.bounds.retain(|_, bounds| Arc::strong_count(bounds) > 1);
         self.rates.retain(|_, rate| Arc::strong_count(rate) > 1);
@@ -301,6 +306,7 @@ impl Known {
             }
             used
         });
+        gone
     }
 
     fn bounds(&mut self, of: Bounded) -> Arc<Bounds> {
@@ -359,7 +365,6 @@ impl Endpoints {
         };
         let key = (place.clone(), kind, backend.cloned());
         let mut known = self.lock();
-        known.sweep(self.epoch.elapsed());
         if let Some(remembered) = known.endpoints.get(&key) {
             return Arc::clone(&remembered.endpoint);
         }
@@ -375,6 +380,13 @@ impl Endpoints {
         let endpoint = Arc::new(EndpointState { backend: backend.cloned(), bounds, floor, epoch: self.epoch, ..new });
         known.endpoints.insert(key, Remembered { endpoint: Arc::clone(&endpoint), unused: None });
         endpoint
+    }
+
+    /// Lets go of what nobody has used for a minute. Looks at everything, which takes a while: not for a request to do.
+    pub(crate) fn sweep(&self) {
+        let gone = self.lock().sweep(self.epoch.elapsed());
+        // Taken apart when nobody has to wait for it any more.
+        drop(gone);
     }
 
     /// Those of the mesh's backends that are in use.
