@@ -1,5 +1,8 @@
 //! The whole judgement of the proxies, played in virtual time from thousands of seeds.
 //!
+//! What hangs is ejected where a route says how long an attempt may take, and only there: nothing else tells it from an
+//! endpoint that holds its answers back for good reasons. Without such a timeout it draws in no more than the others.
+//!
 //! A seed that fails is printed. `SHEETBEND_SEED=N` plays that one alone, `SHEETBEND_SEEDS=N` as many as one likes.
 
 mod proxy;
@@ -204,6 +207,7 @@ fn however_many_fail_callers_fare_no_worse_than_by_chance() {
     });
 }
 
+/// No route says how long an attempt may take: nobody declares it ejected, and hardly anything is sent there.
 #[test]
 fn an_endpoint_that_hangs_draws_in_no_more_than_the_others() {
     for_each_seed(20, |seed, chance| {
