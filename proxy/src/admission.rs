@@ -128,7 +128,7 @@ impl Admission {
 pub(crate) struct RouteLimits {
     name: Arc<str>,
     rates: Rates,
-    /// How many may be under way, where that is limited.
+    /// How many may be under way, wait for a connection and be retried, where that is limited.
     bounds: Option<Arc<Bounds>>,
 }
 
@@ -138,7 +138,7 @@ impl RouteLimits {
         let name: Arc<str> = name.into();
         let bounds = limits.concurrency.as_ref().map(|concurrency| {
             let bounds = endpoints.bounds(Bounded::Route(Arc::clone(&name)));
-            bounds.limits.of(Limit::Route).allow(concurrency.max_requests.into());
+            bounds.limits.follow_route(concurrency);
             bounds
         });
         let now = endpoints.epoch.elapsed();
@@ -148,9 +148,14 @@ impl RouteLimits {
     /// Lets a request pass, which takes up what this gives.
     pub(crate) fn admit(&self, head: &request::Parts, now: Duration) -> Result<Option<Permit>, Error> {
         self.rates.pass(head, None, Counter::RateLimitedOutbound, now)?;
+        self.take(Limit::Route)
+    }
+
+    /// One of what the route limits, where it limits anything.
+    pub(crate) fn take(&self, limit: Limit) -> Result<Option<Permit>, Error> {
         let Some(bounds) = &self.bounds else { return Ok(None) };
-        let full = || Error::overflow(Limit::Route, format_args!("route {}", self.name));
-        bounds.take(Limit::Route).map(Some).ok_or_else(full)
+        let full = || Error::overflow(limit, format_args!("route {}", self.name));
+        bounds.take(limit).map(Some).ok_or_else(full)
     }
 }
 

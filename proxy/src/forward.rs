@@ -18,6 +18,7 @@ use sheetbend_control_plane_client::model::{MOST_ATTEMPTS, Retry};
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout, timeout_at};
 
+use crate::admission::RouteLimits;
 use crate::http::body::{Keeper, Passed, Passing, RequestBody, ResponseBody};
 use crate::http::deadline::Deadline;
 use crate::http::error::{Error, Processed, Refusal};
@@ -66,6 +67,8 @@ pub(crate) struct Outgoing<'a> {
     pub(crate) follows_a_retry: bool,
     /// A gRPC call of which it matters how it ends, should it end before there is anything of its answer.
     pub(crate) heeds_end: bool,
+    /// Those of its route.
+    pub(crate) limits: Option<&'a RouteLimits>,
 }
 
 /// The request's body.
@@ -234,10 +237,12 @@ impl Way<'_> {
             Some(ready) => ready,
             // Allocates: a connection's beginning is large, and every request would carry room for it.
             None => {
-                let Some(_pending) = endpoint.bounds.take(Limit::Pending) else {
-                    lease.unreachable(&DialError::Overflow(Limit::Pending));
-                    return Err(Error::overflow(Limit::Pending, &endpoint.place));
-                };
+                let of_route = outgoing.limits.map_or(Ok(None), |limits| limits.take(Limit::Pending));
+                let full = || Error::overflow(Limit::Pending, &endpoint.place);
+                let pending = of_route.and_then(|of_route| {
+                    endpoint.bounds.take(Limit::Pending).map(|pending| (pending, of_route)).ok_or_else(full)
+                });
+                let _pending = pending.inspect_err(|_| lease.unreachable(&DialError::Overflow(Limit::Pending)))?;
                 let checkout = self.pool.checkout(endpoint, wire, fresh, self.identity, self.telemetry);
                 match checkout.boxed().await {
                     Ok(connected) => {

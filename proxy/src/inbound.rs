@@ -313,6 +313,7 @@ impl Inbound {
             before: 0,
             follows_a_retry: false,
             heeds_end: false,
+            limits: None,
             reused: None,
         };
         let app = self.port.app.load_full();

@@ -216,7 +216,8 @@ impl Outbound {
         let edge = || endpoints.edge(&self.shared.telemetry, protocol);
         let mut caller = endpoints.caller(Some(&head.headers), peer);
         let now = self.shared.epoch.elapsed();
-        if let Some(limits) = route.limits(rule)
+        let limits = route.limits(rule);
+        if let Some(limits) = limits
             && let Some(permit) = limits.admit(head, now).inspect_err(|_| exchange.on_if_none(edge))?
         {
             exchange.holding(permit);
@@ -262,6 +263,7 @@ impl Outbound {
             before: 0,
             follows_a_retry: self.shared.layers.follows_a_retry(exchange.call(), now),
             reused: None,
+            limits,
         };
         let time = timeouts.and_then(|timeouts| timeouts.backend_request).filter(|time| !time.is_zero());
         let idle = timeouts.and_then(|timeouts| timeouts.stream_idle).filter(|time| !time.is_zero());
@@ -296,7 +298,7 @@ impl Outbound {
         let way = self.way();
         let mut tried: Vec<Arc<EndpointState>> = Vec::new();
         // Until the answer's head is here.
-        let mut retrying: Option<(Retrying, Permit)> = None;
+        let mut retrying: Option<(Retrying, Permit, Option<Permit>)> = None;
         loop {
             let harmless = headers::is_idempotent(outgoing.head) || retry.non_idempotent;
             let retryable = harmless && retry.attempts() > 0;
@@ -317,9 +319,10 @@ impl Outbound {
             if let Some(Verdict::Retry { after: wait, .. }) = again {
                 drop(retrying.take());
                 let taken = Retrying(Arc::clone(&endpoints.budget));
-                match endpoint.bounds.take(Limit::Retries) {
-                    Some(permit) => (retrying, after) = (Some((taken, permit)), Some(wait)),
-                    None => {
+                let of_route = outgoing.limits.map_or(Ok(None), |limits| limits.take(Limit::Retries));
+                match (endpoint.bounds.take(Limit::Retries), of_route) {
+                    (Some(permit), Ok(of_route)) => (retrying, after) = (Some((taken, permit, of_route)), Some(wait)),
+                    (None, _) | (_, Err(_)) => {
                         self.shared.telemetry.count(Counter::OverflowRetries);
                         again = Some(Verdict::GiveUp(Counter::NotRetriedLimit));
                     }

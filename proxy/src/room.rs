@@ -79,7 +79,7 @@ impl Gate {
     /// Keeps to another limit from now on. Whoever is with the app already stays.
     pub(crate) fn follow(&self, wanted: &Concurrency) {
         let wanted_most = usize::try_from(wanted.max_requests).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS);
-        self.pending.allow(wanted.max_pending.into());
+        self.pending.allow(wanted.max_pending.unwrap_or(0).into());
         self.patience.store(u64::try_from(wanted.stall_timeout().as_millis()).unwrap_or(u64::MAX), Relaxed);
         let mut most = lock(&self.most);
         if wanted_most > *most {

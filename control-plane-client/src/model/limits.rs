@@ -139,9 +139,13 @@ pub enum ForEach {
 pub struct Concurrency {
     /// At once, until the last byte of their answers.
     pub max_requests: u32,
-    /// Further ones that wait for their turn.
-    #[serde(default)]
-    pub max_pending: u32,
+    /// Of a service, further ones that wait for their turn: none unless said. Of a route, those of its requests that wait
+    /// for a connection: any number unless said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_pending: Option<u32>,
+    /// Of a route, retries under way: any number unless said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_retries: Option<u32>,
     /// How long one waits at most.
     #[serde(with = "duration", default = "a_second")]
     pub pending_timeout: Duration,
@@ -213,6 +217,19 @@ impl TrafficLimits {
         self
     }
 
+    /// The same of a route, where what is not said is no limit.
+    pub fn and_of_route(self, other: &Self) -> Self {
+        let least = |of: fn(&Concurrency) -> Option<u32>| {
+            [&self, other].into_iter().filter_map(|limits| of(limits.concurrency.as_ref()?)).min()
+        };
+        let (pending, retries) = (least(|one| one.max_pending), least(|one| one.max_retries));
+        let mut both = self.and(other);
+        if let Some(concurrency) = &mut both.concurrency {
+            (concurrency.max_pending, concurrency.max_retries) = (pending, retries);
+        }
+        both
+    }
+
     /// Whether it can be obeyed; if not, the field and the reason.
     pub fn check(&self) -> Result<(), Unusable> {
         for (number, rate) in self.rates.iter().enumerate() {
@@ -222,7 +239,7 @@ impl TrafficLimits {
             Some(concurrency) if concurrency.max_requests == 0 => {
                 Err(Unusable::new("concurrency.maxRequests", "with 0 nothing would ever pass: write 1 or more"))
             }
-            Some(concurrency) if concurrency.max_pending > 0 && concurrency.pending_timeout.is_zero() => {
+            Some(concurrency) if concurrency.max_pending > Some(0) && concurrency.pending_timeout.is_zero() => {
                 Err(Unusable::new("concurrency.pendingTimeout", "nobody can wait for no time: write 10ms or more"))
             }
             _ => Ok(()),
@@ -236,9 +253,13 @@ impl TrafficLimits {
             return Err(Unusable::new(format!("rates[{number}].forEach"), why));
         }
         match &self.concurrency {
-            Some(of) if of.max_pending > 0 => Err(Unusable::new(
+            Some(of) if of.max_pending == Some(0) => Err(Unusable::new(
                 "concurrency.maxPending",
-                "a route's overflow is answered at once, by the caller's proxy: take it out, or target the Service",
+                "a route's request that waits for no connection never has one: write 1 or more, or leave it out",
+            )),
+            Some(of) if !of.exempt_paths.is_empty() => Err(Unusable::new(
+                "concurrency.exemptPaths",
+                "a route has its own matches: take it out, and write another route for these paths",
             )),
             Some(of) if of.stall_timeout.is_some() => Err(Unusable::new(
                 "concurrency.stallTimeout",
@@ -246,5 +267,42 @@ impl TrafficLimits {
             )),
             _ => Ok(()),
         }
+    }
+
+    /// Whether the proxies beside a service can obey it; if not, the field and the reason.
+    pub fn check_of_service(&self) -> Result<(), Unusable> {
+        match &self.concurrency {
+            Some(of) if of.max_retries.is_some() => Err(Unusable::new(
+                "concurrency.maxRetries",
+                "callers' proxies retry, and not those beside the service: target a route, or write a BackendPolicy's \
+                 connectionPool.http.maxRetries",
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_two_policies_about_a_route_the_narrower_number_holds_for_each_of_its_limits() {
+        let of = |pending, retries, requests| TrafficLimits {
+            concurrency: serde_json::from_value(serde_json::json!({
+                "maxRequests": requests, "maxPending": pending, "maxRetries": retries,
+            }))
+            .unwrap(),
+            ..TrafficLimits::default()
+        };
+        let both = |one: &TrafficLimits, other: &TrafficLimits| {
+            let both = TrafficLimits::default().and_of_route(one).and_of_route(other).concurrency.unwrap();
+            (both.max_requests, both.max_pending, both.max_retries)
+        };
+        let (one, other) = (of(Some(9), None, 5), of(Some(3), Some(0), 7));
+        assert_eq!(both(&one, &other), (5, Some(3), Some(0)));
+        assert_eq!(both(&other, &one), (5, Some(3), Some(0)));
+        assert_eq!(both(&of(None, None, 1), &of(None, None, 1)), (1, None, None));
+        assert_eq!(both(&one, &TrafficLimits::default()), (5, Some(9), None));
     }
 }

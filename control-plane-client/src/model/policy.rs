@@ -133,7 +133,7 @@ impl InboundPolicy {
     /// Whether it can be obeyed; if not, the field and the reason.
     pub fn check(&self) -> Result<(), Unusable> {
         self.access.check()?;
-        self.limits.check()
+        self.limits.check().and_then(|()| self.limits.check_of_service())
     }
 }
 

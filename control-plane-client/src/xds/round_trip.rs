@@ -81,10 +81,11 @@ fn rule_policy(at: usize) -> Arc<RulePolicy> {
     };
     let concurrency = Concurrency {
         max_requests: 5,
-        max_pending: 0,
+        max_pending: Some(4),
+        max_retries: Some(0),
         pending_timeout: Duration::from_secs(1),
         stall_timeout: None,
-        exempt_paths: vec!["/healthz".into()],
+        exempt_paths: Vec::new(),
     };
     let limits = match at.is_multiple_of(2) {
         true => TrafficLimits { rates: vec![rate], concurrency: Some(concurrency) },

@@ -264,7 +264,7 @@ impl<'a> Parts<'a> {
     fn limits_of_route(&self, route: &Route) -> TrafficLimits {
         let is_it = |target: &RouteTarget| target.kind == route.kind && target.name == route.name;
         let here = self.limits.iter().filter(|limit| limit.routes.iter().any(is_it));
-        let mut all = here.fold(TrafficLimits::default(), |all, limit| all.and(&limit.limits));
+        let mut all = here.fold(TrafficLimits::default(), |all, limit| all.and_of_route(&limit.limits));
         for rate in &mut all.rates {
             rate.name =
                 format!("{} of {} {}/{}", rate.name, route.kind, route.name.namespace, route.name.service).into();

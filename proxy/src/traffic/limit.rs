@@ -5,7 +5,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
-use sheetbend_control_plane_client::model::ConnectionPool;
+use sheetbend_control_plane_client::model::{Concurrency, ConnectionPool};
 
 /// Requests under way to one destination, unless a policy says otherwise.
 const REQUESTS: u64 = 100_000;
@@ -153,6 +153,14 @@ impl Limits {
         self.http_idle.store(millis(http.idle_timeout.map(never)), Relaxed);
     }
 
+    /// The same of a route: connections are its destination's.
+    pub fn follow_route(&self, policy: &Concurrency) {
+        let or_any = |said: Option<u32>| said.map_or(ANY, u64::from);
+        self.requests.allow(policy.max_requests.into());
+        self.pending.allow(or_any(policy.max_pending));
+        self.retries.allow(or_any(policy.max_retries));
+    }
+
     /// How long a connection may take to be there, if a policy says so.
     pub fn connect_timeout(&self) -> Option<Duration> {
         time(&self.connect)
@@ -253,6 +261,17 @@ mod tests {
         limits.follow(None);
         assert_eq!(all(&limits), [None, Some(10_000), Some(100_000), None]);
         assert!(!limits.is_used_up(u64::MAX));
+    }
+
+    #[test]
+    fn a_route_limits_what_it_says_and_nothing_else() {
+        let limits = Limits::default();
+        let policy = |words| serde_json::from_value::<Concurrency>(words).unwrap();
+        let all = |limits: &Limits| [Limit::Route, Limit::Pending, Limit::Retries].map(|kind| limits.of(kind).most());
+        limits.follow_route(&policy(serde_json::json!({"maxRequests": 3, "maxPending": 2, "maxRetries": 0})));
+        assert_eq!(all(&limits), [Some(3), Some(2), Some(0)]);
+        limits.follow_route(&policy(serde_json::json!({"maxRequests": 4})));
+        assert_eq!(all(&limits), [Some(4), None, None]);
     }
 
     proptest! {

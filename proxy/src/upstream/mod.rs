@@ -252,7 +252,7 @@ impl Bounded {
             Self::Service(_) | Self::Elsewhere(_) => {
                 &[Limit::Connections, Limit::Pending, Limit::Requests, Limit::Retries]
             }
-            Self::Route(_) => &[Limit::Route],
+            Self::Route(_) => &[Limit::Route, Limit::Pending, Limit::Retries],
         }
     }
 }

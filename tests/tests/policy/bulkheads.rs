@@ -22,6 +22,21 @@ fn connection_pool(words: &str) -> String {
     )
 }
 
+/// A route of the reports, to which these limits apply, and one of all the rest.
+fn two_routes(limits: &str) -> String {
+    format!(
+        "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {{name: reports}}\nspec:\n  \
+         parentRefs: [{{kind: Service, group: \"\", name: web}}]\n  rules:\n  \
+         - matches: [{{path: {{type: PathPrefix, value: /reports}}}}]\n    \
+         backendRefs: [{{name: web, port: 80}}]\n---\n\
+         apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {{name: rest}}\nspec:\n  \
+         parentRefs: [{{kind: Service, group: \"\", name: web}}]\n  rules: [{{backendRefs: [{{name: web, port: 80}}]}}]\n---\n\
+         apiVersion: sheetbend.io/v1alpha1\nkind: TrafficLimit\nmetadata: {{name: reports}}\nspec:\n  \
+         targetRefs: [{{kind: HTTPRoute, group: gateway.networking.k8s.io, name: reports}}]\n  \
+         concurrency: {{{limits}}}\n"
+    )
+}
+
 /// So many callers at once, each over a connection of its own.
 fn callers(caller: &Sidecar, count: usize, url: &'static str) -> JoinSet<Answer> {
     let proxy = caller.proxy();
@@ -120,16 +135,7 @@ async fn all_requests_share_as_many_connections_as_there_may_be_and_no_more_wait
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_route_has_a_limit_of_its_own_and_others_go_on() {
     let slow = Slow::start().await;
-    let route = "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: reports}\nspec:\n  \
-                 parentRefs: [{kind: Service, group: \"\", name: web}]\n  rules:\n  \
-                 - matches: [{path: {type: PathPrefix, value: /reports}}]\n    \
-                 backendRefs: [{name: web, port: 80}]\n---\n\
-                 apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: rest}\nspec:\n  \
-                 parentRefs: [{kind: Service, group: \"\", name: web}]\n  rules: [{backendRefs: [{name: web, port: 80}]}]\n---\n\
-                 apiVersion: sheetbend.io/v1alpha1\nkind: TrafficLimit\nmetadata: {name: reports}\nspec:\n  \
-                 targetRefs: [{kind: HTTPRoute, group: gateway.networking.k8s.io, name: reports}]\n  \
-                 concurrency: {maxRequests: 2}\n";
-    let mesh = Mesh::with_resources(&resources(&slow.app, route), &[]);
+    let mesh = Mesh::with_resources(&resources(&slow.app, &two_routes("maxRequests: 2")), &[]);
     let caller = mesh.caller("caller");
     known(&caller, 100_000, "requests").await;
     slow.has(0).await;
@@ -148,6 +154,64 @@ async fn a_route_has_a_limit_of_its_own_and_others_go_on() {
         assert_eq!(answer.status, 200, "{}", answer.text());
     }
     assert_eq!(caller.counter("sheetbend_overflow_total", &["limit=\"route\""]).await, 8.0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_more_of_a_route_s_requests_wait_for_a_connection_than_may_and_others_wait_on() {
+    let slow = Slow::start().await;
+    let more = format!(
+        "{}---\n{}",
+        connection_pool("{tcp: {maxConnections: 2}}"),
+        two_routes("maxRequests: 100, maxPending: 3")
+    );
+    let mesh = Mesh::with_resources(&resources(&slow.app, &more), &[]);
+    let caller = mesh.caller("caller");
+    known(&caller, 2, "connections").await;
+    slow.has(0).await;
+
+    // They keep both connections, and more of them wait for one.
+    let others = callers(&caller, 7, "http://web/");
+    slow.has(2).await;
+    eventually("the others wait", START, || async {
+        (level(&caller, "web.default:80", "pending").await["taken"] == 5).then_some(())
+    })
+    .await;
+    let mut all = callers(&caller, 10, "http://web/reports");
+    for _ in 0..7 {
+        let answer = all.join_next().await.expect("a caller").expect("an answer");
+        assert_eq!(answer.status, 503, "{}", answer.text());
+        assert!(answer.text().contains("route default/reports"), "{}", answer.text());
+        let why = answer.headers["proxy-status"].to_str().expect("text");
+        assert!(why.starts_with("sheetbend; error=connection_limit_reached"), "{why}");
+    }
+    assert_eq!(level(&caller, "route default/reports", "pending").await, serde_json::json!({"taken": 3, "most": 3}));
+    assert_eq!(caller.counter("sheetbend_overflow_total", &["limit=\"pending\""]).await, 7.0);
+    let flagged = caller.counter("istio_requests_total", &["response_flags=\"UO\"", "response_code=\"503\""]).await;
+    assert_eq!(flagged, 7.0);
+    slow.open.send_replace(true);
+    for answer in all.join_all().await.into_iter().chain(others.join_all().await) {
+        assert_eq!(answer.status, 200, "{}", answer.text());
+    }
+    assert_eq!(level(&caller, "route default/reports", "pending").await["taken"], 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_route_that_may_retry_nothing_gets_its_failures_while_others_are_retried() {
+    let app =
+        App::start(|_| async { Response::builder().status(503).body(full("failed\n")).expect("an answer") }).await;
+    let mesh = Mesh::with_resources(&resources(&app, &two_routes("maxRequests: 100, maxRetries: 0")), &[]);
+    let caller = mesh.caller("caller");
+    known(&caller, 100_000, "requests").await;
+    let attempts = async |url: &str| {
+        let before = app.seen.load(SeqCst);
+        let answer = client::get(caller.proxy(), url).await.expect("an answer");
+        assert_eq!((answer.status.as_u16(), answer.text().as_str()), (503, "failed\n"));
+        app.seen.load(SeqCst) - before
+    };
+    assert_eq!(attempts("http://web/reports").await, 1);
+    assert_eq!(caller.counter("sheetbend_overflow_total", &["limit=\"retries\""]).await, 1.0);
+    assert_eq!(attempts("http://web/").await, 2);
+    assert_eq!(caller.counter("sheetbend_overflow_total", &["limit=\"retries\""]).await, 1.0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

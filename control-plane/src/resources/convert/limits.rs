@@ -80,12 +80,17 @@ pub(in crate::resources) fn traffic_limit(raw: kinds::TrafficLimit) -> Checked<L
         let namespace = match route_kind(target) {
             Some(kind) => {
                 limits.check_of_route().or_else(|error| refused(&error, place(&error)))?;
+                if let Some(timeout) = spec.concurrency.as_ref().and_then(|of| of.value.pending_timeout.as_ref()) {
+                    let hint = "take it out, or target the Service";
+                    return mistake(timeout.referenced, "a connection is waited for as long as it may take", hint);
+                }
                 let name = route_name(target, &object)?;
                 let namespace = name.namespace.clone();
                 routes.push(RouteTarget { at: target.name.referenced.into(), kind, name });
                 namespace
             }
             None => {
+                limits.check_of_service().or_else(|error| refused(&error, place(&error)))?;
                 let (service, _) = to_service(target, &object, "targetRef")?;
                 let namespace = service.namespace.clone();
                 services.push(Parent { at: target.name.referenced.into(), service, port: None });
@@ -157,6 +162,11 @@ fn rate(object: &ServiceName, number: usize, raw: &Spanned<kinds::Rate>) -> Chec
 
 fn concurrency(raw: &Spanned<kinds::Concurrency>) -> Checked<model::Concurrency> {
     let written = &raw.value;
+    if let Some(connections) = &written.max_connections {
+        let hint = "write a BackendPolicy's connectionPool.tcp.maxConnections";
+        let why = "connections are a destination's, shared by the requests of all of its routes";
+        return mistake(connections.referenced, why, hint);
+    }
     let path = |path: &Spanned<String>| match path.value.starts_with('/') {
         true => Ok(Arc::from(path.value.as_str())),
         false => mistake(path.referenced, format!("the path `{}` does not begin with /", path.value), None),
@@ -164,6 +174,7 @@ fn concurrency(raw: &Spanned<kinds::Concurrency>) -> Checked<model::Concurrency>
     Ok(model::Concurrency {
         max_requests: written.max_requests,
         max_pending: written.max_pending,
+        max_retries: written.max_retries,
         pending_timeout: span(written.pending_timeout.as_ref())?.unwrap_or(std::time::Duration::from_secs(1)),
         stall_timeout: span(written.stall_timeout.as_ref())?,
         exempt_paths: written.exempt_paths.iter().map(path).collect::<Checked<_>>()?,
@@ -200,6 +211,9 @@ mod tests {
         assert_eq!((read.services.len(), read.routes.len()), (1, 1));
         assert_eq!(read.limits.rates[0].burst(), 10);
         assert_eq!(read.limits.concurrency.unwrap().max_requests, 5);
+        let read = limit(ROUTE, "  concurrency: {maxRequests: 5, maxPending: 4, maxRetries: 0}\n").unwrap();
+        let concurrency = read.limits.concurrency.unwrap();
+        assert_eq!((concurrency.max_pending, concurrency.max_retries), (Some(4), Some(0)));
         let header = "  rates: [{requests: 10, interval: 1m, burst: 20, forEach: Header, header: X-Key}]\n";
         let read = limit(SERVICE, header).unwrap();
         assert_eq!(read.limits.rates[0].for_each, ForEach::Header("x-key".into()));
@@ -241,7 +255,16 @@ mod tests {
             (SERVICE, "  concurrency: {maxRequests: 1, exemptPaths: [health]}", "does not begin with /"),
             (SERVICE, "", "limits nothing"),
             (ROUTE, "  rates: [{requests: 1, interval: 1s, forEach: Caller}]", "target the Service"),
-            (ROUTE, "  concurrency: {maxRequests: 1, maxPending: 1}", "answered at once"),
+            (ROUTE, "  concurrency: {maxRequests: 1, maxPending: 0}", "waits for no connection"),
+            (ROUTE, "  concurrency: {maxRequests: 1, pendingTimeout: 1s}", "web.yaml:6:49: a connection is waited for"),
+            (ROUTE, "  concurrency: {maxRequests: 1, exemptPaths: [/a]}", "write another route"),
+            (ROUTE, "  concurrency: {maxRequests: 1, maxConnections: 1}", "connectionPool.tcp.maxConnections"),
+            (
+                SERVICE,
+                "  concurrency: {maxRequests: 1, maxConnections: 1}",
+                "web.yaml:6:49: connections are a destination's",
+            ),
+            (SERVICE, "  concurrency: {maxRequests: 1, maxRetries: 1}", "connectionPool.http.maxRetries"),
             (ROUTE, "  concurrency: {maxRequests: 1, stallTimeout: 1s}", "target the Service"),
             (SERVICE, "  concurrency: {maxRequests: 1, stallTimeout: soon}", "web.yaml:6:47: `soon`"),
             ("{kind: HTTPRoute, name: web}", "  concurrency: {maxRequests: 1}", "needs its group"),

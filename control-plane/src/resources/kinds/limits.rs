@@ -66,8 +66,10 @@ pub(in crate::resources) struct Rate {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(in crate::resources) struct Concurrency {
     pub(in crate::resources) max_requests: u32,
-    #[serde(default)]
-    pub(in crate::resources) max_pending: u32,
+    pub(in crate::resources) max_pending: Option<u32>,
+    pub(in crate::resources) max_retries: Option<u32>,
+    /// Understood, to say where it belongs.
+    pub(in crate::resources) max_connections: Option<Spanned<u32>>,
     pub(in crate::resources) pending_timeout: Option<Spanned<String>>,
     pub(in crate::resources) stall_timeout: Option<Spanned<String>>,
     #[serde(default)]
