@@ -200,8 +200,13 @@ fn explain(state: &AdminState, asked: &Asked) -> Answer {
     let records = explained.of(id);
     match records.is_empty() {
         true => {
-            let why = "all failures are kept for a while, and of successes one in";
-            Answer::text(StatusCode::NOT_FOUND, format!("nothing is kept of {id}: {why} {}\n", explained.one_in()))
+            let of_successes = match explained.one_in() {
+                0 => "none".to_string(),
+                1 => "all".to_string(),
+                number => format!("one in {number}, ten a second at most"),
+            };
+            let why = "all failures are kept for a while, and of successes";
+            Answer::text(StatusCode::NOT_FOUND, format!("nothing is kept of {id}: {why} {of_successes}\n"))
         }
         false if asked.parameter("format") == Some("text") => {
             Answer::text(StatusCode::OK, records.iter().map(crate::telemetry::explain::text).collect::<String>())

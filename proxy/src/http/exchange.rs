@@ -96,10 +96,11 @@ impl Exchange {
         downstream: SocketAddr,
         source: Option<SpiffeId>,
     ) -> Box<Self> {
+        let started = Instant::now();
         Box::new(Self {
             telemetry: Arc::clone(telemetry),
             edge: None,
-            started: Instant::now(),
+            started,
             answered: None,
             facts: Facts {
                 reporter,
@@ -123,7 +124,7 @@ impl Exchange {
             noted: None,
             permits: Permits::default(),
             ended: false,
-            story: Story::new(telemetry.explained().samples()),
+            story: Story::new(telemetry.explained().samples(started)),
         })
     }
 

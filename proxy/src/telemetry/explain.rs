@@ -1,12 +1,14 @@
 //! Why requests went the way they did: the records behind `/explain`.
 //!
-//! Every failure is kept, and one success in a hundred, each as the JSON document that is shown. There is a ring for each
-//! thread that carries requests, bounded in bytes; the oldest goes first. A request that is not kept pays for one count.
+//! Every failure is kept, and one success in a hundred, ten a second at most, each as the JSON document that is shown. There
+//! is a ring for each thread that carries requests, bounded in bytes; the oldest goes first. A request that is not kept
+//! pays for one count.
 
 use std::cell::Cell;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -18,6 +20,8 @@ const BESIDE: usize = 96;
 const RINGS: usize = 16;
 /// One success in so many is kept, unless somebody says otherwise.
 const ONE_IN: u32 = 100;
+/// Between two successes that are kept, unless all are: to tell one takes as long as to carry it.
+const PAUSE: Duration = Duration::from_millis(100);
 /// Records that are listed at most.
 const MOST_LISTED: usize = 200;
 
@@ -56,16 +60,27 @@ impl Default for Explained {
 thread_local! {
     /// Requests that this thread has begun.
     static BEGUN: Cell<u32> = const { Cell::new(0) };
+    /// When it last kept a success.
+    static SAMPLED: Cell<Option<Instant>> = const { Cell::new(None) };
     /// Which ring is this thread's.
     static RING: Cell<Option<usize>> = const { Cell::new(None) };
 }
 
 impl Explained {
-    /// Counts a request, and says whether it is kept even if all goes well.
-    pub fn samples(&self) -> bool {
+    /// Counts a request that begins, and says whether it is kept even if all goes well.
+    pub fn samples(&self, now: Instant) -> bool {
+        let one_in = self.one_in.load(Relaxed);
         let begun = BEGUN.get().wrapping_add(1);
         BEGUN.set(begun);
-        begun.checked_rem(self.one_in.load(Relaxed)) == Some(1 % self.one_in.load(Relaxed).max(1))
+        if begun.checked_rem(one_in) != Some(1 % one_in.max(1)) {
+            return false;
+        }
+        let too_soon = |last: Instant| now.saturating_duration_since(last) < PAUSE;
+        if one_in > 1 && SAMPLED.get().is_some_and(too_soon) {
+            return false;
+        }
+        SAMPLED.set(Some(now));
+        true
     }
 
     /// One success in so many.
@@ -206,11 +221,19 @@ mod tests {
     #[test]
     fn one_success_in_as_many_as_asked_for_is_kept() {
         let explained = Explained::default();
-        let kept = |of: u32| (0..of).filter(|_| explained.samples()).count();
-        assert_eq!(kept(1_000), 10);
+        let mut now = Instant::now();
+        // Of a thousand requests, so long after each other.
+        let mut kept = |every: Duration| {
+            now += PAUSE;
+            let kept = (0..1_000).filter(|at| explained.samples(now + every * *at)).count();
+            now += every * 1_000;
+            kept
+        };
+        assert_eq!(kept(Duration::from_millis(10)), 10);
+        assert_eq!(kept(Duration::from_micros(10)), 1, "ten a second at most");
         explained.keep_one_in(1);
-        assert_eq!(kept(1_000), 1_000);
+        assert_eq!(kept(Duration::ZERO), 1_000);
         explained.keep_one_in(0);
-        assert_eq!(kept(1_000), 0);
+        assert_eq!(kept(Duration::from_millis(10)), 0);
     }
 }
