@@ -18,6 +18,7 @@ use sheetbend_control_plane_client::model::{
 };
 use sheetbend_proxy::detect::detect;
 use sheetbend_proxy::http::headers;
+use sheetbend_proxy::http::known::Known;
 use sheetbend_proxy::policy::Index;
 use sheetbend_proxy::route::{Caller, Routes};
 use sheetbend_proxy::telemetry::{
@@ -205,9 +206,10 @@ fn header_handling(c: &mut Criterion) {
         b.iter_batched(
             || parts.clone(),
             |mut head| {
-                headers::check_framing(&head).ok();
-                headers::strip_ours(&mut head.headers);
-                headers::strip_hop_by_hop(&mut head.headers);
+                let known = Known::of(&head.headers);
+                headers::check_framing(&head, known).ok();
+                headers::strip_ours(&mut head.headers, known);
+                headers::strip_hop_by_hop(&mut head.headers, known);
                 if let Some(authority) = headers::authority(&head) {
                     headers::to_h2(&mut head, authority.clone()).ok();
                     headers::to_h1(&mut head, &authority).ok();

@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use futures_util::FutureExt;
 use http::header::{CONNECTION, RETRY_AFTER, UPGRADE};
 use http::uri::Authority;
-use http::{HeaderValue, Request, Response, StatusCode, Version, request, response};
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Version, request};
 use http_body_util::BodyExt;
-use hyper::body::{Body, Incoming};
+use hyper::body::{Body, Bytes, Frame, Incoming};
 use hyper::upgrade::OnUpgrade;
 use sheetbend_certs::IdentityStore;
 use sheetbend_control_plane_client::model::{MOST_ATTEMPTS, Retry};
@@ -24,8 +24,9 @@ use crate::http::deadline::Deadline;
 use crate::http::error::{Error, Processed, Refusal};
 use crate::http::exchange::Exchange;
 use crate::http::expect::{self, Ask};
-use crate::http::headers::{self, ATTEMPTS, GRPC_ATTEMPTS, IN_VAIN, PROXY_STATUS, SENT_VERSION, UNSENT};
+use crate::http::headers::{self, ATTEMPTS, GRPC_ATTEMPTS, GRPC_STATUS, IN_VAIN, PROXY_STATUS, SENT_VERSION, UNSENT};
 use crate::http::idle::Idle;
+use crate::http::known::Known;
 use crate::http::upgrade;
 use crate::rest::Rest;
 use crate::tcp::Transferred;
@@ -137,9 +138,9 @@ impl Body1 {
 }
 
 /// What the edge shows of a request.
-pub(crate) fn protocol(head: &request::Parts) -> Protocol {
+pub(crate) fn protocol(head: &request::Parts, known: Known) -> Protocol {
     match head.version {
-        _ if headers::is_grpc(&head.headers) => Protocol::Grpc,
+        _ if known.has(Known::GRPC) => Protocol::Grpc,
         Version::HTTP_2 => Protocol::Http2,
         _ => Protocol::Http,
     }
@@ -147,78 +148,64 @@ pub(crate) fn protocol(head: &request::Parts) -> Protocol {
 
 impl Way<'_> {
     /// One attempt at one endpoint, which has so much time for the head of its answer.
+    ///
+    /// In parts, since whatever is at hand while something is waited for takes up room in every request's future, and that
+    /// is copied more than once.
     pub(crate) async fn attempt(
         &self,
         mut lease: Lease,
         wire: Wire,
         fresh: bool,
-        (time, idle): (Option<Duration>, Option<&mut Idle>),
+        timers: (Option<Duration>, Option<&mut Idle>),
         outgoing: &mut Outgoing<'_>,
     ) -> Result<Response<ResponseBody>, Error> {
         lease.until(outgoing.deadline);
         let deadline = outgoing.deadline;
+        let heeds_end = outgoing.heeds_end;
+        let answered = self.answered(&mut lease, (wire, fresh), timers, outgoing).await?;
+        if heeds_end && outgoing.body.is_complete() && !answered.0.headers().contains_key(GRPC_STATUS) {
+            // Allocates where a route asks for it.
+            let (answer, ahead) = Box::pin(with_end(answered)).await;
+            return Ok(judged(lease, answer, ahead, deadline));
+        }
+        Ok(judged(lease, answered, None, deadline))
+    }
+
+    /// The head of an answer, in time.
+    async fn answered(
+        &self,
+        lease: &mut Lease,
+        (wire, fresh): (Wire, bool),
+        (time, idle): (Option<Duration>, Option<&mut Idle>),
+        outgoing: &mut Outgoing<'_>,
+    ) -> Result<(Response<Incoming>, Checkout), Error> {
         let mut sent = false;
-        let answered = {
-            let exchange = pin!(self.exchange(&mut lease, wire, fresh, &mut sent, outgoing));
+        let fired = {
+            let exchange = pin!(self.exchange(lease, wire, fresh, &mut sent, outgoing));
             match (time, idle) {
-                (None, None) => Ok(exchange.await),
+                (None, None) => return exchange.await,
                 // Allocates where a route asks for it.
-                (time, idle) => Box::pin(patiently(exchange, time, idle)).await,
+                (time, idle) => match Box::pin(patiently(exchange, time, idle)).await {
+                    Ok(answered) => return answered,
+                    Err(fired) => fired,
+                },
             }
         };
-        let (answer, checkout) = match answered {
-            Ok(answered) => answered?,
-            Err(Timer::Idle(time)) => {
+        match fired {
+            Timer::Idle(time) => {
                 lease.expired();
-                return Err(Error::Idle(time));
+                Err(Error::Idle(time))
             }
-            Err(Timer::PerTry(within)) => {
+            Timer::PerTry(within) => {
                 self.telemetry.count(Counter::TimeoutPerTry);
                 // A wait of our own making, for one of as many connections as there may be, is no fault of its.
                 if sent || !lease.endpoint.bounds.limits.of(Limit::Connections).is_full() {
                     lease.too_slow();
                 }
                 let processed = if sent { Processed::Maybe } else { Processed::No(Counter::RetriedTimeout) };
-                return Err(Error::TooSlow { endpoint: lease.endpoint.place.clone(), within, processed });
-            }
-        };
-        let (mut head, mut body) = answer.into_parts();
-        let mut ahead = None;
-        if outgoing.heeds_end && outgoing.body.is_complete() && headers::grpc_status(&head.headers).is_none() {
-            // Allocates where a route asks for it.
-            ahead = timeout(END, body.frame()).await.ok().flatten().map(Box::new);
-            let trailers = ahead.as_deref().and_then(|frame| frame.as_ref().ok()?.trailers_ref());
-            if let Some(ended) = trailers.and_then(headers::grpc_status) {
-                head.extensions.insert(Ended(ended));
+                Err(Error::TooSlow { endpoint: lease.endpoint.place.clone(), within, processed })
             }
         }
-        match grpc_status(&head) {
-            Some(headers::GRPC_DEADLINE_EXCEEDED) => lease.expired(),
-            // Its proxy was told of the same deadline, and saw it pass a moment sooner.
-            _ if head.status == StatusCode::GATEWAY_TIMEOUT
-                && lease.is_callers_deadline()
-                && lease.endpoint.is_ours()
-                && head.headers.contains_key(PROXY_STATUS) =>
-            {
-                lease.expired();
-            }
-            _ if lease.endpoint.is_ours() && head.headers.get(UNSENT) == Some(&headers::SHED) => lease.shed(),
-            _ if lease.endpoint.is_ours() && head.headers.get(UNSENT) == Some(&headers::NOT_HTTP2) => {
-                lease.misunderstood();
-            }
-            status => {
-                let ended = head.extensions.get::<Ended>().is_some() || body.is_end_stream();
-                let trailers = headers::is_grpc(&head.headers) && !ended;
-                lease.answered(says(head.status, status), trailers);
-            }
-        }
-        let lease = head.extensions.get::<Ended>().is_none().then_some(lease);
-        if head.status == StatusCode::SWITCHING_PROTOCOLS {
-            // What becomes of the connection rests and counts as it did.
-            checkout.rest().and_then(|rest| head.extensions.insert(rest.clone()));
-            checkout.permit().and_then(|permit| head.extensions.insert(Arc::clone(permit)));
-        }
-        Ok(Response::from_parts(head, ResponseBody::of_endpoint(body, ahead, checkout, lease, deadline)))
     }
 
     /// A request, and the head of its answer. `sent` turns true as soon as the request may have an effect.
@@ -309,6 +296,57 @@ impl Way<'_> {
     }
 }
 
+/// An answer, its connection, and what came of its body so far.
+type Ahead = Option<Box<Result<Frame<Bytes>, hyper::Error>>>;
+
+/// Waits for the trailers of an answer that may have nothing else.
+async fn with_end((mut answer, checkout): (Response<Incoming>, Checkout)) -> ((Response<Incoming>, Checkout), Ahead) {
+    let ahead = timeout(END, answer.body_mut().frame()).await.ok().flatten().map(Box::new);
+    let trailers = ahead.as_deref().and_then(|frame| frame.as_ref().ok()?.trailers_ref());
+    if let Some(ended) = trailers.and_then(headers::grpc_status) {
+        answer.extensions_mut().insert(Ended(ended));
+    }
+    ((answer, checkout), ahead)
+}
+
+/// Tells an endpoint what its answer says of it.
+fn judged(
+    mut lease: Lease,
+    (answer, checkout): (Response<Incoming>, Checkout),
+    ahead: Ahead,
+    deadline: Option<Deadline>,
+) -> Response<ResponseBody> {
+    let (mut head, body) = answer.into_parts();
+    let known = Known::of(&head.headers);
+    let ended = head.extensions.get::<Ended>().map(|ended| ended.0);
+    // Where it is a proxy of ours, what that says of the app.
+    let unsent = (lease.endpoint.is_ours() && known.has(Known::OURS)).then(|| head.headers.get(UNSENT)).flatten();
+    match ended.or_else(|| grpc_status(&head.headers, known)) {
+        Some(headers::GRPC_DEADLINE_EXCEEDED) => lease.expired(),
+        // Its proxy was told of the same deadline, and saw it pass a moment sooner.
+        _ if head.status == StatusCode::GATEWAY_TIMEOUT
+            && lease.is_callers_deadline()
+            && lease.endpoint.is_ours()
+            && head.headers.contains_key(PROXY_STATUS) =>
+        {
+            lease.expired();
+        }
+        _ if unsent == Some(&headers::SHED) => lease.shed(),
+        _ if unsent == Some(&headers::NOT_HTTP2) => lease.misunderstood(),
+        status => {
+            let trailers = known.has(Known::GRPC) && ended.is_none() && !body.is_end_stream();
+            lease.answered(says(head.status, status), trailers);
+        }
+    }
+    let lease = ended.is_none().then_some(lease);
+    if head.status == StatusCode::SWITCHING_PROTOCOLS {
+        // What becomes of the connection rests and counts as it did.
+        checkout.rest().and_then(|rest| head.extensions.insert(rest.clone()));
+        checkout.permit().and_then(|permit| head.extensions.insert(Arc::clone(permit)));
+    }
+    Response::from_parts(head, ResponseBody::of_endpoint(body, ahead, checkout, lease, deadline))
+}
+
 /// What ends the wait for an answer's head.
 enum Timer {
     /// The time of an attempt.
@@ -369,7 +407,9 @@ fn failure(result: &Result<Response<ResponseBody>, Error>, policy: &Retry, from_
             });
         }
     };
-    if let Some(unsent) = answer.headers().get(UNSENT).filter(|_| from_peer) {
+    let known = Known::of(answer.headers());
+    let told = from_peer && known.has(Known::OURS);
+    if let Some(unsent) = told.then(|| answer.headers().get(UNSENT)).flatten() {
         if *unsent == headers::NOT_HTTP2 {
             // Nor would another endpoint of it.
             return None;
@@ -384,7 +424,7 @@ fn failure(result: &Result<Response<ResponseBody>, Error>, policy: &Retry, from_
         return Some(Failure::Status { status, retry_after: seconds.map(Duration::from_secs) });
     }
     let ended = answer.extensions().get::<Ended>().map(|ended| ended.0);
-    let ended = ended.or_else(|| headers::grpc_status(answer.headers()));
+    let ended = ended.or_else(|| grpc_status(answer.headers(), known));
     ended.filter(|status| headers::grpc_fault(*status).is_some() || policy.wants_grpc(*status)).map(Failure::Grpc)
 }
 
@@ -396,8 +436,9 @@ const END: Duration = Duration::from_millis(100);
 #[derive(Clone, Copy)]
 struct Ended(u16);
 
-fn grpc_status(head: &response::Parts) -> Option<u16> {
-    head.extensions.get::<Ended>().map(|ended| ended.0).or_else(|| headers::grpc_status(&head.headers))
+/// The same, out of its head.
+fn grpc_status(headers: &HeaderMap, known: Known) -> Option<u16> {
+    known.has(Known::GRPC_STATUS).then(|| headers::grpc_status(headers)).flatten()
 }
 
 impl Outgoing<'_> {
@@ -442,8 +483,9 @@ pub(crate) fn finish(
     telemetry: &Telemetry,
     drain: &watch::Sender<bool>,
 ) -> Response<ResponseBody> {
-    exchange.answered(answer.status().as_u16(), headers::grpc_status(answer.headers()));
-    headers::strip_ours(answer.headers_mut());
+    let known = Known::of(answer.headers());
+    exchange.answered(answer.status().as_u16(), grpc_status(answer.headers(), known));
+    headers::strip_ours(answer.headers_mut(), known);
     if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
         if let Some(client) = client {
             telemetry.count(Counter::UpgradesTunnelled);
@@ -457,7 +499,7 @@ pub(crate) fn finish(
         exchange.complete();
         return answer.map(|_| ResponseBody::empty());
     }
-    headers::strip_hop_by_hop(answer.headers_mut());
+    headers::strip_hop_by_hop(answer.headers_mut(), known);
     *answer.version_mut() = Version::HTTP_11;
     answer.map(|body| body.reporting(exchange))
 }
@@ -476,10 +518,10 @@ pub(crate) async fn within<T>(
 }
 
 /// Ends what is meant for this hop alone, but for an upgrade that is asked for, whose client's side this gives.
-pub(crate) fn strip(head: &mut request::Parts, upgrade: bool) -> Option<OnUpgrade> {
+pub(crate) fn strip(head: &mut request::Parts, known: Known, upgrade: bool) -> Option<OnUpgrade> {
     let client = upgrade.then(|| head.extensions.remove::<OnUpgrade>()).flatten();
     let to = upgrade.then(|| head.headers.get(UPGRADE).cloned()).flatten();
-    headers::strip_hop_by_hop(&mut head.headers);
+    headers::strip_hop_by_hop(&mut head.headers, known);
     if let Some(to) = to {
         head.headers.insert(UPGRADE, to);
         head.headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));

@@ -24,7 +24,8 @@ use crate::http::body::ResponseBody;
 use crate::http::deadline::Deadline;
 use crate::http::error::{Error, Refusal};
 use crate::http::exchange::Exchange;
-use crate::http::headers::{self, GRPC_ATTEMPTS, IN_VAIN, SENT_VERSION};
+use crate::http::headers::{self, IN_VAIN, SENT_VERSION};
+use crate::http::known::Known;
 use crate::http::serve::{fault, serve};
 use crate::http::story::Caught;
 use crate::inbound_rules::InboundRules;
@@ -228,21 +229,23 @@ impl Inbound {
         let (inbound, caller) = &*this;
         let (mut head, body) = request.into_parts();
         let telemetry = &inbound.shared.telemetry;
-        let mut exchange = Exchange::begin(telemetry, Reporter::Destination, &head, caller.peer, caller.id.clone());
-        let grpc = headers::is_grpc(&head.headers);
-        let deadline = Deadline::of(&head.headers);
+        let known = Known::of(&head.headers);
+        let who = (caller.peer, caller.id.clone());
+        let mut exchange = Exchange::begin(telemetry, Reporter::Destination, &head, known, who);
+        let grpc = known.has(Known::GRPC);
+        let deadline = Deadline::of(&head.headers, known);
         async move {
             let (inbound, caller) = &*this;
             let result = {
-                let call = pin!(inbound.forward(&mut head, body, caller, deadline, &mut exchange));
+                let call = pin!(inbound.forward((&mut head, known), body, caller, deadline, &mut exchange));
                 within(deadline, call).await
             };
             let shared = &inbound.shared;
             match result {
                 Ok((answer, client)) => {
-                    let in_vain = caller.ours && failed(&answer) && {
-                        shared.layers.was_in_vain(exchange.call(), shared.epoch.elapsed())
-                    };
+                    let in_vain = caller.ours
+                        && shared.layers.was_in_vain(exchange.call(), shared.epoch.elapsed())
+                        && failed(&answer);
                     let mut answer = finish(answer, exchange, client, &shared.telemetry, &shared.inbound_drain);
                     if in_vain {
                         answer.headers_mut().insert(IN_VAIN, HeaderValue::from_static("?1"));
@@ -259,7 +262,7 @@ impl Inbound {
 
     async fn forward(
         &self,
-        head: &mut request::Parts,
+        (head, known): (&mut request::Parts, Known),
         body: Incoming,
         caller: &Caller,
         deadline: Option<Deadline>,
@@ -270,23 +273,24 @@ impl Inbound {
             (false, Some(_)) => Caught::MutualTls,
             (false, None) => Caught::Plain,
         });
-        headers::check_framing(head).map_err(Error::Refused)?;
-        let sent_http1 = caller.ours && head.headers.contains_key(SENT_VERSION);
-        exchange.attempts = caller.ours.then(|| headers::attempts_before(&head.headers)).flatten().unwrap_or(0);
-        if exchange.attempts > 0 || caller.ours && head.headers.contains_key(GRPC_ATTEMPTS) {
+        headers::check_framing(head, known).map_err(Error::Refused)?;
+        let sent_http1 = caller.ours && known.has(Known::OURS) && head.headers.contains_key(SENT_VERSION);
+        let told = caller.ours && known.has(Known::OURS);
+        exchange.attempts = told.then(|| headers::attempts_before(&head.headers)).flatten().unwrap_or(0);
+        if exchange.attempts > 0 || caller.ours && known.has(Known::GRPC_ATTEMPTS) {
             self.shared.layers.comes_again(exchange.call(), self.shared.epoch.elapsed());
         }
-        headers::strip_ours(&mut head.headers);
+        headers::strip_ours(&mut head.headers, known);
         let sent = if sent_http1 { Version::HTTP_11 } else { head.version };
         head.version = sent;
-        exchange.on(Arc::clone(self.edge(caller, protocol(head))));
+        exchange.on(Arc::clone(self.edge(caller, protocol(head, known))));
         // Who names no host means the one that was called.
         let authority =
             headers::authority(head).or_else(|| self.port.app.load().socket_address()?.to_string().parse().ok());
         let authority = authority.ok_or(Error::Refused(Refusal::Malformed("no authority")))?;
         // Before anything is decided by what a header says: `Connection` names more that the app is not to see.
-        let upgrade = headers::asks_upgrade(head);
-        let client = strip(head, upgrade);
+        let upgrade = headers::asks_upgrade(head, known);
+        let client = strip(head, known, upgrade);
         self.admit(caller, head, &authority, exchange)?;
         if let Some(rules) = self.limits() {
             // Allocates: whoever has no limits carries no room for a wait.
@@ -294,7 +298,7 @@ impl Inbound {
             exchange.in_room(admitted.boxed().await?);
         }
         let fresh = upgrade || !headers::is_idempotent(head);
-        let sending = if headers::expects_continue(head) { Sending::WhenAsked } else { Sending::Once };
+        let sending = if headers::expects_continue(head, known) { Sending::WhenAsked } else { Sending::Once };
         let body = Body1::new(head, body, sending, exchange);
         let passed = exchange.request_passed.clone();
         if let (Some(stay), Some(passed)) = (exchange.stay(), &passed) {
@@ -319,7 +323,7 @@ impl Inbound {
         let app = self.port.app.load_full();
         exchange.attempt(&app);
         // As it was sent, unless the app is said to know no other; gRPC has no other form.
-        let http1 = self.port.protocol == AppProtocol::Http && !headers::is_grpc(&outgoing.head.headers);
+        let http1 = self.port.protocol == AppProtocol::Http && !known.has(Known::GRPC);
         let wire = if sent == Version::HTTP_2 && !http1 { Wire::Http2 } else { Wire::Http1 };
         // The app's own servers ignore identities: there is none to show, and no TLS to it.
         let shared = &self.shared;

@@ -27,6 +27,7 @@ use crate::http::error::{Error, Refusal};
 use crate::http::exchange::Exchange;
 use crate::http::headers::{self, X_REQUEST_ID};
 use crate::http::idle::Idle;
+use crate::http::known::Known;
 use crate::http::serve::{PATIENCE, fault, serve};
 use crate::http::story::Caught;
 use crate::http::upgrade;
@@ -149,16 +150,18 @@ impl Outbound {
         peer: SocketAddr,
     ) -> impl Future<Output = Response<ResponseBody>> + Send {
         let (mut head, body) = request.into_parts();
-        if !head.headers.contains_key(X_REQUEST_ID) {
+        let known = Known::of(&head.headers);
+        if !known.has(Known::REQUEST_ID) {
             head.headers.insert(X_REQUEST_ID, headers::request_id(rand::random()));
         }
-        let mut exchange = Exchange::begin(&this.0.shared.telemetry, Reporter::Source, &head, peer, None);
-        let grpc = headers::is_grpc(&head.headers);
-        let deadline = Deadline::of(&head.headers);
+        let mut exchange = Exchange::begin(&this.0.shared.telemetry, Reporter::Source, &head, known, (peer, None));
+        let grpc = known.has(Known::GRPC);
+        let deadline = Deadline::of(&head.headers, known);
         async move {
             let (outbound, target) = &*this;
             let result = {
-                let call = pin!(outbound.forward(&mut head, body, (target.as_ref(), peer), deadline, &mut exchange));
+                let call =
+                    pin!(outbound.forward((&mut head, known), body, (target.as_ref(), peer), deadline, &mut exchange));
                 within(deadline, call).await
             };
             let shared = &outbound.shared;
@@ -177,15 +180,15 @@ impl Outbound {
 
     async fn forward(
         &self,
-        head: &mut request::Parts,
+        (head, known): (&mut request::Parts, Known),
         body: Incoming,
         (target, peer): (Option<&Target>, SocketAddr),
         deadline: Option<Deadline>,
         exchange: &mut Exchange,
     ) -> Result<(Response<ResponseBody>, Option<OnUpgrade>), Error> {
         exchange.story.caught(self.caught);
-        headers::check_framing(head).map_err(Error::Refused)?;
-        headers::strip_ours(&mut head.headers);
+        headers::check_framing(head, known).map_err(Error::Refused)?;
+        headers::strip_ours(&mut head.headers, known);
         if head.method == Method::CONNECT && target.is_none() {
             return Ok((self.tunnel(std::mem::replace(head, Request::new(()).into_parts().0), body, peer)?, None));
         }
@@ -204,9 +207,9 @@ impl Outbound {
         let Choice { rule, endpoints, changes, faults } = route.choose(head);
         exchange.story.routed(&target, rule);
         let fault = if faults.is_empty() { None } else { inject(faults, head, rand::random) };
-        let protocol = protocol(head);
-        let (upgrade, expects) = (headers::asks_upgrade(head), headers::expects_continue(head));
-        let client = strip(head, upgrade);
+        let protocol = protocol(head, known);
+        let (upgrade, expects) = (headers::asks_upgrade(head, known), headers::expects_continue(head, known));
+        let client = strip(head, known, upgrade);
         if let Filtered::Answer(status, location) = changes.apply(head, &mut authority) {
             self.shared.telemetry.count(Counter::Redirected);
             return Ok((redirect(status, location), None));
@@ -237,8 +240,7 @@ impl Outbound {
         let passed = exchange.request_passed.clone();
         let timeouts = rule.map(|rule| &rule.policy.timeouts);
         let of_route = timeouts.and_then(|timeouts| timeouts.request).filter(|time| !time.is_zero());
-        let of_route =
-            of_route.and_then(|time| Deadline::of_route(exchange.started(), time, headers::is_grpc(&head.headers)));
+        let of_route = of_route.and_then(|time| Deadline::of_route(exchange.started(), time, known.has(Known::GRPC)));
         // The caller's own is kept further up.
         let of_route = of_route.filter(|route| deadline.is_none_or(|callers| route.at() < callers.at()));
         let deadline = of_route.or(deadline);
@@ -250,8 +252,8 @@ impl Outbound {
         }
         let sent = head.version;
         let retry = rule.map_or(&retry::DEFAULT, |rule| &rule.policy.retry);
-        let outgoing = Outgoing {
-            heeds_end: retry.heeds_grpc() && headers::is_grpc(&head.headers),
+        let mut outgoing = Outgoing {
+            heeds_end: retry.heeds_grpc() && known.has(Known::GRPC),
             head,
             authority,
             sent,
@@ -279,7 +281,7 @@ impl Outbound {
             idle: idle.as_deref_mut(),
             retry,
         };
-        let answer = within(of_route, pin!(self.attempts(attempts, outgoing, exchange))).await;
+        let answer = within(of_route, pin!(self.attempts(attempts, &mut outgoing, exchange))).await;
         let mut answer = answer.inspect_err(|_| exchange.on_if_none(edge))?;
         if let Some(cookie) = caller.cookie.take() {
             answer.headers_mut().append(SET_COOKIE, *cookie);
@@ -292,13 +294,13 @@ impl Outbound {
     async fn attempts(
         &self,
         Attempts { route, endpoints, caller, protocol, expects, time, mut idle, retry }: Attempts<'_>,
-        mut outgoing: Outgoing<'_>,
+        outgoing: &mut Outgoing<'_>,
         exchange: &mut Exchange,
     ) -> Result<Response<ResponseBody>, Error> {
         let way = self.way();
         let mut tried: Vec<Arc<EndpointState>> = Vec::new();
-        // Until the answer's head is here.
-        let mut retrying: Option<(Retrying, Permit, Option<Permit>)> = None;
+        // Until the answer's head is here. Boxed: every request would carry room for it.
+        let mut retrying: Option<Box<(Retrying, Permit, Option<Permit>)>> = None;
         loop {
             let harmless = headers::is_idempotent(outgoing.head) || retry.non_idempotent;
             let retryable = harmless && retry.attempts() > 0;
@@ -310,33 +312,40 @@ impl Outbound {
             let endpoint = Arc::clone(&lease.endpoint);
             exchange.on(Arc::clone(endpoint.edge(&self.shared.telemetry, protocol)));
             exchange.attempt(&endpoint);
-            let wire = wire(&endpoint, &outgoing, expects);
+            let wire = wire(&endpoint, outgoing, expects);
             // What must not be sent twice takes no connection that may have closed in the meantime.
             let fresh = outgoing.upgrade || expects || outgoing.before > 0 || !retryable;
-            let result = way.attempt(lease, wire, fresh, (time, idle.as_deref_mut()), &mut outgoing).await;
-            let mut again = way.again(&result, retry, &outgoing, endpoint.is_ours(), &endpoints.budget);
-            let mut after = None;
-            if let Some(Verdict::Retry { after: wait, .. }) = again {
-                drop(retrying.take());
-                let taken = Retrying(Arc::clone(&endpoints.budget));
-                let of_route = outgoing.limits.map_or(Ok(None), |limits| limits.take(Limit::Retries));
-                match (endpoint.bounds.take(Limit::Retries), of_route) {
-                    (Some(permit), Ok(of_route)) => (retrying, after) = (Some((taken, permit, of_route)), Some(wait)),
-                    (None, _) | (_, Err(_)) => {
-                        self.shared.telemetry.count(Counter::OverflowRetries);
-                        again = Some(Verdict::GiveUp(Counter::NotRetriedLimit));
+            // In a block of its own: nobody holds on to an answer that is not given.
+            let after = {
+                let result = way.attempt(lease, wire, fresh, (time, idle.as_deref_mut()), outgoing).await;
+                let mut again = way.again(&result, retry, outgoing, endpoint.is_ours(), &endpoints.budget);
+                let mut after = None;
+                if let Some(Verdict::Retry { after: wait, .. }) = again {
+                    drop(retrying.take());
+                    let taken = Retrying(Arc::clone(&endpoints.budget));
+                    let of_route = outgoing.limits.map_or(Ok(None), |limits| limits.take(Limit::Retries));
+                    match (endpoint.bounds.take(Limit::Retries), of_route) {
+                        (Some(permit), Ok(of_route)) => {
+                            (retrying, after) = (Some(Box::new((taken, permit, of_route))), Some(wait));
+                        }
+                        (None, _) | (_, Err(_)) => {
+                            self.shared.telemetry.count(Counter::OverflowRetries);
+                            again = Some(Verdict::GiveUp(Counter::NotRetriedLimit));
+                        }
                     }
                 }
-            }
-            match again {
-                Some(Verdict::Retry { reason, .. }) => self.shared.telemetry.count(reason),
-                Some(Verdict::GiveUp(why)) => self.gave_up(why, outgoing.before > 0, exchange),
-                None => {}
-            }
-            exchange.story.over(outgoing.reused.take());
-            exchange.story.tried(&endpoint, again.as_ref(), &result, || endpoints.as_json(endpoint.now()));
-            let Some(after) = after else { return result };
-            drop(result);
+                match again {
+                    Some(Verdict::Retry { reason, .. }) => self.shared.telemetry.count(reason),
+                    Some(Verdict::GiveUp(why)) => self.gave_up(why, outgoing.before > 0, exchange),
+                    None => {}
+                }
+                exchange.story.over(outgoing.reused.take());
+                exchange.story.tried(&endpoint, again.as_ref(), &result, || endpoints.as_json(endpoint.now()));
+                match after {
+                    Some(after) => after,
+                    None => return result,
+                }
+            };
             tokio::time::sleep(after).await;
             outgoing.before += 1;
             tried.push(endpoint);

@@ -12,6 +12,7 @@ use crate::first_bytes::{FirstBytes, Patience, read_first};
 use crate::http::error::Error;
 use crate::http::exchange::Exchange;
 use crate::http::headers::is_grpc;
+use crate::http::known::Known;
 use crate::http::serve::serve;
 use crate::rewind::Rewind;
 use crate::tcp::Abort;
@@ -56,7 +57,7 @@ pub(crate) async fn refuse(
         goodbye.send_replace(true);
         async move {
             let (head, _) = request.into_parts();
-            let mut exchange = Exchange::begin(&telemetry, side, &head, peer, None);
+            let mut exchange = Exchange::begin(&telemetry, side, &head, Known::of(&head.headers), (peer, None));
             exchange.failed(&error);
             error.respond(is_grpc(&head.headers), false).map(|body| body.reporting(exchange))
         }

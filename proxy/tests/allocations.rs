@@ -9,6 +9,7 @@ use http::{Request, Version, request};
 use sheetbend_control_plane_client::model::{Match, PathMatch, Rule, ServiceName, TextMatch};
 use sheetbend_proxy::detect::detect;
 use sheetbend_proxy::http::headers;
+use sheetbend_proxy::http::known::Known;
 use sheetbend_proxy::policy::Index;
 use sheetbend_proxy::telemetry::{
     AccessLogSettings, EdgeKey, Flags, Outcome, Peer, Protocol, Reporter, Settings, Telemetry,
@@ -94,9 +95,10 @@ fn measured() -> BTreeMap<&'static str, u64> {
             "headers",
             allocations(|| {
                 let mut head = heads.pop().unwrap();
-                headers::check_framing(&head).unwrap();
-                headers::strip_ours(&mut head.headers);
-                headers::strip_hop_by_hop(&mut head.headers);
+                let known = Known::of(&head.headers);
+                headers::check_framing(&head, known).unwrap();
+                headers::strip_ours(&mut head.headers, known);
+                headers::strip_hop_by_hop(&mut head.headers, known);
                 let authority = headers::authority(&head).unwrap();
                 headers::to_h2(&mut head, authority.clone()).unwrap();
                 headers::to_h1(&mut head, &authority).unwrap();

@@ -7,11 +7,11 @@ use std::time::Duration;
 use http::{HeaderMap, HeaderName, HeaderValue};
 use tokio::time::Instant;
 
-use super::headers::is_grpc;
+use super::known::Known;
 use crate::telemetry::Counter;
 
 /// gRPC over HTTP/2, "Requests".
-const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
+pub(super) const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
 /// What Envoy tells the next hop, in milliseconds; 0 is none.
 pub const EXPECTED: HeaderName = HeaderName::from_static("x-envoy-expected-rq-timeout-ms");
 /// `TimeoutValue` has at most 8 digits.
@@ -59,8 +59,11 @@ impl fmt::Display for SetBy {
 
 impl Deadline {
     /// That of a request which came just now, if its caller set one. One that cannot be read is the next hop's to refuse.
-    pub fn of(headers: &HeaderMap) -> Option<Self> {
-        let grpc = is_grpc(headers);
+    pub fn of(headers: &HeaderMap, known: Known) -> Option<Self> {
+        if !known.has(Known::DEADLINE) {
+            return None;
+        }
+        let grpc = known.has(Known::GRPC);
         let timeout = headers.get(GRPC_TIMEOUT).filter(|_| grpc).and_then(|value| parse(value.to_str().ok()?));
         let expected = headers.get(EXPECTED).and_then(|value| value.to_str().ok()?.parse().ok());
         let expected = expected.filter(|millis| *millis > 0).map(Duration::from_millis);
@@ -149,6 +152,10 @@ mod tests {
 
     use super::*;
 
+    fn of(headers: &HeaderMap) -> Option<Deadline> {
+        Deadline::of(headers, Known::of(headers))
+    }
+
     #[test]
     fn every_unit_is_read_and_what_is_none_is_not() {
         for (text, millis) in [("1H", 3_600_000), ("2M", 120_000), ("3S", 3_000), ("250m", 250), ("5000u", 5)] {
@@ -168,15 +175,15 @@ mod tests {
 
     #[test]
     fn grpc_timeout_is_heeded_of_grpc_calls_alone() {
-        assert_eq!(Deadline::of(&headers(&[("grpc-timeout", "1S")])), None);
-        assert!(Deadline::of(&headers(&[("grpc-timeout", "1S"), GRPC])).is_some());
+        assert_eq!(of(&headers(&[("grpc-timeout", "1S")])), None);
+        assert!(of(&headers(&[("grpc-timeout", "1S"), GRPC])).is_some());
     }
 
     #[tokio::test(start_paused = true)]
     async fn of_two_deadlines_the_sooner_holds() {
         let of = |timeout, expected| {
             let all = headers(&[("grpc-timeout", timeout), ("x-envoy-expected-rq-timeout-ms", expected), GRPC]);
-            Deadline::of(&all).map(|deadline| (deadline.set_by(), deadline.left().as_millis()))
+            of(&all).map(|deadline| (deadline.set_by(), deadline.left().as_millis()))
         };
         assert_eq!(of("1S", "2000"), Some((SetBy::GrpcTimeout, 1000)));
         assert_eq!(of("3S", "2000"), Some((SetBy::Expected, 2000)));
@@ -187,7 +194,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn the_next_hop_is_told_what_is_left() {
         let mut told = headers(&[("grpc-timeout", "3S"), GRPC]);
-        let deadline = Deadline::of(&told).unwrap();
+        let deadline = of(&told).unwrap();
         tokio::time::advance(Duration::from_millis(1_200)).await;
         deadline.tell(&mut told);
         assert_eq!(told[GRPC_TIMEOUT], "1800000u");
@@ -197,7 +204,7 @@ mod tests {
         assert_eq!(told[GRPC_TIMEOUT], "0n");
 
         let mut told = headers(&[("x-envoy-expected-rq-timeout-ms", "3000")]);
-        let deadline = Deadline::of(&told).unwrap();
+        let deadline = of(&told).unwrap();
         tokio::time::advance(Duration::from_micros(1_200_500)).await;
         deadline.tell(&mut told);
         assert_eq!(told[EXPECTED], "1800");

@@ -9,7 +9,8 @@ use sheetbend_certs::{SpiffeId, format_time};
 
 use super::body::{BodyError, Passed};
 use super::error::{Causes, Error, h2_reason};
-use super::headers::X_REQUEST_ID;
+use super::headers::{TRACEPARENT, X_REQUEST_ID};
+use super::known::Known;
 use super::story::{Story, millis};
 use crate::room::{Room, Stay};
 use crate::telemetry::{AccessEntry, Counter, Edge, Flags, Outcome, Reporter, Telemetry};
@@ -93,8 +94,8 @@ impl Exchange {
         telemetry: &Arc<Telemetry>,
         reporter: Reporter,
         head: &request::Parts,
-        downstream: SocketAddr,
-        source: Option<SpiffeId>,
+        known: Known,
+        (downstream, source): (SocketAddr, Option<SpiffeId>),
     ) -> Box<Self> {
         let started = Instant::now();
         Box::new(Self {
@@ -108,7 +109,7 @@ impl Exchange {
                 uri: head.uri.clone(),
                 version: head.version,
                 request_id: head.headers.get(X_REQUEST_ID).cloned(),
-                trace: head.headers.get("traceparent").cloned(),
+                trace: known.has(Known::TRACE).then(|| head.headers.get(TRACEPARENT).cloned()).flatten(),
                 downstream,
                 source,
             },

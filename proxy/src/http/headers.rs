@@ -9,6 +9,7 @@ use http::{Method, Version, request};
 use sheetbend_control_plane_client::model::MOST_ATTEMPTS;
 
 use super::error::Refusal;
+use super::known::{Known, says_grpc};
 use crate::traffic::outlier::Fault;
 
 /// The HTTP version of the request as the app sent it, when it was not HTTP/2: the far side gives its app the same.
@@ -32,9 +33,16 @@ pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
+/// How a gRPC call ended.
+pub const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
+/// The trace that a request is part of (W3C Trace Context §3.2).
+pub const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+/// What ends here whoever names it, beside `Connection`.
+pub(super) const HOP_BY_HOP: [HeaderName; 6] =
+    [KEEP_ALIVE, PROXY_CONNECTION, TE, TRANSFER_ENCODING, UPGRADE, HTTP2_SETTINGS];
 
 /// Every header by which our proxies speak to each other.
-const OURS: [HeaderName; 4] = [SENT_VERSION, UNSENT, ATTEMPTS, IN_VAIN];
+pub(super) const OURS: [HeaderName; 4] = [SENT_VERSION, UNSENT, ATTEMPTS, IN_VAIN];
 
 /// A random UUID (RFC 9562 §5.4) of 128 random bits.
 pub fn request_id(bits: u128) -> HeaderValue {
@@ -55,17 +63,19 @@ pub fn attempts_before(headers: &HeaderMap) -> Option<u32> {
 }
 
 /// Removes what only mesh peers may say.
-pub fn strip_ours(headers: &mut HeaderMap) {
-    for name in &OURS {
-        headers.remove(name);
+pub fn strip_ours(headers: &mut HeaderMap, known: Known) {
+    if known.has(Known::OURS) {
+        OURS.iter().for_each(|name| drop(headers.remove(name)));
     }
 }
 
 /// Removes hop-by-hop headers and whatever `Connection` names. `te: trailers` is put back: gRPC servers ask for it.
-pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
+pub fn strip_hop_by_hop(headers: &mut HeaderMap, known: Known) {
+    if !known.has(Known::HOP_BY_HOP) {
+        return;
+    }
     let wants_trailers = headers.get(TE).is_some_and(|te| lists(te, "trailers"));
-    // The usual request has none of these; one look each is cheaper than collecting names.
-    if headers.contains_key(CONNECTION) {
+    if known.has(Known::CONNECTION) {
         // Allocates only where Connection names more than what goes anyway.
         let named: Vec<HeaderName> = headers
             .get_all(CONNECTION)
@@ -80,9 +90,7 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
         }
         headers.remove(CONNECTION);
     }
-    for name in [KEEP_ALIVE, PROXY_CONNECTION, TE, TRANSFER_ENCODING, UPGRADE, HTTP2_SETTINGS] {
-        headers.remove(name);
-    }
+    HOP_BY_HOP.iter().for_each(|name| drop(headers.remove(name)));
     if wants_trailers {
         headers.insert(TE, HeaderValue::from_static("trailers"));
     }
@@ -106,12 +114,12 @@ pub fn lists(value: &HeaderValue, token: &str) -> bool {
 /// What RFC 9112 §6.3 and §3.2 want refused before anybody forwards the message.
 ///
 /// A request with both `Transfer-Encoding` and `Content-Length` could mean two different things to two servers.
-pub fn check_framing(head: &request::Parts) -> Result<(), Refusal> {
+pub fn check_framing(head: &request::Parts, known: Known) -> Result<(), Refusal> {
     if head.version >= Version::HTTP_2 {
         return Ok(());
     }
     let headers = &head.headers;
-    if headers.contains_key(TRANSFER_ENCODING) {
+    if known.has(Known::TRANSFER_ENCODING) {
         if headers.contains_key(CONTENT_LENGTH) {
             return Err(Refusal::Smuggling("both Transfer-Encoding and Content-Length"));
         }
@@ -132,17 +140,18 @@ pub fn check_framing(head: &request::Parts) -> Result<(), Refusal> {
 }
 
 /// Whether the client asks to leave HTTP behind on this connection.
-pub fn asks_upgrade(head: &request::Parts) -> bool {
+pub fn asks_upgrade(head: &request::Parts, known: Known) -> bool {
     head.version == Version::HTTP_11
-        && head.headers.contains_key(UPGRADE)
+        && known.has(Known::UPGRADE)
         && head.headers.get_all(CONNECTION).iter().any(|value| lists(value, "upgrade"))
         // h2c by upgrade is optional for servers (and gone from RFC 9113): the request is served as it stands.
         && !head.headers.get_all(UPGRADE).iter().any(|value| lists(value, "h2c"))
 }
 
 /// Whether the client waits for `100 Continue` before it sends the body. On HTTP/2 hyper has no way to tell it.
-pub fn expects_continue(head: &request::Parts) -> bool {
+pub fn expects_continue(head: &request::Parts, known: Known) -> bool {
     head.version < Version::HTTP_2
+        && known.has(Known::EXPECT)
         && head
             .headers
             .get(http::header::EXPECT)
@@ -208,10 +217,7 @@ pub fn is_idempotent(head: &request::Parts) -> bool {
 
 /// Whether the request is a gRPC call (gRPC over HTTP/2, "Requests").
 pub fn is_grpc(headers: &HeaderMap) -> bool {
-    headers.get(http::header::CONTENT_TYPE).is_some_and(|value| {
-        let value = value.as_bytes();
-        value.starts_with(b"application/grpc") && !value.starts_with(b"application/grpc-web")
-    })
+    headers.get(http::header::CONTENT_TYPE).is_some_and(says_grpc)
 }
 
 /// The gRPC status of a call that took longer than its caller was ready to wait.
@@ -229,7 +235,7 @@ pub(crate) fn grpc_fault(status: u16) -> Option<Fault> {
 
 /// `grpc-status` of a trailer section or of the head of an answer without a body.
 pub fn grpc_status(headers: &HeaderMap) -> Option<u16> {
-    headers.get("grpc-status")?.to_str().ok()?.parse().ok()
+    headers.get(GRPC_STATUS)?.to_str().ok()?.parse().ok()
 }
 
 #[cfg(test)]
@@ -242,6 +248,10 @@ mod tests {
             request = request.header(*name, *value);
         }
         request.body(()).expect("a request").into_parts().0
+    }
+
+    fn known(head: &request::Parts) -> Known {
+        Known::of(&head.headers)
     }
 
     #[test]
@@ -260,7 +270,8 @@ mod tests {
             ("te", "gzip, trailers"),
             ("traceparent", "00-aa-bb-01"),
         ]);
-        strip_hop_by_hop(&mut head.headers);
+        let known = known(&head);
+        strip_hop_by_hop(&mut head.headers, known);
         assert_eq!(head.headers.len(), 2);
         assert_eq!(head.headers["te"], "trailers");
         assert_eq!(head.headers["traceparent"], "00-aa-bb-01");
@@ -269,7 +280,8 @@ mod tests {
     #[test]
     fn connection_cannot_take_away_what_frames_the_message() {
         let mut head = head(&[("connection", "content-length, host"), ("content-length", "3"), ("host", "web")]);
-        strip_hop_by_hop(&mut head.headers);
+        let known = known(&head);
+        strip_hop_by_hop(&mut head.headers, known);
         assert_eq!(head.headers["content-length"], "3");
         assert_eq!(head.headers["host"], "web");
     }
@@ -277,12 +289,13 @@ mod tests {
     #[test]
     fn ambiguous_framing_is_refused() {
         let both = head(&[("host", "web"), ("transfer-encoding", "chunked"), ("content-length", "3")]);
-        assert!(matches!(check_framing(&both), Err(Refusal::Smuggling(_))));
+        assert!(matches!(check_framing(&both, known(&both)), Err(Refusal::Smuggling(_))));
         let strange = head(&[("host", "web"), ("transfer-encoding", "gzip, chunked")]);
-        assert!(matches!(check_framing(&strange), Err(Refusal::Smuggling(_))));
+        assert!(matches!(check_framing(&strange, known(&strange)), Err(Refusal::Smuggling(_))));
         let twice = head(&[("host", "web"), ("host", "other")]);
-        assert!(matches!(check_framing(&twice), Err(Refusal::Malformed(_))));
-        assert!(check_framing(&head(&[("host", "web"), ("transfer-encoding", "chunked")])).is_ok());
+        assert!(matches!(check_framing(&twice, known(&twice)), Err(Refusal::Malformed(_))));
+        let chunked = head(&[("host", "web"), ("transfer-encoding", "chunked")]);
+        assert!(check_framing(&chunked, known(&chunked)).is_ok());
     }
 
     #[test]

@@ -8,6 +8,7 @@ pub mod expect;
 mod head_clock;
 pub mod headers;
 pub mod idle;
+pub mod known;
 pub mod serve;
 pub mod story;
 mod turns;
