@@ -138,7 +138,7 @@ impl ControlPlane {
             self.tasks.shutdown().await;
         }
         let shared = self.shared.clone();
-        if let Ok(Err(error)) = tokio::task::spawn_blocking(move || shared.save(&mut None)).await {
+        if let Ok(Err(error)) = tokio::task::spawn_blocking(move || shared.save_last()).await {
             tracing::error!(%error, "the registrations could not be written at the end");
         }
         drop(self.announcement);

@@ -84,6 +84,8 @@ pub(crate) struct Shared {
     streams: Mutex<Streams>,
     next_stream: AtomicU64,
     stopping: watch::Sender<bool>,
+    /// Whether nothing more is to be written, since another control plane may have begun. One writes at a time.
+    saved_last: Mutex<bool>,
 }
 
 /// Where [`Shared`] starts from.
@@ -127,6 +129,7 @@ impl Shared {
             streams: Mutex::default(),
             next_stream: AtomicU64::new(1),
             stopping: watch::Sender::new(false),
+            saved_last: Mutex::new(false),
         };
         shared.rebuild();
         shared
@@ -251,6 +254,19 @@ impl Shared {
 
     /// What a restart would need, if it differs from what was written last.
     pub(crate) fn save(&self, last: &mut Option<Vec<Registered>>) -> Result<(), StateError> {
+        // Held until it is on disk: what is known later is written later.
+        let saved_last = lock(&self.saved_last);
+        if *saved_last { Ok(()) } else { self.write(last) }
+    }
+
+    /// Saves for the last time. Whoever still means to save comes too late: the next control plane may have begun.
+    pub(crate) fn save_last(&self) -> Result<(), StateError> {
+        let mut saved_last = lock(&self.saved_last);
+        *saved_last = true;
+        self.write(&mut None)
+    }
+
+    fn write(&self, last: &mut Option<Vec<Registered>>) -> Result<(), StateError> {
         let live = lock(&self.registry).live();
         if last.as_ref() != Some(&live) {
             persist::write_json(&self.registrations_file, &live)?;
