@@ -2,7 +2,7 @@
 //! when the control plane says something new.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use http::request;
@@ -40,13 +40,12 @@ pub struct Route {
     limits: HashMap<Arc<str>, Arc<RouteLimits>>,
     /// Hosts outside the mesh that it leads to, and where they are.
     hosts: Hosts,
-    /// Since when it is known to lead elsewhere than it should.
-    superseded: OnceLock<Instant>,
     #[cfg(test)]
     made_by: std::thread::ThreadId,
 }
 
-/// Requests go on with a route that something newer was said of, until its successor is ready, and no longer than this.
+/// Requests go on with a route that something newer was said of, until its successor is ready, and no longer than this
+/// after it was said.
 /// Usually that is a few milliseconds.
 const HELD: Duration = Duration::from_millis(50);
 
@@ -100,7 +99,6 @@ impl Route {
             elsewhere,
             limits,
             hosts,
-            superseded: OnceLock::new(),
             #[cfg(test)]
             made_by: std::thread::current().id(),
         }
@@ -117,7 +115,6 @@ impl Route {
             elsewhere: Candidates::alone(endpoints.at(place, Transport::Plain, None, None), budget),
             limits: HashMap::new(),
             hosts: Box::default(),
-            superseded: OnceLock::new(),
             #[cfg(test)]
             made_by: std::thread::current().id(),
         }
@@ -141,9 +138,9 @@ impl Route {
         self.destination.as_ref().is_some_and(|then| Arc::ptr_eq(then, destination)) && self.leads_there()
     }
 
-    /// Whether requests may go on with it though something newer was said of it.
-    fn may_stay(&self) -> bool {
-        self.destination.is_some() && self.superseded.get_or_init(Instant::now).elapsed() < HELD
+    /// Whether requests may go on with it though something newer was said of it, `since` then.
+    fn may_stay(&self, since: Option<Instant>) -> bool {
+        self.destination.is_some() && since.is_some_and(|since| since.elapsed() < HELD)
     }
 
     /// Whether all of its hosts are where they were when it was made.
@@ -393,7 +390,7 @@ impl Routes {
                 return Ok(Arc::clone(old));
             }
             // Where a name leads is looked up by whoever asks, who then goes there.
-            if old.leads_there() && old.may_stay() {
+            if old.leads_there() && old.may_stay(discovery.snapshot().since(target)) {
                 return Ok(Arc::clone(old));
             }
         }

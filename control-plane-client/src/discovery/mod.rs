@@ -83,7 +83,8 @@ impl Default for Shared {
 }
 
 impl Shared {
-    fn publish(&self, snapshot: Snapshot) {
+    fn publish(&self, mut snapshot: Snapshot) {
+        snapshot.follows(&self.snapshot.load());
         let snapshot = Arc::new(snapshot);
         let replaced = self.snapshot.swap(snapshot.clone());
         self.changes.send_replace(snapshot);

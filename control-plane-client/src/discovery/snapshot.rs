@@ -4,6 +4,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use tokio::time::Instant;
+
 use crate::model::{InboundPolicy, Mesh, OutboundPolicy, Resolution, Target};
 
 /// Everything known at one moment. Never changes; the next moment is another snapshot.
@@ -22,13 +24,16 @@ pub struct Snapshot {
 pub(super) struct Entry {
     pub(super) resolution: Resolution,
     pub(super) used: Used,
+    /// When that was said first.
+    pub(super) since: Instant,
 }
 
 impl Snapshot {
     /// These, and nothing else.
     pub(super) fn of(all: Vec<(Target, Resolution)>) -> Self {
-        let entries = all.into_iter().map(|(target, resolution)| (target, Entry { resolution, used: Used::default() }));
-        Self { entries: entries.collect(), ..Self::default() }
+        let since = Instant::now();
+        let entry = |resolution| Entry { resolution, used: Used::default(), since };
+        Self { entries: all.into_iter().map(|(target, said)| (target, entry(said))).collect(), ..Self::default() }
     }
 
     /// What a target stands for, if that is known. Counts as a use: what nobody asks for is forgotten in time.
@@ -41,6 +46,21 @@ impl Snapshot {
     /// The same, of one who only keeps up with what is said: does not count as a use.
     pub fn peek(&self, target: &Target) -> Option<&Resolution> {
         self.entries.get(target).map(|entry| &entry.resolution)
+    }
+
+    /// Since when a target stands for what it does.
+    pub fn since(&self, target: &Target) -> Option<Instant> {
+        self.entries.get(target).map(|entry| entry.since)
+    }
+
+    /// Of what `former` says too, it was said as long ago as there.
+    pub(super) fn follows(&mut self, former: &Self) {
+        for (target, entry) in &mut self.entries {
+            let same = former.entries.get(target).filter(|former| is_same(&former.resolution, &entry.resolution));
+            if let Some(former) = same {
+                entry.since = former.since;
+            }
+        }
     }
 
     /// What the mesh is; `None` before the first answer of a control plane.
@@ -85,6 +105,14 @@ impl Snapshot {
     /// Whether nothing is known.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
+    }
+}
+
+fn is_same(one: &Resolution, other: &Resolution) -> bool {
+    match (one, other) {
+        (Resolution::Mesh(one), Resolution::Mesh(other)) => Arc::ptr_eq(one, other),
+        (Resolution::NotMesh, Resolution::NotMesh) => true,
+        _ => false,
     }
 }
 

@@ -252,9 +252,10 @@ impl State {
 
     /// Everything known, to be read.
     pub(super) fn snapshot(&self) -> Snapshot {
+        let since = tokio::time::Instant::now();
         let known = self.targets.iter().filter_map(|(target, wanted)| {
             let resolution = wanted.answer.clone()?;
-            Some((target.clone(), Entry { resolution, used: wanted.used.clone() }))
+            Some((target.clone(), Entry { resolution, used: wanted.used.clone(), since }))
         });
         Snapshot { entries: known.collect(), mesh: self.stores.mesh(), inbound: self.stores.inbound() }
     }

@@ -50,9 +50,14 @@ impl Routes {
                 replaced.extend(batch.into_iter().map(|(_, replaced)| replaced));
             }
             let pause = if replaced.is_empty() { TIDY } else { SOON };
-            // An error says that the worker ends.
-            let Ok(still_held) = renewing.await else { return };
-            replaced.extend(still_held);
+            match renewing.await {
+                Ok(still_held) => replaced.extend(still_held),
+                // The worker ends.
+                Err(error) if error.is_cancelled() => return,
+                Err(error) => {
+                    tracing::error!(%error, "routes are made ready by the requests that need them, this time")
+                }
+            }
             if let Ok(Err(_ended)) = timeout(pause, changes.changed()).await {
                 return;
             }
@@ -82,7 +87,6 @@ fn renew(
     renewed: &mpsc::UnboundedSender<Vec<Renewed>>,
 ) {
     let stale: Vec<_> = known.into_iter().filter(|route| successor(route, discovery).is_some()).collect();
-    stale.iter().for_each(|route| _ = route.may_stay());
     let (mut batch, mut begun) = (Vec::new(), Instant::now());
     for old in stale {
         // What is said last counts, and that may be that there is no such thing any more.
@@ -228,6 +232,19 @@ mod tests {
         assert!(Arc::ptr_eq(&first, &meanwhile));
         advance(HELD - Duration::from_millis(1)).await;
         assert!(Arc::ptr_eq(&first, &worker.ask(&target(1)).await));
+        advance(Duration::from_millis(1)).await;
+        assert_eq!(leads_to(&*worker.ask(&target(1)).await), Some(8_002));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_said_a_while_ago_holds_for_the_first_who_asks_whatever_was_said_of_others_since() {
+        let (worker, tell) = Worker::told();
+        tell(vec![web(1, 1, 8_001)]);
+        assert_eq!(leads_to(&*worker.ask(&target(1)).await), Some(8_001));
+        let changed = web(1, 1, 8_002);
+        tell(vec![changed.clone()]);
+        advance(HELD - Duration::from_millis(1)).await;
+        tell(vec![changed, web(2, 1, 8_001)]);
         advance(Duration::from_millis(1)).await;
         assert_eq!(leads_to(&*worker.ask(&target(1)).await), Some(8_002));
     }
