@@ -281,6 +281,7 @@ impl Inbound {
             self.shared.layers.comes_again(exchange.call(), self.shared.epoch.elapsed());
         }
         headers::strip_ours(&mut head.headers, known);
+        headers::join_cookies(head, known);
         let sent = if sent_http1 { Version::HTTP_11 } else { head.version };
         head.version = sent;
         exchange.on(Arc::clone(self.edge(caller, protocol(head, known))));

@@ -189,6 +189,7 @@ impl Outbound {
         exchange.story.caught(self.caught);
         headers::check_framing(head, known).map_err(Error::Refused)?;
         headers::strip_ours(&mut head.headers, known);
+        headers::join_cookies(head, known);
         if head.method == Method::CONNECT && target.is_none() {
             return Ok((self.tunnel(std::mem::replace(head, Request::new(()).into_parts().0), body, peer)?, None));
         }

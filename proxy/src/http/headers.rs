@@ -2,7 +2,8 @@
 //! passes.
 
 use http::header::{
-    CONNECTION, CONTENT_LENGTH, HOST, HeaderMap, HeaderName, HeaderValue, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
+    CONNECTION, CONTENT_LENGTH, COOKIE, HOST, HeaderMap, HeaderName, HeaderValue, TE, TRAILER, TRANSFER_ENCODING,
+    UPGRADE,
 };
 use http::uri::{Authority, PathAndQuery, Scheme, Uri};
 use http::{Method, Version, request};
@@ -109,6 +110,23 @@ fn is_hop_by_hop(name: &HeaderName) -> bool {
 /// Whether a comma-separated header value has `token`, in any case.
 pub fn lists(value: &HeaderValue, token: &str) -> bool {
     value.to_str().is_ok_and(|text| text.split(',').any(|part| part.trim().eq_ignore_ascii_case(token)))
+}
+
+/// Makes one `cookie` of those that HTTP/2 may send one by one, before anybody reads it as HTTP/1.1 has it (RFC 9113 §8.2.3).
+pub fn join_cookies(head: &mut request::Parts, known: Known) {
+    if head.version < Version::HTTP_2 || !known.has(Known::COOKIE) {
+        return;
+    }
+    let crumbs = head.headers.get_all(COOKIE);
+    if crumbs.iter().nth(1).is_none() {
+        return;
+    }
+    let joined = crumbs.iter().map(HeaderValue::as_bytes).collect::<Vec<_>>().join(&b"; "[..]);
+    // What was valid one by one is valid together.
+    if let Ok(mut joined) = HeaderValue::from_bytes(&joined) {
+        joined.set_sensitive(crumbs.iter().any(HeaderValue::is_sensitive));
+        head.headers.insert(COOKIE, joined);
+    }
 }
 
 /// What RFC 9112 §6.3 and §3.2 want refused before anybody forwards the message.
@@ -284,6 +302,24 @@ mod tests {
         strip_hop_by_hop(&mut head.headers, known);
         assert_eq!(head.headers["content-length"], "3");
         assert_eq!(head.headers["host"], "web");
+    }
+
+    #[test]
+    fn cookies_that_came_one_by_one_are_one_for_whoever_reads_them() {
+        let crumbs = head(&[("cookie", "a=1"), ("host", "web"), ("cookie", "b=2; c=3")]);
+        let joined = |version| {
+            let mut head = crumbs.clone();
+            head.version = version;
+            let known = known(&head);
+            join_cookies(&mut head, known);
+            head.headers
+                .get_all("cookie")
+                .iter()
+                .map(|value| value.to_str().expect("text").to_string())
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(joined(Version::HTTP_2), ["a=1; b=2; c=3"]);
+        assert_eq!(joined(Version::HTTP_11), ["a=1", "b=2; c=3"], "as it came");
     }
 
     #[test]

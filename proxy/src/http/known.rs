@@ -37,10 +37,17 @@ impl Known {
     pub const GRPC_STATUS: Self = Self(1 << 11);
     /// `grpc-previous-rpc-attempts`.
     pub const GRPC_ATTEMPTS: Self = Self(1 << 12);
+    /// `cookie`.
+    pub const COOKIE: Self = Self(1 << 13);
+    /// Any `content-type`, of which the first counts.
+    const TYPED: Self = Self(1 << 14);
 
     /// Those of a message.
     pub fn of(headers: &HeaderMap) -> Self {
-        Self(headers.iter().fold(0, |found, (name, value)| found | Self::one(name.as_str(), value).0))
+        headers.iter().fold(Self(0), |found, (name, value)| match Self::one(name.as_str(), value) {
+            typed if typed.has(Self::TYPED) && found.has(Self::TYPED) => found,
+            one => Self(found.0 | one.0),
+        })
     }
 
     fn one(name: &str, value: &HeaderValue) -> Self {
@@ -55,7 +62,9 @@ impl Known {
             "grpc-timeout" | "x-envoy-expected-rq-timeout-ms" => Self::DEADLINE,
             "traceparent" => Self::TRACE,
             "x-request-id" => Self::REQUEST_ID,
-            "content-type" if says_grpc(value) => Self::GRPC,
+            "content-type" if says_grpc(value) => Self(Self::TYPED.0 | Self::GRPC.0),
+            "content-type" => Self::TYPED,
+            "cookie" => Self::COOKIE,
             "grpc-status" => Self::GRPC_STATUS,
             "grpc-previous-rpc-attempts" => Self::GRPC_ATTEMPTS,
             _ => Self(0),
@@ -103,11 +112,16 @@ mod tests {
             (headers::X_REQUEST_ID, Known::REQUEST_ID),
             (headers::GRPC_STATUS, Known::GRPC_STATUS),
             (headers::GRPC_ATTEMPTS, Known::GRPC_ATTEMPTS),
+            (http::header::COOKIE, Known::COOKIE),
         ] {
             assert_eq!(of(&name, "x").0 & known.0, known.0, "{name}");
         }
         let typed = |value| of(&http::header::CONTENT_TYPE, value);
         assert!(typed("application/grpc+proto").has(Known::GRPC) && !typed("application/grpc-web").has(Known::GRPC));
         assert_eq!(of(&http::header::ACCEPT, "application/grpc"), Known(0));
+        let mut twice = HeaderMap::new();
+        twice.append(http::header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
+        twice.append(http::header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+        assert!(!Known::of(&twice).has(Known::GRPC), "the first one counts, as everywhere");
     }
 }
