@@ -203,7 +203,7 @@ fn explain(state: &AdminState, asked: &Asked) -> Answer {
             let of_successes = match explained.one_in() {
                 0 => "none".to_string(),
                 1 => "all".to_string(),
-                number => format!("one in {number}, ten a second at most"),
+                number => format!("one in {number}, ten a second at most of each worker"),
             };
             let why = "all failures are kept for a while, and of successes";
             Answer::text(StatusCode::NOT_FOUND, format!("nothing is kept of {id}: {why} {of_successes}\n"))

@@ -1,8 +1,8 @@
 //! Why requests went the way they did: the records behind `/explain`.
 //!
-//! Every failure is kept, and one success in a hundred, ten a second at most, each as the JSON document that is shown. There
-//! is a ring for each thread that carries requests, bounded in bytes; the oldest goes first. A request that is not kept
-//! pays for one count.
+//! Every failure is kept, and one success in a hundred, each as the JSON document that is shown. There is a ring for each
+//! thread that carries requests, bounded in bytes; the oldest goes first. A thread keeps ten successes a second at most, and a
+//! request that is not kept pays for one count.
 
 use std::cell::Cell;
 use std::collections::VecDeque;
