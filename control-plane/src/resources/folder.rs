@@ -41,6 +41,11 @@ impl FileState {
         !self.problems.is_empty() && self.good.is_empty()
     }
 
+    /// It was read as it is.
+    fn is_known(&self, stamp: &Stamp) -> bool {
+        self.seen.as_ref() == Some(stamp) && self.beside.iter().all(|(path, then)| Stamp::at(path) == *then)
+    }
+
     /// The resources that count.
     pub(crate) fn resources(&self) -> impl Iterator<Item = &Resource> {
         self.good.iter().map(|(_, resource)| resource)
@@ -50,6 +55,13 @@ impl FileState {
     pub(crate) fn problems(&self) -> &[Problem] {
         &self.problems
     }
+}
+
+/// A file as it is now.
+#[derive(Debug, Default)]
+struct Looked {
+    parsed: Parsed,
+    beside: Vec<(PathBuf, Option<Stamp>)>,
 }
 
 /// Enough to see that a file is another one.
@@ -138,38 +150,11 @@ impl Folder {
         let is_there = |path: &PathBuf| found.contains_key(path) || left_out.iter().any(|l| l.contains_key(path));
         let (files, gone) = std::mem::take(&mut self.files).into_iter().partition(|(path, _)| is_there(path));
         self.files = files;
-        let (mut changed, mut news) = (false, Vec::new());
         // A duplicate is one only as long as its twin is there: look at refused files again whenever something moved.
         let moved = !gone.is_empty()
-            || found.iter().any(|(path, stamp)| self.files.get(path).is_none_or(|f| f.seen.as_ref() != Some(stamp)));
-        for (path, stamp) in found {
-            let state = self.files.entry(path.clone()).or_default();
-            let known =
-                state.seen.as_ref() == Some(&stamp) && state.beside.iter().all(|(path, then)| Stamp::at(path) == *then);
-            if known && (!moved || state.problems.is_empty()) {
-                continue;
-            }
-            state.seen = Some(stamp);
-            let mut parsed = match read(&path) {
-                Ok(text) => parse(&path, &text),
-                Err(problem) => Parsed { problems: vec![problem], ..Parsed::default() },
-            };
-            let emptied = parsed.problems.is_empty() && parsed.resources.is_empty() && !state.good.is_empty();
-            if emptied && now < *state.emptied.get_or_insert(now) + SETTLES {
-                state.seen = None;
-                continue;
-            }
-            state.emptied = None;
-            let beside = read_keys_beside(&path, &mut parsed);
-            parsed.problems.extend(self.check(&path, &parsed.resources));
-            let Some(state) = self.files.get_mut(&path) else { continue };
-            if parsed.problems.is_empty() || self.piecemeal {
-                changed |= state.good != parsed.resources;
-                state.good = parsed.resources;
-            }
-            news.extend(parsed.problems.iter().filter(|problem| !state.problems.contains(problem)).cloned());
-            (state.problems, state.unread, state.beside) = (parsed.problems, parsed.unread, beside);
-        }
+            || found.iter().any(|(path, stamp)| !self.files.get(path).is_some_and(|file| file.is_known(stamp)));
+        let looked_at = found.into_iter().filter_map(|(path, stamp)| self.look(path, stamp, moved, now)).collect();
+        let (mut changed, mut news) = self.take(looked_at);
         changed |= self.let_go(gone, &mut news);
         if let Some((first, others)) = left_out.iter().find_map(|left| Some((left.keys().next()?, left.len() - 1))) {
             let reason = format!("not read, as {others} others are not: {MAX_FILES} files are read at most");
@@ -180,6 +165,96 @@ impl Folder {
             state.problems = vec![problem];
         }
         Ok((changed, news))
+    }
+
+    /// Reads a file that is another one than it was; or was refused, where something moved.
+    fn look(&mut self, path: PathBuf, stamp: Stamp, moved: bool, now: Instant) -> Option<(PathBuf, Looked)> {
+        let state = self.files.entry(path.clone()).or_default();
+        if state.is_known(&stamp) && (!moved || state.problems.is_empty()) {
+            return None;
+        }
+        state.seen = Some(stamp);
+        let mut parsed = match read(&path) {
+            Ok(text) => parse(&path, &text),
+            Err(problem) => Parsed { problems: vec![problem], ..Parsed::default() },
+        };
+        let emptied = parsed.problems.is_empty() && parsed.resources.is_empty() && !state.good.is_empty();
+        if emptied && now < *state.emptied.get_or_insert(now) + SETTLES {
+            state.seen = None;
+            return None;
+        }
+        state.emptied = None;
+        let beside = read_keys_beside(&path, &mut parsed);
+        parsed.problems.extend(self.of_another_domain(&path, &parsed.resources));
+        Some((path, Looked { parsed, beside }))
+    }
+
+    /// Makes what is good count. Gives whether the resources that count are others now, and the new problems.
+    fn take(&mut self, mut looked_at: BTreeMap<PathBuf, Looked>) -> (bool, Vec<Problem>) {
+        let twice = self.told_twice(&looked_at);
+        let (mut changed, mut news) = (false, Vec::new());
+        for problem in twice {
+            looked_at.entry(problem.file.clone()).or_default().parsed.problems.push(problem);
+        }
+        for (path, Looked { parsed, beside }) in looked_at {
+            let state = self.files.entry(path).or_default();
+            if parsed.problems.is_empty() || self.piecemeal {
+                changed |= state.good != parsed.resources;
+                state.good = parsed.resources;
+            }
+            news.extend(parsed.problems.iter().filter(|problem| !state.problems.contains(problem)).cloned());
+            (state.problems, state.unread, state.beside) = (parsed.problems, parsed.unread, beside);
+        }
+        (changed, news)
+    }
+
+    /// The resources of these files that another one has. All are held against what every file says by then, so that what
+    /// moves from one file to another is never without a home, in whatever order they are read.
+    fn told_twice(&self, looked_at: &BTreeMap<PathBuf, Looked>) -> Vec<Problem> {
+        let mut all = Vec::new();
+        let mut refused: BTreeSet<&Path> = BTreeSet::new();
+        if !self.piecemeal {
+            let wrong = looked_at.iter().filter(|(_, looked)| !looked.parsed.problems.is_empty());
+            refused.extend(wrong.map(|(path, _)| &**path));
+        }
+        loop {
+            let holders = self.holders(looked_at, &refused);
+            let good = looked_at.iter().filter(|(path, _)| !refused.contains(&***path));
+            let wrong: Vec<(&Path, Problem)> = good
+                .flat_map(|(path, looked)| {
+                    twice(path, &looked.parsed.resources, &holders).map(|wrong| (&**path, wrong))
+                })
+                .collect();
+            refused.extend(wrong.iter().map(|(path, _)| *path));
+            let done = wrong.is_empty() || self.piecemeal;
+            all.extend(wrong.into_iter().map(|(_, problem)| problem));
+            // What a refused file last said stays, and may be in the way of yet another.
+            if done {
+                return all;
+            }
+        }
+    }
+
+    /// Where every resource is: in the file that has it already, or else in the first one, leaving out what is refused.
+    fn holders<'a>(
+        &'a self,
+        looked_at: &'a BTreeMap<PathBuf, Looked>,
+        refused: &BTreeSet<&Path>,
+    ) -> BTreeMap<String, (&'a Path, u64)> {
+        let mut holders = BTreeMap::new();
+        for has_it_already in [true, false] {
+            for (path, state) in &self.files {
+                let had: BTreeSet<String> = state.resources().map(Resource::key).collect();
+                let new = looked_at.get(path).filter(|_| !refused.contains(&**path));
+                for (line, resource) in new.map_or(&state.good, |looked| &looked.parsed.resources) {
+                    let key = resource.key();
+                    if had.contains(&key) == has_it_already {
+                        holders.entry(key).or_insert((&**path, *line));
+                    }
+                }
+            }
+        }
+        holders
     }
 
     /// Forgets files that are gone, unless there is a file that nobody could read yet: it may be one of them under another
@@ -208,36 +283,40 @@ impl Folder {
         changed
     }
 
-    /// What one file alone cannot know.
-    fn check(&self, path: &Path, new: &[(u64, Resource)]) -> Vec<Problem> {
-        let mut problems = Vec::new();
-        let problem = |line, reason, hint: &str| Problem {
-            file: path.into(),
-            line,
-            column: 1,
-            reason,
-            hint: Some(hint.to_string()),
+    /// A trust domain that is not the CA's.
+    fn of_another_domain(&self, path: &Path, new: &[(u64, Resource)]) -> Vec<Problem> {
+        let problem = |(line, resource): &(u64, Resource)| {
+            let Resource::Settings(Settings { trust_domain: Some(domain), .. }) = resource else { return None };
+            let own = self.trust_domain.as_deref().filter(|own| *own != &**domain)?;
+            Some(Problem {
+                file: path.into(),
+                line: *line,
+                column: 1,
+                reason: format!("trustDomain {domain} is not the CA's, which is {own}"),
+                hint: Some("the CA's cannot be changed: make a new CA for another trust domain".to_string()),
+            })
         };
-        let others = self.files.iter().filter(|(other, _)| *other != path);
-        let mut taken: BTreeMap<String, (PathBuf, u64)> = others
-            .flat_map(|(path, state)| state.good.iter().map(move |(line, r)| (r.key(), (path.clone(), *line))))
-            .collect();
-        for (line, resource) in new {
-            if let Resource::Settings(Settings { trust_domain: Some(domain), .. }) = resource
-                && let Some(own) = self.trust_domain.as_deref().filter(|own| *own != &**domain)
-            {
-                let reason = format!("trustDomain {domain} is not the CA's, which is {own}");
-                let hint = "the CA's cannot be changed: make a new CA for another trust domain";
-                problems.push(problem(*line, reason, hint));
-            }
-            let (key, place) = (resource.key(), (path.to_path_buf(), *line));
-            if let Some((file, first)) = taken.insert(key.clone(), place) {
-                let reason = format!("{key} is already in {}:{first}", file.display());
-                problems.push(problem(*line, reason, "take one of the two out"));
-            }
-        }
-        problems
+        new.iter().filter_map(problem).collect()
     }
+}
+
+/// The resources of a file that are held elsewhere.
+fn twice<'a>(
+    path: &'a Path,
+    new: &'a [(u64, Resource)],
+    holders: &'a BTreeMap<String, (&Path, u64)>,
+) -> impl Iterator<Item = Problem> + 'a {
+    new.iter().filter_map(move |(line, resource)| {
+        let key = resource.key();
+        let (file, first) = holders.get(&key).filter(|holder| **holder != (path, *line))?;
+        Some(Problem {
+            file: path.into(),
+            line: *line,
+            column: 1,
+            reason: format!("{key} is already in {}:{first}", file.display()),
+            hint: Some("take one of the two out".to_string()),
+        })
+    })
 }
 
 /// Reads the files with keys that resources name, from the folder in which the resources' own file is.
@@ -308,282 +387,4 @@ fn is_resource_file(path: &Path) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const SERVICE: &str =
-        "apiVersion: v1\nkind: Service\nmetadata: {name: web}\nspec:\n  ports:\n  - {port: 80, targetPort: 8000}\n";
-
-    fn folder() -> (tempfile::TempDir, Folder) {
-        let dir = tempfile::tempdir().unwrap();
-        let folder = Folder::new(dir.path().into(), "cluster.local");
-        (dir, folder)
-    }
-
-    fn refused(text: &str) -> String {
-        let (dir, mut folder) = folder();
-        fs::write(dir.path().join("a.yaml"), text).unwrap();
-        let (_, refusals) = folder.reload(Instant::now()).unwrap();
-        assert!(!refusals.is_empty(), "must be refused: {text}");
-        let text = refusals[0].to_string();
-        text.split("a.yaml").nth(1).unwrap().to_string()
-    }
-
-    #[test]
-    fn a_bad_file_is_refused_with_its_place_while_its_last_good_state_stays() {
-        let (dir, mut folder) = folder();
-        let file = dir.path().join("web.yaml");
-        fs::write(&file, SERVICE).unwrap();
-        assert_eq!(folder.reload(Instant::now()).unwrap(), (true, Vec::new()));
-        fs::write(
-            &file,
-            format!(
-                "{SERVICE}---\napiVersion: v1\nkind: Service\nmetadata: {{name: two}}\nspec: {{ports: [{{port: 0}}]}}\n"
-            ),
-        )
-        .unwrap();
-        let (changed, refusals) = folder.reload(Instant::now()).unwrap();
-        assert!(!changed);
-        assert_eq!((refusals[0].line, refusals[0].column), (11, 23), "{}", refusals[0]);
-        assert!(refusals[0].to_string().contains("port 0 cannot be reached"));
-        assert_eq!(folder.resources().count(), 1, "the last good state stays");
-        assert_eq!(folder.reload(Instant::now()).unwrap(), (false, Vec::new()), "told once");
-    }
-
-    #[test]
-    fn what_is_empty_is_believed_at_the_second_look() {
-        let (dir, mut folder) = folder();
-        let (file, other) = (dir.path().join("web.yaml"), dir.path().join("other.yaml"));
-        fs::write(&file, SERVICE).unwrap();
-        fs::write(&other, SERVICE.replace("web", "other")).unwrap();
-        let now = Instant::now();
-        assert!(folder.reload(now).unwrap().0);
-        fs::write(&file, "").unwrap();
-        assert_eq!(folder.reload(now).unwrap(), (false, Vec::new()), "it may be about to be written");
-        fs::write(&file, SERVICE).unwrap();
-        assert_eq!(folder.reload(now + SETTLES).unwrap(), (false, Vec::new()));
-        fs::write(&file, "").unwrap();
-        assert!(!folder.reload(now).unwrap().0);
-        assert!(folder.reload(now + SETTLES).unwrap().0);
-        assert_eq!(folder.resources().count(), 1);
-        // One file that goes is gone; that all go may be a mount.
-        fs::remove_file(&file).unwrap();
-        fs::remove_file(&other).unwrap();
-        assert_eq!(folder.reload(now).unwrap(), (false, Vec::new()));
-        assert_eq!(folder.resources().count(), 1);
-        assert!(folder.reload(now + SETTLES).unwrap().0);
-        assert_eq!(folder.resources().count(), 0);
-    }
-
-    #[test]
-    fn a_file_that_gets_another_name_and_a_mistake_says_what_it_said() {
-        let (dir, mut folder) = folder();
-        let (a, b) = (dir.path().join("a.yaml"), dir.path().join("b.yaml"));
-        fs::write(&a, SERVICE).unwrap();
-        folder.reload(Instant::now()).unwrap();
-        fs::remove_file(&a).unwrap();
-        fs::write(&b, SERVICE.replace("port: 80,", "port: 0,")).unwrap();
-        let (changed, problems) = folder.reload(Instant::now()).unwrap();
-        assert!(!changed);
-        assert_eq!((problems.len(), folder.resources().count()), (2, 1), "{problems:?}");
-        assert!(problems[1].to_string().contains("a.yaml:1:1: gone, and what it said stays while"), "{}", problems[1]);
-        assert_eq!(folder.reload(Instant::now()).unwrap(), (false, Vec::new()), "told once");
-        fs::write(&b, SERVICE.replace("8000", "8001")).unwrap();
-        assert_eq!(folder.reload(Instant::now()).unwrap(), (true, Vec::new()));
-        assert_eq!((folder.files().len(), folder.resources().count()), (1, 1));
-    }
-
-    #[test]
-    fn files_beyond_those_that_are_read_are_told() {
-        let (dir, mut folder) = folder();
-        for number in 0..MAX_FILES + 2 {
-            fs::write(dir.path().join(format!("{number:05}.yaml")), "").unwrap();
-        }
-        let (_, problems) = folder.reload(Instant::now()).unwrap();
-        assert_eq!(problems.len(), 1);
-        assert!(problems[0].to_string().contains("02000.yaml:1:1: not read, as 1 others are not"), "{}", problems[0]);
-        assert_eq!(folder.reload(Instant::now()).unwrap(), (false, Vec::new()), "told once");
-    }
-
-    #[test]
-    fn what_is_no_file_holds_nobody_up() {
-        assert_eq!(read(Path::new("/dev/zero")).unwrap_err().reason, "not a file");
-        assert!(read(Path::new("/nowhere")).unwrap_err().reason.contains("cannot be read"));
-    }
-
-    #[test]
-    fn a_typo_is_refused_with_what_was_probably_meant() {
-        let settings = "apiVersion: sheetbend.io/v1alpha1\nkind: MeshSettings\nmetadata: {name: mesh}\nspec:\n";
-        let text = refused(&format!("{settings}  meshRange: [10.0.0.0/8]\n"));
-        assert!(text.starts_with(":5:3: unknown field `meshRange`; did you mean `meshRanges`?"), "{text}");
-        let text = refused(&format!("{settings}  meshRanges: [10.0.0.0/8, 10.0.0.0/99]\n"));
-        assert!(text.starts_with(":5:28: `10.0.0.0/99` is not a range"), "{text}");
-        let text = refused(&format!("{settings}  trustDomain: other.example\n"));
-        assert!(text.contains("is not the CA's, which is cluster.local"), "{text}");
-        let text = refused("apiVersion: v1\nkind: Sevice\nmetadata: {name: web}\n");
-        assert!(text.starts_with(":2:7: `Sevice` is not a kind that is read here; did you mean `Service`?"), "{text}");
-        let text = refused("apiVersion: v1\nkind: [\n");
-        assert!(text.starts_with(':'), "{text}");
-    }
-
-    #[test]
-    fn what_the_parser_cannot_take_is_told_in_plain_words() {
-        let route = "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: web}\nspec:\n  parentRefs: [{kind: Service, name: web}]\n  rules:\n  - backendRefs: ";
-        for (backends, wanted) in [
-            ("[{name: web, port: 80, weight: -1}]", ":7:49: not a whole number of 0 or more; write digits alone"),
-            ("[{name: web, port: 99999}]", ":7:37: not a number from 0 to 65535; write a whole number"),
-            ("{name: web}", "not a list; write `[one, two]`"),
-            ("[web]", "not an object; write `{key: value}`"),
-            ("[{name: web, name: two, port: 80}]", "the key `name` is there twice; take one of the two out"),
-            ("[{port: 80}]", "missing field `name`; it cannot be left out"),
-        ] {
-            let text = refused(&format!("{route}{backends}\n"));
-            assert!(text.contains(wanted), "{backends}: {text}");
-        }
-    }
-
-    #[test]
-    fn a_field_that_is_not_obeyed_is_refused_rather_than_ignored() {
-        let route = "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: web}\nspec:\n  parentRefs: [{kind: Service, name: web}]\n  rules:\n";
-        let text = refused(&format!("{route}  - sessionPersistence: {{}}\n"));
-        assert!(text.starts_with(":7:5: unknown field `sessionPersistence`; the Gateway API has this field"), "{text}");
-    }
-
-    #[test]
-    fn a_condition_that_cannot_be_asked_is_refused_at_its_place_with_a_hint() {
-        let http = "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: web}\nspec:\n  parentRefs: [{kind: Service, name: web}]\n  rules:\n  - backendRefs: [{name: web, port: 80}]\n    matches:\n    - ";
-        let grpc = http.replace("HTTPRoute", "GRPCRoute");
-        let cases = [
-            (
-                http,
-                "path: {type: RegularExpression, value: '/(a'}",
-                ":9:46: bad regular expression `/(a`: unclosed group; patterns are RE2's",
-            ),
-            (http, "path: {type: RegularExpression, value: '((a{100}){100}){100}'}", "too large when compiled"),
-            (
-                http,
-                "path: {type: Regex, value: /a}",
-                ":9:20: `Regex` is no type of path; write Exact, PathPrefix or RegularExpression",
-            ),
-            (http, "path: {value: a}", "the path `a` does not begin with /"),
-            (http, "path: {value: /a?b=c}", "`/a?b=c` is more than a path; match the query with queryParams"),
-            (http, "path: {value: /a/../b}", "not in its normal form"),
-            (http, "method: get", "`get` is not a method; write it in upper case"),
-            (http, "headers: [{name: x a, value: b}]", "`x a` is not a header's name"),
-            (http, "headers: [{name: A, value: b}, {name: a, value: c}]", ":9:45: two conditions on `a`"),
-            (http, "headers: [{name: a, type: Prefix, value: b}]", "`Prefix` is no type of match"),
-            (http, "queryParams: [{name: a, type: RegularExpression, value: '*'}]", "bad regular expression `*`"),
-            (http, "queryParams: [{name: a=b, value: c}]", "`a=b` is not a query parameter's name"),
-            (&grpc, "method: {type: Exact}", "neither a service nor a method"),
-            (&grpc, "method: {service: a/b}", "`a/b` is not a gRPC service or method"),
-            (&grpc, "method: {type: RegularExpression, service: 'a)|(b'}", "bad regular expression `a)|(b`"),
-        ];
-        for (route, condition, wanted) in cases {
-            let text = refused(&format!("{route}{condition}\n"));
-            assert!(text.contains(wanted), "{condition}: {text}");
-        }
-    }
-
-    #[test]
-    fn what_the_specification_forbids_of_filters_and_backends_is_refused_at_its_place_with_a_hint() {
-        let http = "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: web}\nspec:\n  parentRefs: [{kind: Service, name: web}]\n  rules:\n  - ";
-        let to = "backendRefs: [{name: web, port: 80}]\n    ";
-        let redirect = "{type: RequestRedirect, requestRedirect: {hostname: a.example}}";
-        let rewrite = "{type: URLRewrite, urlRewrite: {hostname: a.example}}";
-        let set = |name: &str| {
-            format!("{{type: RequestHeaderModifier, requestHeaderModifier: {{set: [{{name: {name}, value: b}}]}}}}")
-        };
-        let prefix = "{type: URLRewrite, urlRewrite: {path: {type: ReplacePrefixMatch, replacePrefixMatch: /a}}}";
-        let cases = [
-            (format!("{to}filters: [{redirect}]"), ":7:26: a redirected request is not forwarded; take the"),
-            (format!("filters: [{redirect}, {rewrite}]"), "RequestRedirect and URLRewrite cannot both be obeyed"),
-            (format!("{to}filters: [{rewrite}, {rewrite}]"), "two filters of type URLRewrite; write what both say"),
-            (format!("{to}filters: [{{type: RequestMirror}}]"), "a filter of type `RequestMirror` is not obeyed here"),
-            (format!("{to}filters: [{{type: URLRewrite}}]"), "has not its own field"),
-            (format!("{to}filters: [{}]", set("Host")), ":8:82: `host` is not edited as a header: write a filter"),
-            (format!("{to}filters: [{}]", set("Connection")), "is of the connection, not of the message"),
-            (format!("{to}filters: [{}]", set("sheetbend-unsent")), "is of the connection, not of the message"),
-            (format!("{to}filters: [{}]", set("'a b'")), "`a b` is not a header's name"),
-            (format!("{to}filters: [{prefix}]"), "and no single prefix that the rule matches; write one match"),
-            (
-                format!("{to}filters: [{prefix}]\n    matches: [{{path: {{type: Exact, value: /b}}}}]"),
-                "no single prefix",
-            ),
-            (
-                "filters: [{type: RequestRedirect, requestRedirect: {statusCode: 304}}]".into(),
-                "304 sends nobody elsewhere",
-            ),
-            ("filters: [{type: RequestRedirect, requestRedirect: {scheme: ftp}}]".into(), "write http or https"),
-            (
-                "backendRefs: [{name: web, port: 80, weight: 0}]".into(),
-                ":7:26: the weights of this rule's backends sum to zero",
-            ),
-            ("backendRefs: []".into(), "a rule without a backend answers nothing"),
-            (
-                format!("backendRefs: [{{name: web, port: 80, filters: [{redirect}]}}]"),
-                "`RequestRedirect` is not obeyed here",
-            ),
-        ];
-        for (rule, wanted) in cases {
-            let text = refused(&format!("{http}{rule}\n"));
-            assert!(text.contains(wanted), "{rule}: {text}");
-        }
-    }
-
-    #[test]
-    fn a_fault_that_cannot_happen_is_refused_at_its_place_with_a_hint() {
-        let fault = "apiVersion: sheetbend.io/v1alpha1\nkind: FaultInjection\nmetadata: {name: chaos}\nspec:\n  ";
-        let to = "targetRefs: [{kind: Service, name: web}]\n  ";
-        let cases = [
-            (String::new() + to, "neither a delay nor an abort"),
-            ("targetRefs: []\n  abort: {percentage: {value: 1}, httpStatus: 503}".into(), ":5:15: no targetRef"),
-            (
-                format!("{to}abort: {{httpStatus: 503}}"),
-                ":6:10: no percentage: of how many requests?; write percentage:",
-            ),
-            (format!("{to}abort: {{percentage: {{value: 101}}, httpStatus: 503}}"), "101 is not between 0 and 100"),
-            (format!("{to}abort: {{percentage: {{value: 1}}}}"), "no status: write httpStatus or grpcStatus"),
-            (format!("{to}abort: {{percentage: {{value: 1}}, httpStatus: 99}}"), "99 is not a status"),
-            (format!("{to}abort: {{percentage: {{value: 1}}, grpcStatus: BUSY}}"), "`BUSY` is no gRPC status"),
-            (format!("{to}delay: {{percentage: {{value: 1}}, fixedDelay: 0s}}"), "write one between 1ms and 1h"),
-            (format!("{to}delay: {{percentage: {{value: 1}}, fixedDelay: -1s}}"), "is not a duration"),
-            (
-                format!("{to}delays: {{}}\n  abort: {{percentage: {{value: 1}}, httpStatus: 503}}"),
-                "unknown field `delays`; did you mean `delay`?",
-            ),
-        ];
-        for (spec, wanted) in cases {
-            let text = refused(&format!("{fault}{spec}\n"));
-            assert!(text.contains(wanted), "{spec}: {text}");
-        }
-    }
-
-    #[test]
-    fn a_policy_that_cannot_be_obeyed_is_refused_at_its_place() {
-        let policy = "apiVersion: sheetbend.io/v1alpha1\nkind: BackendPolicy\nmetadata: {name: web}\nspec:\n  targetRefs: [{kind: Service, name: web}]\n";
-        let text = refused(&format!("{policy}  outlierDetection: {{baseEjectionTime: 1.5s}}\n"));
-        assert!(text.starts_with(":6:40: `1.5s` is not a duration"), "{text}");
-        let text = refused(&format!("{policy}  outlierDetection: {{baseEjectionTime: 2s, maxEjectionTime: 1s}}\n"));
-        assert!(text.starts_with(":6:21: outlierDetection.maxEjectionTime: it is shorter"), "{text}");
-        let text = refused(&format!("{policy}  outlierDetection: {{consecutive5xxError: 2}}\n"));
-        assert!(text.contains("unknown field `consecutive5xxError`; did you mean `consecutive5xxErrors`?"), "{text}");
-        let route = "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: web}\nspec:\n  parentRefs: [{kind: Service, name: web}]\n  rules:\n";
-        let text = refused(&format!(
-            "{route}  - backendRefs: [{{name: web, port: 80}}]\n    timeouts: {{request: 1s, backendRequest: 2s}}\n"
-        ));
-        assert!(text.starts_with(":8:45: timeouts.backendRequest: it is longer"), "{text}");
-    }
-
-    #[test]
-    fn the_same_resource_in_two_files_is_refused_until_one_is_gone() {
-        let (dir, mut folder) = folder();
-        fs::write(dir.path().join("a.yaml"), SERVICE).unwrap();
-        fs::write(dir.path().join("b.yaml"), SERVICE).unwrap();
-        let (_, refusals) = folder.reload(Instant::now()).unwrap();
-        assert!(refusals[0].to_string().contains("Service default/web is already in"), "{}", refusals[0]);
-        fs::remove_file(dir.path().join("a.yaml")).unwrap();
-        folder.reload(Instant::now()).unwrap();
-        assert_eq!(folder.files().values().filter(|f| !f.problems().is_empty()).count(), 0);
-        assert_eq!(folder.resources().count(), 1);
-    }
-}
+mod tests;
