@@ -176,7 +176,8 @@ impl Record {
 
     /// How many attempts each server saw.
     pub(crate) fn loads(&self, when: Range<Duration>) -> Vec<usize> {
-        self.reached.iter().map(|times| times.iter().filter(|at| when.contains(*at)).count()).collect()
+        let before = |times: &[Duration], end| times.partition_point(|at| *at < end);
+        self.reached.iter().map(|times| before(times, when.end) - before(times, when.start)).collect()
     }
 
     fn within(&self, when: Range<Duration>) -> impl Iterator<Item = &Ended> {

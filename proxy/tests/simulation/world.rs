@@ -3,7 +3,6 @@
 //! Whatever is decided here is decided by the code that decides in production; only sockets, clocks and chance are
 //! played. Nothing here sleeps, and the same seed gives the same run to the last nanosecond.
 
-use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::time::Duration;
 
@@ -81,14 +80,35 @@ enum Outcome {
 /// How long the proxies have been up when a script begins: nothing may hang on a clock that starts with them.
 const UPTIME: Duration = Duration::from_secs(30 * 24 * 3600);
 
-/// The order of events: by time, then as they were planned.
-type Due = (Duration, u64);
+/// An event's place: by time, then as they were planned, and last where it is kept. One number, since comparing those is
+/// most of what a run does; turned over, since a heap gives the largest first.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Due(u128);
+
+impl Due {
+    const SLOT_BITS: u32 = 24;
+    const PLANNED_BITS: u32 = 40;
+
+    fn new(at: Duration, planned: u64, slot: usize) -> Self {
+        assert!(slot < 1 << Self::SLOT_BITS && planned < 1 << Self::PLANNED_BITS, "a run is not as long");
+        let nanos = at.as_nanos() << (Self::SLOT_BITS + Self::PLANNED_BITS);
+        Self(!(nanos | u128::from(planned) << Self::SLOT_BITS | slot as u128))
+    }
+
+    fn at(self) -> Duration {
+        Duration::from_nanos((!self.0 >> (Self::SLOT_BITS + Self::PLANNED_BITS)) as u64)
+    }
+
+    fn slot(self) -> usize {
+        (!self.0 & ((1 << Self::SLOT_BITS) - 1)) as usize
+    }
+}
 
 /// The mesh, and what has happened in it so far.
 pub(crate) struct World {
     now: Duration,
     planned: u64,
-    queue: BinaryHeap<Reverse<(Due, usize)>>,
+    queue: BinaryHeap<Due>,
     events: Vec<Option<Event>>,
     free: Vec<usize>,
     chance: StdRng,
@@ -130,9 +150,10 @@ pub(crate) fn play(script: &Script, seed: u64) -> Record {
     for caller in 0..script.callers.len() {
         world.plan_next_call(caller);
     }
-    while let Some(Reverse(((at, _), event))) = world.queue.pop() {
+    while let Some(due) = world.queue.pop() {
+        let (at, slot) = (due.at(), due.slot());
         world.now = at;
-        let Some(event) = world.events[event].take().inspect(|_| world.free.push(event)) else { continue };
+        let Some(event) = world.events[slot].take().inspect(|_| world.free.push(slot)) else { continue };
         // Callers stop at the end; what they have begun goes on until it is answered.
         if !matches!(event, Event::Asks(_)) || at < UPTIME + script.lasts {
             world.happens(event);
@@ -150,7 +171,7 @@ impl World {
         });
         self.events[slot] = Some(event);
         self.planned += 1;
-        self.queue.push(Reverse(((at, self.planned), slot)));
+        self.queue.push(Due::new(at, self.planned, slot));
     }
 
     fn plan_next_call(&mut self, caller: usize) {
