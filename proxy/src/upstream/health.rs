@@ -28,39 +28,37 @@ use crate::traffic::outlier::Floor;
 
 /// Checks under way at once: thousands of endpoints are asked one after the other rather than all together.
 const AT_ONCE: usize = 64;
+/// Those of one backend: endpoints that never answer do not keep others from being asked.
+const AT_ONCE_EACH: usize = 16;
 /// What is read of an answer; what it says is in its head, or in the first bytes.
 const MOST_READ: usize = 64 * 1024;
 /// How long a connection is watched that was made. A sidecar closes it again if the app behind it takes none.
 const WATCHED: Duration = Duration::from_millis(250);
 
-/// What checks have said so far of an endpoint. PURE.
-#[derive(Debug)]
+/// What checks have said so far of an endpoint. What it is taken to be outlives this. PURE.
+#[derive(Debug, Default)]
 struct Judge {
-    well: bool,
     /// Answers in a row that say otherwise.
     others: u32,
 }
 
 impl Judge {
-    /// Taken to be well until its checks say otherwise.
-    const FIRST: Self = Self { well: true, others: 0 };
-
-    /// Hears of one more check. What it makes of the endpoint, where that is new.
-    fn hear(&mut self, good: bool, check: &HealthCheck) -> Option<bool> {
-        if good == self.well {
+    /// Hears of one more check of an endpoint that is taken to be `well` or not. Whether it is the other from now on.
+    fn hear(&mut self, good: bool, well: bool, check: &HealthCheck) -> bool {
+        if good == well {
             self.others = 0;
-            return None;
+            return false;
         }
         self.others += 1;
         let enough = match good {
             true => check.healthy_threshold.unwrap_or(HealthCheck::HEALTHY_THRESHOLD),
             false => check.unhealthy_threshold.unwrap_or(HealthCheck::UNHEALTHY_THRESHOLD),
         };
-        if self.others < enough {
-            return None;
+        let turns = self.others >= enough;
+        if turns {
+            self.others = 0;
         }
-        *self = Self { well: good, others: 0 };
-        Some(good)
+        turns
     }
 }
 
@@ -89,9 +87,14 @@ impl Checks {
         endpoints: &Arc<[Arc<EndpointState>]>,
     ) {
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
-        // The usual case: nobody has ever wanted checks of it.
-        if check.is_none() && !plans.contains_key(backend) {
-            return;
+        if check.is_none() {
+            // One that was away while checks of it ended is not asked again.
+            let is_left = |endpoint: &&Arc<EndpointState>| endpoint.vitals.awaits_checks();
+            endpoints.iter().find(is_left).inspect(|endpoint| floor.unchecked(endpoint.now()));
+            // The usual case: nobody has ever wanted checks of it.
+            if !plans.contains_key(backend) {
+                return;
+            }
         }
         let plans = plans.entry(backend.clone()).or_default();
         plans.retain(|plan| plan.endpoints.strong_count() > 0);
@@ -99,11 +102,13 @@ impl Checks {
         self.changed.notify_one();
     }
 
-    fn current(&self) -> Vec<(ClusterName, Plan)> {
+    /// Those that are to be checked, and how.
+    fn current(&self) -> Vec<(ClusterName, HealthCheck, Plan)> {
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
         plans.values_mut().for_each(|plans| plans.retain(|plan| plan.endpoints.strong_count() > 0));
         plans.retain(|_, plans| plans.iter().any(|plan| plan.check.is_some()));
-        plans.iter().filter_map(|(name, plans)| Some((name.clone(), plans.last()?.clone()))).collect()
+        let last = plans.iter().filter_map(|(name, plans)| Some((name.clone(), plans.last()?.clone())));
+        last.filter_map(|(name, plan)| Some((name, plan.check.clone()?, plan))).collect()
     }
 }
 
@@ -125,37 +130,39 @@ pub(crate) async fn run(shared: Arc<Shared>) {
     const LOOK: Duration = Duration::from_secs(10);
     // Of a worker there is none here: what this proxy serves itself is called as others call it.
     let own = Own::new(Arc::clone(&shared.here), shared.discovery.clone(), &mpsc::unbounded_channel().0);
-    let (own, places) = (Arc::new(own), Arc::new(Semaphore::new(AT_ONCE)));
+    let (own, all) = (Arc::new(own), Arc::new(Semaphore::new(AT_ONCE)));
     let mut going: HashMap<(ClusterName, u64), Going> = HashMap::new();
+    let mut checked: HashMap<ClusterName, (Arc<Floor>, Arc<Semaphore>)> = HashMap::new();
     loop {
-        let mut wanted = HashMap::new();
-        for (name, plan) in shared.endpoints.checks.current() {
-            let now = shared.endpoints.epoch.elapsed();
-            let (Some(check), Some(endpoints)) = (plan.check, plan.endpoints.upgrade()) else {
-                plan.floor.unchecked(now);
-                continue;
-            };
-            plan.floor.follow_checks(now);
+        let (mut wanted, mut left) = (HashMap::new(), std::mem::take(&mut checked));
+        for (name, check, plan) in shared.endpoints.checks.current() {
+            let Some(endpoints) = plan.endpoints.upgrade() else { continue };
+            let places = left.remove(&name).map(|(_, places)| places);
+            let places = places.unwrap_or_else(|| Arc::new(Semaphore::new(AT_ONCE_EACH)));
+            checked.insert(name.clone(), (Arc::clone(&plan.floor), Arc::clone(&places)));
+            plan.floor.follow_checks(shared.endpoints.epoch.elapsed());
             for endpoint in endpoints.iter() {
                 let key = (name.clone(), endpoint.number);
                 let known = going.remove(&key).filter(|known| known.check == check && !known.task.is_finished());
                 let going = known.unwrap_or_else(|| {
-                    let this = (Arc::clone(&shared), Arc::clone(&own), Arc::clone(&places));
+                    let this = (Arc::clone(&shared), Arc::clone(&own), [Arc::clone(&places), Arc::clone(&all)]);
                     let keep = keep_asking(this, Arc::clone(&plan.floor), Arc::downgrade(endpoint), check.clone());
                     Going { check: check.clone(), task: tokio::spawn(keep).abort_handle() }
                 });
                 wanted.insert(key, going);
             }
         }
-        // What is left of the former ones ends here.
+        // What is left of the former ones ends here, before what they said does.
         going = wanted;
+        let now = shared.endpoints.epoch.elapsed();
+        left.into_values().for_each(|(floor, _)| floor.unchecked(now));
         let _ = timeout(LOOK, shared.endpoints.checks.changed.notified()).await;
     }
 }
 
 /// Asks one endpoint, time after time, until nobody leads there any more.
 async fn keep_asking(
-    (shared, own, places): (Arc<Shared>, Arc<Own>, Arc<Semaphore>),
+    (shared, own, places): (Arc<Shared>, Arc<Own>, [Arc<Semaphore>; 2]),
     floor: Arc<Floor>,
     endpoint: Weak<EndpointState>,
     check: HealthCheck,
@@ -164,11 +171,12 @@ async fn keep_asking(
     const FIRST: Duration = Duration::from_secs(1);
     let interval = check.interval.unwrap_or(HealthCheck::INTERVAL);
     let within = check.timeout.unwrap_or(HealthCheck::TIMEOUT);
-    let mut judge = Judge::FIRST;
+    let mut judge = Judge::default();
     sleep(interval.min(FIRST).mul_f64(rand::random())).await;
     while let Some(endpoint) = endpoint.upgrade() {
         let asked = {
-            let _place = places.acquire().await;
+            let [of_backend, all] = &places;
+            let _places = (of_backend.acquire().await, all.acquire().await);
             timeout(within, ask(&shared, &own, &endpoint, &check)).await
         };
         let why = match asked {
@@ -177,8 +185,9 @@ async fn keep_asking(
             Err(_) => Some(Unwell::Silent(within)),
         };
         shared.telemetry.count(if why.is_none() { Counter::CheckedWell } else { Counter::CheckedUnwell });
-        if let Some(well) = judge.hear(why.is_none(), &check) {
-            floor.checked(&endpoint.vitals, well, endpoint.now());
+        let good = why.is_none();
+        if judge.hear(good, !endpoint.vitals.is_unwell(), &check) {
+            floor.checked(&endpoint.vitals, good, endpoint.now());
             match why {
                 Some(why) => tracing::warn!(endpoint = %endpoint.place, %why, "an endpoint fails its health checks"),
                 None => tracing::info!(endpoint = %endpoint.place, "an endpoint passes its health checks again"),
@@ -359,12 +368,14 @@ mod tests {
     #[test]
     fn a_verdict_takes_as_many_answers_in_a_row_as_the_policy_says() {
         let check = HealthCheck { unhealthy_threshold: Some(3), healthy_threshold: Some(2), ..HealthCheck::default() };
-        let mut judge = Judge::FIRST;
-        let mut heard =
-            |answers: &[bool]| answers.iter().filter_map(|good| judge.hear(*good, &check)).collect::<Vec<_>>();
-        assert_eq!(heard(&[true, false, false, true, false, false]), [false; 0]);
-        assert_eq!(heard(&[false]), [false]);
-        assert_eq!(heard(&[false, false, false, true, false, true]), [false; 0]);
-        assert_eq!(heard(&[true, true]), [true]);
+        let (mut judge, mut well) = (Judge::default(), true);
+        let mut heard = |answers: &[bool]| {
+            answers.iter().for_each(|good| well ^= judge.hear(*good, well, &check));
+            well
+        };
+        assert!(heard(&[true, false, false, true, false, false]));
+        assert!(!heard(&[false]));
+        assert!(!heard(&[false, false, false, true, false, true]));
+        assert!(heard(&[true]));
     }
 }

@@ -130,6 +130,78 @@ async fn an_endpoint_that_is_not_serving_by_grpcs_health_protocol_gets_no_traffi
     an_unwell_one_gets_nothing_and_comes_back("grpc: {service: shop.Cart}").await;
 }
 
+/// The check of [`patient`] servers, under a path that they answer in whichever way.
+fn check_of(path: &str) -> String {
+    format!("http: {{path: {path}, expectedStatuses: [{{start: 204, end: 204}}]}}")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_found_unwell_is_found_well_again_though_it_was_away_or_its_check_has_changed() {
+    let mut servers = vec![patient().await, patient().await, patient().await];
+    let check = check_of("/healthz");
+    let mesh = Mesh::with_resources(&resources(&check, &servers), &[]);
+    let caller = mesh.caller("caller");
+    caller.first_answer("http://web/").await;
+    let _load = Load::start(caller.proxy(), "http://web/", 2, 20.0);
+    let place = servers[0].app.address.to_string();
+
+    servers[0].unwell.store(true, Relaxed);
+    becomes(&caller, &place, "Ejected").await;
+    let away = servers.remove(0);
+    mesh.write_resources(&resources(&check, &servers));
+    eventually("it is away", START, || async { (breaker(&caller, &place).await == Value::Null).then_some(()) }).await;
+    away.unwell.store(false, Relaxed);
+    servers.insert(0, away);
+    mesh.write_resources(&resources(&check, &servers));
+    becomes(&caller, &place, "Serving").await;
+
+    servers[0].unwell.store(true, Relaxed);
+    becomes(&caller, &place, "Ejected").await;
+    mesh.write_resources(&resources(&check_of("/healthz?edited"), &servers));
+    let checks = || caller.counter("sheetbend_health_checks_total", &["result=\"unwell\""]);
+    let before = checks().await;
+    eventually("it is checked as the policy says now", START, || async {
+        (checks().await > before + 2.0).then_some(())
+    })
+    .await;
+    assert_eq!(
+        breaker(&caller, &place).await["state"],
+        "Ejected",
+        "what was found holds until its checks say otherwise"
+    );
+    servers[0].unwell.store(false, Relaxed);
+    becomes(&caller, &place, "Serving").await;
+
+    servers[0].unwell.store(true, Relaxed);
+    becomes(&caller, &place, "Ejected").await;
+    let unchecked = resources(&check, &servers).replace("  healthCheck:", "  # healthCheck:");
+    mesh.write_resources(&unchecked);
+    becomes(&caller, &place, "Serving").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_check_that_was_wrong_of_all_leaves_no_trace_once_it_is_right() {
+    let servers = [patient().await, patient().await, patient().await];
+    let mesh = Mesh::with_resources(&resources(&check_of("/wrong"), &servers), &[]);
+    let caller = mesh.caller("caller");
+    caller.first_answer("http://web/").await;
+    let _load = Load::start(caller.proxy(), "http://web/", 2, 20.0);
+    let checks = || caller.counter("sheetbend_health_checks_total", &["result=\"unwell\""]);
+    eventually("all are unwell", START, || async { (checks().await >= 12.0).then_some(()) }).await;
+    let place = |at: usize| servers[at].app.address.to_string();
+    for at in 0..3 {
+        becomes(&caller, &place(at), "Serving").await;
+    }
+
+    mesh.write_resources(&resources(&check_of("/healthz"), &servers));
+    servers[0].unwell.store(true, Relaxed);
+    becomes(&caller, &place(0), "Ejected").await;
+    servers[0].unwell.store(false, Relaxed);
+    for at in 0..3 {
+        becomes(&caller, &place(at), "Serving").await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_endpoint_that_takes_no_connection_is_left_alone_before_any_request_meets_it() {
     let mut servers = vec![patient().await, patient().await, patient().await];

@@ -17,6 +17,18 @@ impl State {
     }
 }
 
+impl Vitals {
+    /// Whether its checks say so.
+    pub fn is_unwell(&self) -> bool {
+        self.unwell.load(Relaxed)
+    }
+
+    /// Whether it is out of use, or may be, until its checks say otherwise.
+    pub fn awaits_checks(&self) -> bool {
+        self.is_unwell() || self.state().is_until_well()
+    }
+}
+
 impl Floor {
     /// Its checks say from now on that an endpoint is well, or that it is not.
     pub fn checked(&self, vitals: &Arc<Vitals>, well: bool, now: Duration) {
@@ -34,13 +46,12 @@ impl Floor {
     pub fn follow_checks(&self, now: Duration) {
         let mut turning = self.lock();
         let members = Arc::clone(&turning.members);
-        let is_unwell = |vitals: &Arc<Vitals>| vitals.unwell.load(Relaxed);
-        let all = !members.is_empty() && members.iter().all(is_unwell);
+        let all = !members.is_empty() && members.iter().all(|vitals| vitals.is_unwell());
         if all && members.iter().any(|vitals| vitals.state().is_until_well()) {
             turning.tally.common_cause += 1;
         }
         // Who is well first: that makes room.
-        for vitals in members.iter().filter(|vitals| all || !is_unwell(vitals)) {
+        for vitals in members.iter().filter(|vitals| all || !vitals.is_unwell()) {
             if vitals.state().is_until_well() {
                 turning.leave(vitals);
                 vitals.forget();
@@ -50,7 +61,7 @@ impl Floor {
                 vitals.turn(if all { State::Serving } else { State::Ramping { since: now } }, None, now);
             }
         }
-        for vitals in members.iter().filter(|vitals| !all && is_unwell(vitals)) {
+        for vitals in members.iter().filter(|vitals| !all && vitals.is_unwell()) {
             let state = vitals.state();
             if state.is_until_well() || now < vitals.spared() || vitals.is_out_by_hand(now) {
                 continue;
