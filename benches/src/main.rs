@@ -46,6 +46,9 @@ struct Args {
     /// The program to measure
     #[arg(long, default_value = "target/release/sheetbend-proxy")]
     proxy: PathBuf,
+    /// Another build of ours to measure beside it, row by row: what a change costs. Writes no results
+    #[arg(long)]
+    before: Option<PathBuf>,
     /// Envoy's binary
     #[arg(long, default_value = "envoy")]
     envoy: PathBuf,
@@ -78,6 +81,7 @@ fn run(args: &Args) -> io::Result<bool> {
         haproxy: "haproxy".into(),
         envoy: args.envoy.clone(),
         sheetbend: std::path::absolute(&args.proxy)?,
+        before: args.before.as_ref().map(std::path::absolute).transpose()?,
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let origin = runtime.block_on(origin::serve())?;
@@ -85,12 +89,14 @@ fn run(args: &Args) -> io::Result<bool> {
     let outcome = runtime.block_on(async {
         let scratch = scratch.path();
         let bench = Bench { programs: &programs, pki: &pki, mesh: &mesh, scratch, origin };
-        let plan = Plan::new(args.quick, args.rounds, &args.makes);
+        let before = args.before.as_ref().map(|_| Make::Before);
+        let makes: Vec<_> = args.makes.iter().copied().chain(before).collect();
+        let plan = Plan::new(args.quick, args.rounds, &makes);
         rows::measure(&bench, &plan, &args.only).await
     })?;
     let text = report::render(&outcome, &machine::describe(&programs), args.quick);
     println!("{text}");
-    if args.only.is_empty() && args.makes.len() == 4 {
+    if args.only.is_empty() && args.makes.len() == 4 && args.before.is_none() {
         std::fs::write(&args.out, text)?;
         println!("written to {}", args.out.display());
     }

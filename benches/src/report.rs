@@ -3,14 +3,21 @@
 use crate::rows::{Outcome, Row};
 use crate::systems::{Http, Make};
 
-const COLUMNS: [(Make, Http, &str); 6] = [
+const COLUMNS: [(Make, Http, &str); 7] = [
     (Make::Nginx, Http::One, "nginx"),
     (Make::Haproxy, Http::One, "HAProxy h1"),
     (Make::Haproxy, Http::Two, "HAProxy h2"),
     (Make::Envoy, Http::One, "Envoy h1"),
     (Make::Envoy, Http::Two, "Envoy h2"),
+    (Make::Before, Http::Two, "before"),
     (Make::Sheetbend, Http::Two, "Sheetbend"),
 ];
+
+/// Those of which something was measured; the other build of ours is seldom there.
+fn columns(outcome: &Outcome) -> impl Iterator<Item = &'static (Make, Http, &'static str)> {
+    let before = Row::ALL.into_iter().any(|row| outcome.beside_before(row).is_some());
+    COLUMNS.iter().filter(move |(make, ..)| before || *make != Make::Before)
+}
 
 /// What is asked of Sheetbend in a row.
 enum Target {
@@ -94,15 +101,20 @@ pub(crate) fn render(outcome: &Outcome, machine: &[String], quick: bool) -> Stri
              median of interleaved rounds; CPU is what the kernel counted for all threads of both proxies.\n\n";
     text += &machine.join("\n");
     text += "\n\n";
-    text += &header();
+    text += &header(outcome);
     for row in Row::ALL {
-        if COLUMNS.iter().any(|(make, between, _)| outcome.median(row, *make, *between).is_some()) {
+        if columns(outcome).any(|(make, between, _)| outcome.median(row, *make, *between).is_some()) {
             text += &line(outcome, row);
         }
     }
     text += "\n";
     if let Some(direct) = outcome.direct() {
         text += &format!("Without proxies, p50 at 1 connection is {:.1} µs.\n", direct / 1e3);
+    }
+    for row in Row::ALL {
+        if let Some(ratio) = outcome.beside_before(row) {
+            text += &format!("{ratio:.3} × what it is with the build before: {}.\n", row.title());
+        }
     }
     for note in &outcome.notes {
         text += &format!("{note}\n");
@@ -114,9 +126,9 @@ pub(crate) fn render(outcome: &Outcome, machine: &[String], quick: bool) -> Stri
     text
 }
 
-fn header() -> String {
-    let names: Vec<_> = COLUMNS.iter().map(|(.., name)| *name).collect();
-    let rule: Vec<_> = COLUMNS.iter().map(|_| "--:").collect();
+fn header(outcome: &Outcome) -> String {
+    let names: Vec<_> = columns(outcome).map(|(.., name)| *name).collect();
+    let rule: Vec<_> = columns(outcome).map(|_| "--:").collect();
     format!("| | {} | at least | |\n|---|{}|---|---|\n", names.join(" | "), rule.join("|"))
 }
 
@@ -127,7 +139,7 @@ fn line(outcome: &Outcome, row: Row) -> String {
         let text = value.map_or("–".to_string(), |value| figure(value / row.divisor()));
         if failed > 0 { format!("{text} ({failed} failed)") } else { text }
     };
-    let cells: Vec<_> = COLUMNS.iter().map(cell).collect();
+    let cells: Vec<_> = columns(outcome).map(cell).collect();
     let (asked, verdict) = judge(outcome, row);
     format!("| {} | {} | {asked} | {verdict} |\n", row.title(), cells.join(" | "))
 }

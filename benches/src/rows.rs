@@ -107,6 +107,13 @@ impl Outcome {
         Some(of(Make::Sheetbend)? / of(Make::Bare)?)
     }
 
+    /// A cell of ours as a part of what it is with the other build: the median of the rounds, each with its own.
+    pub(crate) fn beside_before(&self, row: Row) -> Option<f64> {
+        let of = |make| self.samples.get(&(row, make, Http::Two));
+        let rounds = of(Make::Sheetbend)?.iter().zip(of(Make::Before)?);
+        median(&rounds.map(|(now, before)| now / before).collect::<Vec<_>>())
+    }
+
     /// Failed requests of a cell.
     pub(crate) fn failed(&self, row: Row, make: Make, between: Http) -> u64 {
         self.failures.get(&(row, make, between)).copied().unwrap_or(0)
@@ -175,7 +182,8 @@ pub(crate) async fn measure(bench: &Bench<'_>, plan: &Plan, only: &[Row]) -> io:
     }
     if wanted(Row::Size) {
         let program = &bench.programs;
-        for (make, path) in [(Make::Envoy, &program.envoy), (Make::Sheetbend, &program.sheetbend)] {
+        let ours = [(Make::Envoy, &program.envoy), (Make::Sheetbend, &program.sheetbend)];
+        for (make, path) in ours.into_iter().chain(program.before.as_ref().map(|path| (Make::Before, path))) {
             if let Ok(file) = fs::metadata(path) {
                 let system = System { make, client: Http::One, between: Http::Two, origin: Http::One };
                 outcome.add(Row::Size, system, file.len() as f64);
@@ -249,7 +257,7 @@ async fn measure_cell(bench: &Bench<'_>, plan: &Plan, row: Row, pair: &Pair, out
             outcome.add_window(row, system, window, 1.0);
         }
         Row::Handshake if system.between == Http::Two || system.make == Make::Nginx => {
-            let ours = system.make == Make::Sheetbend;
+            let ours = matches!(system.make, Make::Sheetbend | Make::Before);
             let (name, alpn) = match ours {
                 true => (format!("{}.web.default.cluster.local", bench.origin.port()), "sheetbend/h2"),
                 false => ("web.default".to_string(), "h2"),

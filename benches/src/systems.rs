@@ -31,6 +31,9 @@ pub(crate) enum Make {
     Haproxy,
     Envoy,
     Sheetbend,
+    /// Another build of Sheetbend.
+    #[value(skip)]
+    Before,
     /// Sheetbend, with every policy switched off that can be.
     #[value(skip)]
     Bare,
@@ -64,6 +67,7 @@ impl System {
             (Make::Envoy, Http::One) => "Envoy, HTTP/1.1 between",
             (Make::Envoy, Http::Two) => "Envoy, HTTP/2 between",
             (Make::Sheetbend, _) => "Sheetbend",
+            (Make::Before, _) => "Sheetbend before",
             (Make::Bare, _) => "Sheetbend without policies",
         }
     }
@@ -78,6 +82,7 @@ pub(crate) fn systems(spoken: Http) -> Vec<System> {
         system(Make::Haproxy, Http::Two, spoken),
         system(Make::Envoy, Http::One, spoken),
         system(Make::Envoy, Http::Two, spoken),
+        system(Make::Before, Http::Two, spoken),
         system(Make::Sheetbend, Http::Two, spoken),
     ]
 }
@@ -93,6 +98,8 @@ pub(crate) struct Programs {
     pub(crate) haproxy: PathBuf,
     pub(crate) envoy: PathBuf,
     pub(crate) sheetbend: PathBuf,
+    /// Another build of ours.
+    pub(crate) before: Option<PathBuf>,
 }
 
 /// What every pair shares.
@@ -239,13 +246,13 @@ fn sides(bench: &Bench<'_>, system: System, dir: &Path, entry: SocketAddr, middl
                 command.args(["--concurrency", "1", "--disable-hot-restart", "--log-level", "error", "-c"]);
                 command.arg(write(&format!("envoy.{side}.yaml"))?);
             }
-            Make::Sheetbend | Make::Bare => {
+            Make::Sheetbend | Make::Before | Make::Bare => {
                 if side == "inbound" {
-                    command = sheetbend(bench, dir, system.service(), &middle.to_string())?;
+                    command = sheetbend(bench, system.make, dir, system.service(), &middle.to_string())?;
                     command.args(["--port", &bench.origin.port().to_string(), "--app", "127.0.0.1"]);
                     command.args(["--allow", pki::CALLER]);
                 } else {
-                    command = sheetbend(bench, dir, "caller", "127.0.0.1:0")?;
+                    command = sheetbend(bench, system.make, dir, "caller", "127.0.0.1:0")?;
                     command.args(["--explicit", &entry.to_string()]);
                 }
             }
@@ -256,8 +263,9 @@ fn sides(bench: &Bench<'_>, system: System, dir: &Path, entry: SocketAddr, middl
 }
 
 /// One sidecar of ours. Everything is on as usual: identity and discovery from a control plane, reports to it, metrics.
-fn sheetbend(bench: &Bench<'_>, dir: &Path, service: &str, inbound: &str) -> io::Result<Command> {
-    let mut command = Command::new(&bench.programs.sheetbend);
+fn sheetbend(bench: &Bench<'_>, make: Make, dir: &Path, service: &str, inbound: &str) -> io::Result<Command> {
+    let before = bench.programs.before.as_ref().filter(|_| make == Make::Before);
+    let mut command = Command::new(before.unwrap_or(&bench.programs.sheetbend));
     command.args(["--control-plane", &bench.mesh.url, "--admin", "127.0.0.1:0", "--health", "127.0.0.1:0"]);
     command.arg("--strict");
     command.args(["--outbound", "127.0.0.1:0", "--inbound", inbound]);
@@ -269,7 +277,7 @@ fn sheetbend(bench: &Bench<'_>, dir: &Path, service: &str, inbound: &str) -> io:
 pub(crate) fn start_caller(bench: &Bench<'_>) -> io::Result<(Proc, SocketAddr)> {
     let dir = tempfile::tempdir_in(bench.scratch)?.keep();
     let entry = free_port()?;
-    let mut command = sheetbend(bench, &dir, "caller", "127.0.0.1:0")?;
+    let mut command = sheetbend(bench, Make::Sheetbend, &dir, "caller", "127.0.0.1:0")?;
     // Whoever is not registered yet is not looked for elsewhere.
     command.args(["--explicit", &entry.to_string(), "--deny-unknown"]);
     Ok((Proc::start(&mut command, &dir.join("caller.log"))?, entry))
