@@ -349,7 +349,7 @@ pub struct Endpoint {
 }
 
 /// How an endpoint is reached. A meshed endpoint is never dialed in plain, whatever fails.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Transport {
     /// A Sheetbend peer with this identity: mutual TLS, ALPN `sheetbend/*`.

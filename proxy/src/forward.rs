@@ -247,7 +247,7 @@ impl Way<'_> {
         *sent = true;
         match sender.send(request).await {
             Ok(answer) => Ok((answer, checkout.holding(sender))),
-            Err(_) if sender.wire() == Wire::Http2 && endpoint.never_spoke_http2() => {
+            Err(_) if checkout.is_misunderstood() => {
                 lease.misunderstood();
                 Err(Error::NotHttp2(endpoint.place.clone()))
             }
@@ -268,6 +268,7 @@ impl Way<'_> {
         };
         let mut request = Request::from_parts(outgoing.for_wire(wire, to_peer)?, body);
         if wire == Wire::Http1 {
+            headers::say_length(&mut request);
             expect::listen(&mut request, ask, self.telemetry);
         }
         Ok(request)

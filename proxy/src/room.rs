@@ -134,7 +134,7 @@ impl Gate {
             over: Notify::new(),
         });
         let mut guests = lock(&self.guests);
-        let number = guests.all.insert(Some((Arc::clone(&stay), Patience::new(self.patience()))));
+        let number = guests.all.insert(Some((Arc::clone(&stay), Patience::default())));
         if !std::mem::replace(&mut guests.looked_after, true) {
             tokio::spawn(Arc::clone(self).look_after(Arc::clone(telemetry)));
         }

@@ -6,7 +6,8 @@ use http::header::{
     UPGRADE,
 };
 use http::uri::{Authority, PathAndQuery, Scheme, Uri};
-use http::{Method, Version, request};
+use http::{Method, Request, Version, request};
+use hyper::body::Body;
 use sheetbend_control_plane_client::model::MOST_ATTEMPTS;
 
 use super::error::Refusal;
@@ -216,6 +217,18 @@ pub fn to_h1(head: &mut request::Parts, authority: &Authority) -> Result<(), Ref
     head.uri = Uri::from(target);
     head.version = Version::HTTP_11;
     Ok(())
+}
+
+/// Says that a body follows of which nobody knows the length. For want of a word hyper takes a `GET` or a `HEAD` to have
+/// none.
+pub(crate) fn say_length(request: &mut Request<impl Body>) {
+    let unknown = !request.body().is_end_stream() && request.body().size_hint().exact().is_none();
+    if unknown
+        && matches!(*request.method(), Method::GET | Method::HEAD)
+        && !request.headers().contains_key(CONTENT_LENGTH)
+    {
+        request.headers_mut().insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+    }
 }
 
 fn path_and_query(head: &request::Parts) -> PathAndQuery {

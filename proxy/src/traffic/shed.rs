@@ -61,11 +61,11 @@ pub enum Verdict {
     Ends,
 }
 
-/// How much longer one may stand still. A bucket: time runs out while somebody is waited for, and bytes bring it back, so that
-/// neither silence nor a byte now and then holds the app's room for ever.
-#[derive(Debug)]
+/// How long one has stood still. A bucket: it fills while somebody is waited for, and bytes empty it, so that neither silence
+/// nor a byte now and then holds the app's room for ever.
+#[derive(Debug, Default)]
 pub struct Patience {
-    left: Duration,
+    spent: Duration,
     moved: u64,
     looked: Option<Duration>,
 }
@@ -74,26 +74,21 @@ impl Patience {
     /// Bytes that bring back a second. What a connection of 2G does is ten times as much.
     const RATE: u64 = 500;
 
-    /// Of one who has just come, and may stand still for `most`.
-    pub fn new(most: Duration) -> Self {
-        Self { left: most, moved: 0, looked: None }
-    }
-
-    /// Looks at what it waits for now, when `moved` bytes have passed since it came. Who looks too seldom blames nobody for
-    /// more than `seldom`.
+    /// Looks at what one waits for now who may stand still for `most`, when `moved` bytes have passed since it came. Who looks
+    /// too seldom blames nobody for more than `seldom`.
     pub fn look(&mut self, wait: Wait, moved: u64, now: Duration, seldom: Duration, most: Duration) -> Verdict {
         let passed = self.looked.map_or(Duration::ZERO, |looked| now.saturating_sub(looked).min(seldom));
         self.looked = Some(now);
         let bytes = moved.saturating_sub(self.moved);
         self.moved = moved;
         let earned = Duration::from_millis(bytes.saturating_mul(1000) / Self::RATE);
-        self.left = self.left.saturating_add(earned).min(most);
+        self.spent = self.spent.saturating_sub(earned);
         if wait == Wait::App {
             return Verdict::Stays;
         }
-        self.left = self.left.saturating_sub(passed);
+        self.spent = self.spent.saturating_add(passed);
         match wait {
-            _ if !self.left.is_zero() => Verdict::Stays,
+            _ if self.spent < most => Verdict::Stays,
             Wait::Request | Wait::Unread => Verdict::Ends,
             Wait::Quiet | Wait::App => Verdict::GivesBack,
         }
@@ -121,7 +116,7 @@ mod tests {
     /// What becomes of one who is looked at every second, and of whom so many bytes pass in each: after how many seconds,
     /// within an hour.
     fn ends(wait: Wait, bytes_a_second: u64) -> (Verdict, u64) {
-        let mut patience = Patience::new(30 * SECOND);
+        let mut patience = Patience::default();
         let look =
             |second| patience.look(wait, bytes_a_second * second, SECOND * second as u32, 2 * SECOND, 30 * SECOND);
         let mut looks = (0..3600).map(look).enumerate();
@@ -150,7 +145,7 @@ mod tests {
 
     #[test]
     fn what_went_fast_before_stands_still_no_longer_for_that() {
-        let mut patience = Patience::new(30 * SECOND);
+        let mut patience = Patience::default();
         let mut look = |moved, now| patience.look(Wait::Unread, moved, SECOND * now, 2 * SECOND, 30 * SECOND);
         assert_eq!(look(1 << 40, 0), Verdict::Stays);
         let ended = (1..100).find(|now| look(1 << 40, *now) != Verdict::Stays);
@@ -158,8 +153,21 @@ mod tests {
     }
 
     #[test]
+    fn a_limit_that_is_changed_holds_for_those_who_are_there() {
+        let mut patience = Patience::default();
+        let mut look = |now, most| patience.look(Wait::Request, 0, SECOND * now, 2 * SECOND, SECOND * most);
+        assert!((0..30).all(|now| look(now, 30) == Verdict::Stays));
+        assert!((30..60).all(|now| look(now, 60) == Verdict::Stays));
+        assert_eq!(look(60, 60), Verdict::Ends);
+        let mut patience = Patience::default();
+        let mut look = |now, most| patience.look(Wait::Request, 0, SECOND * now, 2 * SECOND, SECOND * most);
+        assert!((0..10).all(|now| look(now, 30) == Verdict::Stays));
+        assert_eq!(look(10, 5), Verdict::Ends);
+    }
+
+    #[test]
     fn a_proxy_that_stood_still_itself_blames_nobody_for_it() {
-        let mut patience = Patience::new(30 * SECOND);
+        let mut patience = Patience::default();
         let mut look = |now| patience.look(Wait::Request, 0, SECOND * now, 2 * SECOND, 30 * SECOND);
         assert_eq!((look(0), look(3600), look(3601)), (Verdict::Stays, Verdict::Stays, Verdict::Stays));
     }

@@ -4,26 +4,31 @@
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::EndpointState;
 use crate::tcp::Abort;
 
-/// Whether an endpoint speaks HTTP/2, as far as it was ever asked to without being asked whether it does.
-#[derive(Debug, Default)]
-pub(super) struct SpeaksHttp2(AtomicU8);
+/// What an endpoint said first on one connection, on which nobody has asked it whether it speaks HTTP/2.
+#[derive(Debug)]
+pub(super) struct Word {
+    /// Whether it ever spoke HTTP/2, on whichever connection.
+    ever: Arc<AtomicBool>,
+    /// It said something else on this one.
+    foreign: AtomicBool,
+}
 
-const NEVER_HEARD: u8 = 0;
-const YES: u8 = 1;
-const NO: u8 = 2;
+impl Word {
+    /// Of an endpoint that spoke HTTP/2 at some time, or did not.
+    pub(super) fn of(ever: &Arc<AtomicBool>) -> Arc<Self> {
+        Arc::new(Self { ever: Arc::clone(ever), foreign: AtomicBool::new(false) })
+    }
 
-impl SpeaksHttp2 {
-    /// Whether it never did, and answered with something else. One that did before has no such excuse.
-    pub(super) fn never(&self) -> bool {
-        self.0.load(Relaxed) == NO
+    /// Whether it answered with something else, and never did in HTTP/2. One that did has no such excuse.
+    pub(super) fn knows_no_http2(&self) -> bool {
+        self.foreign.load(Relaxed) && !self.ever.load(Relaxed)
     }
 
     /// It began with these bytes.
@@ -31,11 +36,7 @@ impl SpeaksHttp2 {
         /// The type of a frame comes after three bytes of its length (RFC 9113 §4.1).
         const SETTINGS: u8 = 4;
         let yes = first[3] == SETTINGS;
-        if yes {
-            self.0.store(YES, Relaxed);
-        } else {
-            let _ = self.0.compare_exchange(NEVER_HEARD, NO, Relaxed, Relaxed);
-        }
+        if yes { &self.ever } else { &self.foreign }.store(true, Relaxed);
         yes
     }
 }
@@ -43,14 +44,14 @@ impl SpeaksHttp2 {
 /// A connection of which the first bytes are looked at.
 pub(super) struct FirstWord<T> {
     io: T,
-    endpoint: Arc<EndpointState>,
+    word: Arc<Word>,
     first: [u8; 4],
     heard: usize,
 }
 
 impl<T> FirstWord<T> {
-    pub(super) fn new(io: T, endpoint: Arc<EndpointState>) -> Self {
-        Self { io, endpoint, first: [0; 4], heard: 0 }
+    pub(super) fn new(io: T, word: Arc<Word>) -> Self {
+        Self { io, word, first: [0; 4], heard: 0 }
     }
 
     /// Whether what comes next may still be HTTP/2.
@@ -63,7 +64,7 @@ impl<T> FirstWord<T> {
             *place = *byte;
             self.heard += 1;
         }
-        self.heard < self.first.len() || self.endpoint.speaks_http2.heard(self.first)
+        self.heard < self.first.len() || self.word.heard(self.first)
     }
 }
 
@@ -143,12 +144,14 @@ mod tests {
 
     #[test]
     fn one_that_never_spoke_it_has_an_excuse_and_one_that_did_has_none() {
-        let speaks = SpeaksHttp2::default();
-        assert!(!speaks.never());
-        assert!(!speaks.heard(*b"HTTP"));
-        assert!(speaks.never());
-        assert!(speaks.heard([0, 0, 18, 4]));
-        assert!(!speaks.heard(*b"HTTP"));
-        assert!(!speaks.never());
+        let ever = Arc::default();
+        let (first, second) = (Word::of(&ever), Word::of(&ever));
+        assert!(!first.heard(*b"HTTP"));
+        assert!(first.knows_no_http2());
+        assert!(!second.knows_no_http2(), "nothing was said there yet");
+        assert!(second.heard([0, 0, 18, 4]));
+        let third = Word::of(&ever);
+        assert!(!third.heard(*b"HTTP"));
+        assert!(!third.knows_no_http2() && !first.knows_no_http2());
     }
 }

@@ -16,6 +16,7 @@ pub(crate) mod names;
 mod own;
 mod pool;
 mod sender;
+mod table;
 mod turn;
 mod windows;
 
@@ -23,7 +24,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::hash::RandomState;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -40,6 +41,8 @@ pub use pool::{Checkout, Pool};
 pub(crate) use sender::HEADERS;
 pub use sender::{SendError, Sender, Wire};
 pub(crate) use windows::{STREAMS, Windows};
+
+use table::Table;
 
 use crate::telemetry::{Edge, EdgeKey, Peer, Protocol, Reporter, Telemetry};
 use crate::traffic::breaker::Shown;
@@ -87,7 +90,7 @@ pub struct EndpointState {
     epoch: Instant,
     /// Never given to another: the key of its connections.
     number: u64,
-    speaks_http2: first_word::SpeaksHttp2,
+    spoke_http2: Arc<AtomicBool>,
     edges: [OnceLock<Arc<Edge>>; 4],
 }
 
@@ -106,14 +109,9 @@ impl EndpointState {
             floor: None,
             epoch: Instant::now(),
             number,
-            speaks_http2: first_word::SpeaksHttp2::default(),
+            spoke_http2: Arc::default(),
             edges: Default::default(),
         }
-    }
-
-    /// Whether it was asked in HTTP/2, and has never answered in it.
-    pub(crate) fn never_spoke_http2(&self) -> bool {
-        self.speaks_http2.never()
     }
 
     /// Its number among all that there ever were.
@@ -203,6 +201,7 @@ pub struct Endpoints {
     pub(crate) checks: health::Checks,
     /// Where hosts outside the mesh are.
     pub(crate) names: names::Names,
+    all: Table,
     known: Mutex<Known>,
 }
 
@@ -214,7 +213,6 @@ impl Default for Endpoints {
 
 #[derive(Default)]
 struct Known {
-    endpoints: HashMap<Key, Remembered>,
     floors: HashMap<ClusterName, Arc<Floor>>,
     bounds: HashMap<Bounded, Arc<Bounds>>,
     /// By name.
@@ -224,15 +222,6 @@ struct Known {
     past: Tally,
     swept: Duration,
 }
-
-struct Remembered {
-    endpoint: Arc<EndpointState>,
-    /// Since when nothing leads there any more.
-    unused: Option<Duration>,
-}
-
-/// Of two backends, the same place is two endpoints: what the one's callers meet is not what the other's do.
-type Key = (Place, Transport2, Option<ClusterName>);
 
 /// What has limits of its own.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -267,34 +256,19 @@ impl fmt::Display for Bounded {
     }
 }
 
-/// [`Transport`] as a key.
-#[derive(Clone, PartialEq, Eq, Hash)]
-enum Transport2 {
-    Sheetbend(SpiffeId),
-    MutualTls(SpiffeId),
-    Plain,
-}
-
 impl Known {
-    /// Lets go of what nobody has used for a minute, and gives the endpoints: one that comes back before is as it was.
-    fn sweep(&mut self, now: Duration) -> Vec<Arc<EndpointState>> {
+    /// Whether it is time to look for what nobody uses any more.
+    fn is_to_be_swept(&mut self, now: Duration) -> bool {
         const EVERY: Duration = Duration::from_secs(10);
-        const KEPT: Duration = Duration::from_secs(60);
-        if now < self.swept + EVERY {
-            return Vec::new();
+        let due = now >= self.swept + EVERY;
+        if due {
+            self.swept = now;
         }
-        self.swept = now;
-        let mut gone = Vec::new();
-        self.endpoints.retain(|_, remembered| {
-            let used = Arc::strong_count(&remembered.endpoint) > 1;
-            let since = *remembered.unused.get_or_insert(now);
-            remembered.unused = (!used).then_some(since);
-            let stays = used || now < since + KEPT;
-            if !stays {
-                gone.push(Arc::clone(&remembered.endpoint));
-            }
-            stays
-        });
+        due
+    }
+
+    /// Lets go of what nobody uses.
+    fn sweep(&mut self) {
         self.bounds.retain(|_, bounds| Arc::strong_count(bounds) > 1);
         self.rates.retain(|_, rate| Arc::strong_count(rate) > 1);
         self.budgets.retain(|_, budget| Arc::strong_count(budget) > 1);
@@ -306,7 +280,6 @@ impl Known {
             }
             used
         });
-        gone
     }
 
     fn bounds(&mut self, of: Bounded) -> Arc<Bounds> {
@@ -337,6 +310,7 @@ impl Endpoints {
             zone,
             checks: health::Checks::default(),
             names: names::Names::default(),
+            all: Table::default(),
             known: Mutex::default(),
         }
     }
@@ -358,16 +332,18 @@ impl Endpoints {
         service: Option<(ServicePort, Arc<str>)>,
         backend: Option<&ClusterName>,
     ) -> Arc<EndpointState> {
-        let kind = match &transport {
-            Transport::Sheetbend(id) => Transport2::Sheetbend(id.clone()),
-            Transport::MutualTls(id) => Transport2::MutualTls(id.clone()),
-            Transport::Plain => Transport2::Plain,
-        };
-        let key = (place.clone(), kind, backend.cloned());
+        let key = (place.clone(), transport.clone(), backend.cloned());
+        self.all.get_or_insert(key, || self.make(place, transport, service, backend))
+    }
+
+    fn make(
+        &self,
+        place: Place,
+        transport: Transport,
+        service: Option<(ServicePort, Arc<str>)>,
+        backend: Option<&ClusterName>,
+    ) -> EndpointState {
         let mut known = self.lock();
-        if let Some(remembered) = known.endpoints.get(&key) {
-            return Arc::clone(&remembered.endpoint);
-        }
         let floor = backend.map(|backend| known.floor(backend));
         let bounds = match (&service, &place) {
             (Some((service, _)), _) => known.bounds(Bounded::Service(service.clone())),
@@ -377,23 +353,23 @@ impl Endpoints {
             }
         };
         let new = EndpointState::new(place, transport, service);
-        let endpoint = Arc::new(EndpointState { backend: backend.cloned(), bounds, floor, epoch: self.epoch, ..new });
-        known.endpoints.insert(key, Remembered { endpoint: Arc::clone(&endpoint), unused: None });
-        endpoint
+        EndpointState { backend: backend.cloned(), bounds, floor, epoch: self.epoch, ..new }
     }
 
     /// Lets go of what nobody has used for a minute. Looks at everything, which takes a while: not for a request to do.
     pub(crate) fn sweep(&self) {
-        let gone = self.lock().sweep(self.epoch.elapsed());
-        // Taken apart when nobody has to wait for it any more.
-        drop(gone);
+        let now = self.epoch.elapsed();
+        if self.lock().is_to_be_swept(now) {
+            self.all.sweep(now);
+            self.lock().sweep();
+        }
     }
 
     /// Those of the mesh's backends that are in use.
     pub(crate) fn of_backends(&self) -> Vec<Arc<EndpointState>> {
-        let known = self.lock();
-        let used = known.endpoints.values().filter(|remembered| Arc::strong_count(&remembered.endpoint) > 1);
-        used.map(|remembered| Arc::clone(&remembered.endpoint)).filter(|found| found.backend.is_some()).collect()
+        let mut used = self.all.used();
+        used.retain(|endpoint| endpoint.backend.is_some());
+        used
     }
 
     /// The circuit breakers that policies ask for.

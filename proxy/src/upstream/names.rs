@@ -97,7 +97,12 @@ impl Name {
 
     /// Whether these are its addresses, as far as anybody knows.
     pub(crate) fn is_at(&self, addresses: &Arc<[SocketAddr]>) -> bool {
-        self.answer.load().as_ref().is_some_and(|answer| Arc::ptr_eq(&answer.addresses, addresses))
+        match self.answer.load().as_ref() {
+            Some(answer) => {
+                Arc::ptr_eq(&answer.addresses, addresses) || answer.addresses.is_empty() && addresses.is_empty()
+            }
+            None => addresses.is_empty(),
+        }
     }
 
     /// Whether it is time to ask for it.

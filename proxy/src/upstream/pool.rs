@@ -12,7 +12,7 @@ use sheetbend_control_plane_client::model::Transport;
 use tokio::sync::watch;
 use tokio::time::MissedTickBehavior;
 
-use super::first_word::FirstWord;
+use super::first_word::{FirstWord, Word};
 use super::sender::{Sender, Wire, connect_h2, until_over};
 use super::turn::{Turns, WAITS};
 use super::{Bounds, DialError, Dialed, EndpointState, Own, Permit, STREAMS, dial};
@@ -72,6 +72,7 @@ struct SharedConnection {
     /// As many as the peer allows at the moment.
     allowed: Arc<AtomicUsize>,
     root: Option<Sha256>,
+    word: Option<Arc<Word>>,
     /// What it had carried when nothing was seen on it first, and when that was.
     unused: Option<(u64, Instant)>,
 }
@@ -156,6 +157,8 @@ pub struct Checkout {
     /// Taken back only when the exchange ended well.
     sender: Option<http1::SendRequest<RequestBody>>,
     streams: Option<Arc<AtomicUsize>>,
+    /// Of a shared connection to who was not asked whether it speaks HTTP/2.
+    word: Option<Arc<Word>>,
     /// What the connection rests on, where it has one of its own.
     rest: Option<Rest>,
     /// Counts a connection of its own that is new, so that what it is turned into counts too.
@@ -168,7 +171,7 @@ impl Checkout {
     fn begin(pool: &Arc<Pool>, endpoint: &Arc<EndpointState>) -> Self {
         endpoint.vitals.load.begin();
         let (pool, endpoint) = (Arc::clone(pool), Arc::clone(endpoint));
-        Self { pool, endpoint, sender: None, streams: None, rest: None, permit: None, carried: 1 }
+        Self { pool, endpoint, sender: None, streams: None, word: None, rest: None, permit: None, carried: 1 }
     }
 
     /// The exchange has ended well: the connection may serve another.
@@ -207,6 +210,11 @@ impl Checkout {
             until_over(connection.with_upgrades(), rest).await;
         });
         Ok(Sender::Http1(sender))
+    }
+
+    /// Whether the endpoint answered in something else than HTTP/2, of which it knows nothing.
+    pub fn is_misunderstood(&self) -> bool {
+        self.word.as_ref().is_some_and(|word| word.knows_no_http2())
     }
 
     /// What an HTTP/1.1 connection rests on, for when it leaves HTTP behind.
@@ -316,7 +324,9 @@ impl Pool {
         }
         if endpoint.transport == Transport::Plain {
             // Nobody has asked it whether it speaks HTTP/2.
-            dialed.io = Box::new(FirstWord::new(dialed.io, Arc::clone(&endpoint)));
+            let word = Word::of(&endpoint.spoke_http2);
+            checkout.word = Some(Arc::clone(&word));
+            dialed.io = Box::new(FirstWord::new(dialed.io, word));
         }
         let root = dialed.rest.as_ref().map(Rest::root);
         let (sender, allowed) = connect_h2(dialed, endpoint.is_ours()).await?;
@@ -324,7 +334,8 @@ impl Pool {
         checkout.streams = Some(Arc::clone(&streams));
         let mut all = self.lock();
         if all.believes(root) {
-            let shared = SharedConnection { sender: sender.clone(), streams, carried: 1, allowed, root, unused: None };
+            let (sender, word) = (sender.clone(), checkout.word.clone());
+            let shared = SharedConnection { sender, streams, carried: 1, allowed, root, word, unused: None };
             if !endpoint.bounds.limits.is_used_up(shared.carried) {
                 all.of(&endpoint).shared.push(shared);
             }
@@ -449,9 +460,9 @@ impl Pool {
         let connections = all.of.get_mut(&checkout.endpoint.number)?;
         let limits = &checkout.endpoint.bounds.limits;
         if wire == Wire::Http2
-            && let Some((sender, streams)) = connections.take_shared(|carried| limits.is_used_up(carried))
+            && let Some((sender, streams, word)) = connections.take_shared(|carried| limits.is_used_up(carried))
         {
-            checkout.streams = Some(streams);
+            (checkout.streams, checkout.word) = (Some(streams), word);
             return Some(Sender::Http2(sender));
         }
         if fresh || (wire == Wire::Http2 && !chooses) {
@@ -487,7 +498,7 @@ impl Connections {
     fn take_shared(
         &mut self,
         is_used_up: impl FnOnce(u64) -> bool,
-    ) -> Option<(http2::SendRequest<RequestBody>, Arc<AtomicUsize>)> {
+    ) -> Option<(http2::SendRequest<RequestBody>, Arc<AtomicUsize>, Option<Arc<Word>>)> {
         let mut idle = 0;
         self.shared.retain(|shared| {
             let unused = shared.streams.load(Relaxed) == 0;
@@ -499,7 +510,7 @@ impl Connections {
         let emptiest = self.shared.get_mut(at).filter(|shared| !shared.is_full())?;
         emptiest.streams.fetch_add(1, Relaxed);
         emptiest.carried += 1;
-        let taken = (emptiest.sender.clone(), Arc::clone(&emptiest.streams));
+        let taken = (emptiest.sender.clone(), Arc::clone(&emptiest.streams), emptiest.word.clone());
         if is_used_up(emptiest.carried) {
             // It ends with the last of its streams.
             self.shared.swap_remove(at);

@@ -103,6 +103,33 @@ async fn chunks_and_trailers_pass_both_ways_and_hop_by_hop_headers_end_here() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_get_keeps_its_body_though_nobody_knows_how_long_that_will_be() {
+    let app = Scripted::start(|mut line| async move {
+        while line.hear("\r\n\r\n").await.is_some() {
+            line.hear("0\r\n\r\n").await;
+            line.say(WELL).await;
+        }
+    })
+    .await;
+    let pair = pair(app.port()).await;
+    for method in ["GET", "DELETE"] {
+        let head =
+            format!("{method} http://server/{method} HTTP/1.1\r\nHost: server\r\nTransfer-Encoding: chunked\r\n\r\n");
+        let mut stream = TcpStream::connect(pair.proxy()).await.unwrap();
+        stream.write_all(format!("{head}5\r\nhello\r\n").as_bytes()).await.unwrap();
+        eventually("the app hears of it before it is whole", START, || async {
+            app.heard().contains(&format!("{method} /{method}")).then_some(())
+        })
+        .await;
+        stream.write_all(b"7\r\n, world\r\n0\r\n\r\n").await.unwrap();
+        assert!(hear(&mut stream, "well\n").await.unwrap().starts_with("HTTP/1.1 200"));
+        let heard = app.heard();
+        let (_, heard) = heard.split_once(&format!("{method} /{method}")).unwrap();
+        assert!(heard.contains("hello") && heard.contains(", world"), "{heard}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_client_that_expects_100_continue_sends_its_body_only_when_the_server_wants_it() {
     let app = Scripted::start(|mut line| async move {
         while let Some(head) = line.hear("\r\n\r\n").await {
