@@ -14,8 +14,9 @@ use http_body_util::BodyExt;
 use hyper::body::{Body, Bytes, Frame, Incoming};
 use hyper::upgrade::OnUpgrade;
 use sheetbend_certs::IdentityStore;
-use sheetbend_control_plane_client::model::{MOST_ATTEMPTS, Retry};
+use sheetbend_control_plane_client::model::{MOST_ATTEMPTS, Retry, Transport};
 use tokio::sync::watch;
+use tokio::task::yield_now;
 use tokio::time::{sleep, timeout, timeout_at};
 
 use crate::admission::RouteLimits;
@@ -34,13 +35,13 @@ use crate::telemetry::{Counter, Protocol, Telemetry};
 use crate::traffic::limit::Limit;
 use crate::traffic::outlier::Fault;
 use crate::traffic::retry::{self, Failure, Verdict};
-use crate::upstream::{Checkout, DialError, Lease, Permit, Pool, SendError, Wire};
+use crate::upstream::{Checkout, DialError, EndpointState, Lease, Permit, Pool, Reuse, SendError, Stage, Wire};
 
 /// What an attempt needs beside the request.
 pub(crate) struct Way<'a> {
     pub(crate) pool: &'a Arc<Pool>,
-    pub(crate) identity: &'a IdentityStore,
-    pub(crate) telemetry: &'a Telemetry,
+    pub(crate) identity: &'a Arc<IdentityStore>,
+    pub(crate) telemetry: &'a Arc<Telemetry>,
     /// The start of the clock by which loads and budgets count.
     pub(crate) epoch: Instant,
 }
@@ -155,14 +156,14 @@ impl Way<'_> {
         &self,
         mut lease: Lease,
         wire: Wire,
-        fresh: bool,
+        reuse: Reuse,
         timers: (Option<Duration>, Option<&mut Idle>),
         outgoing: &mut Outgoing<'_>,
     ) -> Result<Response<ResponseBody>, Error> {
         lease.until(outgoing.deadline);
         let deadline = outgoing.deadline;
         let heeds_end = outgoing.heeds_end;
-        let answered = self.answered(&mut lease, (wire, fresh), timers, outgoing).await?;
+        let answered = self.answered(&mut lease, (wire, reuse), timers, outgoing).await?;
         if heeds_end && outgoing.body.is_complete() && !answered.0.headers().contains_key(GRPC_STATUS) {
             // Allocates where a route asks for it.
             let (answer, ahead) = Box::pin(with_end(answered)).await;
@@ -175,13 +176,13 @@ impl Way<'_> {
     async fn answered(
         &self,
         lease: &mut Lease,
-        (wire, fresh): (Wire, bool),
+        (wire, reuse): (Wire, Reuse),
         (time, idle): (Option<Duration>, Option<&mut Idle>),
         outgoing: &mut Outgoing<'_>,
     ) -> Result<(Response<Incoming>, Checkout), Error> {
-        let mut sent = false;
+        let mut stage = Stage::Waits;
         let fired = {
-            let exchange = pin!(self.exchange(lease, wire, fresh, &mut sent, outgoing));
+            let exchange = pin!(self.exchange(lease, wire, reuse, &mut stage, outgoing));
             match (time, idle) {
                 (None, None) => return exchange.await,
                 // Allocates where a route asks for it.
@@ -198,27 +199,34 @@ impl Way<'_> {
             }
             Timer::PerTry(within) => {
                 self.telemetry.count(Counter::TimeoutPerTry);
-                // A wait of our own making, for one of as many connections as there may be, is no fault of its.
-                if sent || !lease.endpoint.bounds.limits.of(Limit::Connections).is_full() {
-                    lease.too_slow();
+                // One connection that takes long is one fault, however many wait for it.
+                if stage == Stage::Waits {
+                    lease.waited()
+                } else {
+                    lease.too_slow()
                 }
+                let sent = stage == Stage::Sent;
                 let processed = if sent { Processed::Maybe } else { Processed::No(Counter::RetriedTimeout) };
                 Err(Error::TooSlow { endpoint: lease.endpoint.place.clone(), within, processed })
             }
         }
     }
 
-    /// A request, and the head of its answer. `sent` turns true as soon as the request may have an effect.
+    /// A request, and the head of its answer. `stage` tells how far it has come.
     async fn exchange(
         &self,
         lease: &mut Lease,
         wire: Wire,
-        fresh: bool,
-        sent: &mut bool,
+        reuse: Reuse,
+        stage: &mut Stage,
         outgoing: &mut Outgoing<'_>,
     ) -> Result<(Response<Incoming>, Checkout), Error> {
         let endpoint = &Arc::clone(&lease.endpoint);
-        let ready = self.pool.ready(endpoint, wire, fresh);
+        if reuse == Reuse::Recent && may_be_http1(endpoint, wire) {
+            // The runtime hears of what came in: a connection that has ended by now is not taken.
+            yield_now().await;
+        }
+        let ready = self.pool.ready(endpoint, wire, reuse);
         outgoing.reused = Some(ready.is_some());
         let (mut sender, checkout) = match ready {
             Some(ready) => ready,
@@ -230,7 +238,7 @@ impl Way<'_> {
                     endpoint.bounds.take(Limit::Pending).map(|pending| (pending, of_route)).ok_or_else(full)
                 });
                 let _pending = pending.inspect_err(|_| lease.unreachable(&DialError::Overflow(Limit::Pending)))?;
-                let checkout = self.pool.checkout(endpoint, wire, fresh, self.identity, self.telemetry);
+                let checkout = self.pool.checkout(endpoint, (wire, reuse), stage, self.identity, self.telemetry);
                 match checkout.boxed().await {
                     Ok(connected) => {
                         lease.dialed();
@@ -244,7 +252,7 @@ impl Way<'_> {
             }
         };
         let request = self.request(outgoing, sender.wire(), endpoint.is_ours())?;
-        *sent = true;
+        *stage = Stage::Sent;
         match sender.send(request).await {
             Ok(answer) => Ok((answer, checkout.holding(sender))),
             Err(_) if checkout.is_misunderstood() => {
@@ -295,6 +303,11 @@ impl Way<'_> {
         };
         Some(retry::decide(&attempt, rand::random(), || budget.take(self.epoch.elapsed())))
     }
+}
+
+/// Whether a request may have an HTTP/1.1 connection for itself.
+fn may_be_http1(endpoint: &EndpointState, wire: Wire) -> bool {
+    wire == Wire::Http1 || matches!(endpoint.transport, Transport::MutualTls(_))
 }
 
 /// An answer, its connection, and what came of its body so far.

@@ -12,7 +12,7 @@ use futures_util::FutureExt;
 use http::{HeaderValue, Request, Response, Version, request};
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
-use sheetbend_certs::{IdentityStore, MeshAlpn, SpiffeId, VerifiedPeer};
+use sheetbend_certs::{MeshAlpn, SpiffeId, VerifiedPeer};
 use sheetbend_control_plane_client::model::{AppProtocol, Transport};
 
 use crate::app::Shared;
@@ -34,7 +34,7 @@ use crate::rest::{Rest, splice_for};
 use crate::rewind::Rewind;
 use crate::tcp::Abort;
 use crate::telemetry::{Counter, Edge, EdgeKey, Peer, Protocol, Reporter};
-use crate::upstream::{BoxIo, EndpointState, Lease, Place, Pool, Wire, dial};
+use crate::upstream::{BoxIo, EndpointState, Lease, Place, Pool, Reuse, Wire, dial};
 
 /// One port of the app.
 pub(crate) struct Port {
@@ -298,7 +298,17 @@ impl Inbound {
             let admitted = rules.admission.admit(head, caller.id.as_ref(), deadline, &self.shared.telemetry);
             exchange.in_room(admitted.boxed().await?);
         }
-        let fresh = upgrade || !headers::is_idempotent(head);
+        let reuse = match upgrade {
+            true => Reuse::Never,
+            // What must not be sent twice takes no connection that may have closed in the meantime.
+            false => {
+                if headers::is_idempotent(head) {
+                    Reuse::Any
+                } else {
+                    Reuse::Recent
+                }
+            }
+        };
         let sending = if headers::expects_continue(head, known) { Sending::WhenAsked } else { Sending::Once };
         let body = Body1::new(head, body, sending, exchange);
         let passed = exchange.request_passed.clone();
@@ -328,10 +338,10 @@ impl Inbound {
         let wire = if sent == Version::HTTP_2 && !http1 { Wire::Http2 } else { Wire::Http1 };
         // The app's own servers ignore identities: there is none to show, and no TLS to it.
         let shared = &self.shared;
-        let identity: &IdentityStore = &shared.identity;
-        let way = Way { pool: &self.pool, identity, telemetry: &shared.telemetry, epoch: shared.epoch };
+        let way =
+            Way { pool: &self.pool, identity: &shared.identity, telemetry: &shared.telemetry, epoch: shared.epoch };
         let answer = {
-            let call = pin!(way.attempt(Lease::alone(app), wire, fresh, (None, None), &mut outgoing));
+            let call = pin!(way.attempt(Lease::alone(app), wire, reuse, (None, None), &mut outgoing));
             match exchange.stay() {
                 None => call.await,
                 // Allocates: whoever has no limits carries no room for a wait.

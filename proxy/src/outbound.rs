@@ -40,7 +40,7 @@ use crate::tcp::Abort;
 use crate::telemetry::{Counter, Flags, Protocol, Reporter, Telemetry};
 use crate::traffic::limit::Limit;
 use crate::traffic::retry::{self, Retrying, Verdict};
-use crate::upstream::{BoxIo, EndpointState, Permit, Pool, Wire, dial};
+use crate::upstream::{BoxIo, EndpointState, Permit, Pool, Reuse, Wire, dial};
 use crate::worker::Live;
 
 /// One worker's way out. Cheap to clone.
@@ -314,11 +314,20 @@ impl Outbound {
             exchange.on(Arc::clone(endpoint.edge(&self.shared.telemetry, protocol)));
             exchange.attempt(&endpoint);
             let wire = wire(&endpoint, outgoing, expects);
-            // What must not be sent twice takes no connection that may have closed in the meantime.
-            let fresh = outgoing.upgrade || expects || outgoing.before > 0 || !retryable;
+            let reuse = match outgoing.upgrade || expects || outgoing.before > 0 {
+                true => Reuse::Never,
+                // What must not be sent twice takes no connection that may have closed in the meantime.
+                false => {
+                    if retryable {
+                        Reuse::Any
+                    } else {
+                        Reuse::Recent
+                    }
+                }
+            };
             // In a block of its own: nobody holds on to an answer that is not given.
             let after = {
-                let result = way.attempt(lease, wire, fresh, (time, idle.as_deref_mut()), outgoing).await;
+                let result = way.attempt(lease, wire, reuse, (time, idle.as_deref_mut()), outgoing).await;
                 let mut again = way.again(&result, retry, outgoing, endpoint.is_ours(), &endpoints.budget);
                 let mut after = None;
                 if let Some(Verdict::Retry { after: wait, .. }) = again {

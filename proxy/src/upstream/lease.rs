@@ -162,6 +162,13 @@ impl Lease {
         self.failed(Fault::LocalOrigin);
     }
 
+    /// It has waited, as long as an attempt may take, for a connection that was not its to make.
+    pub(crate) fn waited(&mut self) {
+        let now = self.endpoint.now();
+        self.endpoint.vitals.load.longer_than(now.saturating_sub(self.began), now);
+        self.report(Outcome::Unknown);
+    }
+
     fn report(&mut self, outcome: Outcome) {
         let sent = Sent { probe: self.sent.probe && !self.reported, ..self.sent };
         self.reported = true;

@@ -37,7 +37,7 @@ pub(crate) use dial::{Dialed, dial};
 pub use lease::Lease;
 pub(crate) use own::{Entering, Own};
 pub(crate) use pool::Pooled;
-pub use pool::{Checkout, Pool};
+pub use pool::{Checkout, Pool, Reuse, Stage};
 pub(crate) use sender::HEADERS;
 pub use sender::{SendError, Sender, Wire};
 pub(crate) use windows::{STREAMS, Windows};

@@ -9,12 +9,12 @@ use hyper::client::conn::{http1, http2};
 use hyper_util::rt::TokioIo;
 use sheetbend_certs::{IdentityStore, Material, MeshAlpn, Sha256, TrustBundle};
 use sheetbend_control_plane_client::model::Transport;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tokio::time::MissedTickBehavior;
 
 use super::first_word::{FirstWord, Word};
 use super::sender::{Sender, Wire, connect_h2, until_over};
-use super::turn::{Turns, WAITS};
+use super::turn::{Turn, Turns, WAITS};
 use super::{Bounds, DialError, Dialed, EndpointState, Own, Permit, STREAMS, dial};
 use crate::http::body::RequestBody;
 use crate::rest::Rest;
@@ -31,6 +31,8 @@ const IDLE_SHARED: usize = 2;
 const MOST_KEPT: usize = 1024;
 /// How long a kept connection is trusted to be open at the other end, unless a policy says so.
 const KEPT_FOR: Duration = Duration::from_secs(3);
+/// How long ago a connection may have been used that takes what must not be sent twice: no server gives it up so soon.
+const RECENTLY: Duration = Duration::from_secs(1);
 /// How often those are ended that nobody needs.
 const TIDY: Duration = Duration::from_secs(1);
 
@@ -45,6 +47,28 @@ struct Connections {
     mesh: bool,
     /// The endpoint chose HTTP/1.1 when it was asked for either: nothing is shared, and nobody takes turns.
     chose_http1: bool,
+}
+
+/// Which connections with nothing on them serve a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reuse {
+    /// Any that is open.
+    Any,
+    /// One that was used a moment ago: what must not be sent twice hardly ever meets its end.
+    Recent,
+    /// None: it is to be new.
+    Never,
+}
+
+/// How far a request has come on its way to an endpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// It waits: for its turn, for room, for what somebody else dials.
+    Waits,
+    /// A connection is made for it.
+    Dials,
+    /// It may have an effect.
+    Sent,
 }
 
 /// A connection that waits for its next request.
@@ -197,6 +221,77 @@ impl Checkout {
         self
     }
 
+    /// Dials, for whoever asked and for those who come after: it goes on though nobody waits for it any more, and somebody
+    /// in haste does not end what the next one needs.
+    async fn dialed(
+        mut self,
+        wire: Wire,
+        permit: Arc<Permit>,
+        turn: Option<Turn>,
+        identity: &Arc<IdentityStore>,
+        telemetry: &Arc<Telemetry>,
+    ) -> Result<(Sender, Self), DialError> {
+        let (identity, telemetry) = (Arc::clone(identity), Arc::clone(telemetry));
+        let (tell, told) = oneshot::channel();
+        tokio::spawn(async move {
+            let dialed = match self.dial(wire, permit, &identity, &telemetry).await {
+                Ok(sender) => {
+                    drop(turn);
+                    Ok((sender, self))
+                }
+                Err(error) => Err(match turn {
+                    Some(turn) => turn.fail(error),
+                    None => error,
+                }),
+            };
+            if let Err(Ok((sender, unused))) = tell.send(dialed) {
+                unused.holding(sender).give_back();
+            }
+        });
+        // Nothing but a worker that ends keeps it from being told.
+        told.await.unwrap_or(Err(DialError::NoTurn))
+    }
+
+    /// A new connection. By [`Wire::Http2`] it is to be shared, unless the endpoint chooses HTTP/1.1.
+    async fn dial(
+        &mut self,
+        wire: Wire,
+        permit: Arc<Permit>,
+        identity: &IdentityStore,
+        telemetry: &Telemetry,
+    ) -> Result<Sender, DialError> {
+        let endpoint = Arc::clone(&self.endpoint);
+        let alpn = if wire == Wire::Http1 { MeshAlpn::Http1 } else { MeshAlpn::H2 };
+        let dialed = dial(&endpoint, alpn, identity, telemetry, &self.pool.own).await?;
+        let mut dialed = Dialed { permit: Some(permit), ..dialed };
+        if wire == Wire::Http1 {
+            return self.alone(dialed).await;
+        }
+        self.pool.lock().of(&endpoint).chose_http1 = !dialed.http2;
+        if !dialed.http2 {
+            return self.alone(dialed).await;
+        }
+        if endpoint.transport == Transport::Plain {
+            // Nobody has asked it whether it speaks HTTP/2.
+            let word = Word::of(&endpoint.spoke_http2);
+            self.word = Some(Arc::clone(&word));
+            dialed.io = Box::new(FirstWord::new(dialed.io, word));
+        }
+        let root = dialed.rest.as_ref().map(Rest::root);
+        let (sender, allowed) = connect_h2(dialed, endpoint.is_ours()).await?;
+        let streams = Arc::new(AtomicUsize::new(1));
+        self.streams = Some(Arc::clone(&streams));
+        let mut all = self.pool.lock();
+        if all.believes(root) {
+            let (sender, word) = (sender.clone(), self.word.clone());
+            let shared = SharedConnection { sender, streams, carried: 1, allowed, root, word, unused: None };
+            if !endpoint.bounds.limits.is_used_up(shared.carried) {
+                all.of(&endpoint).shared.push(shared);
+            }
+        }
+        Ok(Sender::Http2(sender))
+    }
+
     /// HTTP/1.1 on a new connection, for this use and perhaps others after it.
     async fn alone(&mut self, dialed: Dialed) -> Result<Sender, DialError> {
         let builder = http1::Builder::new().max_headers(100).clone();
@@ -249,109 +344,71 @@ impl Pool {
         self: &Arc<Self>,
         endpoint: &Arc<EndpointState>,
         wire: Wire,
-        fresh: bool,
+        reuse: Reuse,
     ) -> Option<(Sender, Checkout)> {
         let mut checkout = Checkout::begin(self, endpoint);
-        let sender = self.take(wire, fresh, &mut checkout)?;
+        let sender = self.take(wire, reuse, &mut checkout)?;
         Some((sender, checkout))
     }
 
-    /// A connection to `endpoint`, kept or new. `fresh` asks for one on which nothing was sent before.
+    /// A connection to `endpoint`, kept or new. `stage` tells whether it is this request that one is made for.
     ///
     /// An endpoint that is not ours and is asked for [`Wire::Http2`] chooses: what comes back may be [`Sender::Http1`].
     pub async fn checkout(
         self: &Arc<Self>,
         endpoint: &Arc<EndpointState>,
-        wire: Wire,
-        fresh: bool,
-        identity: &IdentityStore,
-        telemetry: &Telemetry,
+        (wire, reuse): (Wire, Reuse),
+        stage: &mut Stage,
+        identity: &Arc<IdentityStore>,
+        telemetry: &Arc<Telemetry>,
     ) -> Result<(Sender, Checkout), DialError> {
         let mut checkout = Checkout::begin(self, endpoint);
         self.sweep();
-        if let Some(sender) = self.take(wire, fresh, &mut checkout) {
+        if let Some(sender) = self.take(wire, reuse, &mut checkout) {
             return Ok((sender, checkout));
         }
-        if wire == Wire::Http1 {
-            let permit = match self.room(wire, fresh, &mut checkout).await? {
-                Room::Ready(sender) => return Ok((sender, checkout)),
-                Room::ToDial(permit) => Some(permit),
-            };
-            let dialed = dial(endpoint, MeshAlpn::Http1, identity, telemetry, &self.own).await?;
-            return Ok((checkout.alone(Dialed { permit, ..dialed }).await?, checkout));
-        }
-        let turns = {
-            let mut all = self.lock();
-            let connections = all.of(endpoint);
-            (!connections.chose_http1).then(|| Arc::clone(&connections.turns))
+        let turn = match self.turns(endpoint).filter(|_| wire == Wire::Http2) {
+            Some(turns) => Some(turns.take().await?),
+            None => None,
         };
-        let Some(turns) = turns else {
-            return Ok((self.dial_either(wire, fresh, &mut checkout, identity, telemetry).await?, checkout));
-        };
-        let turn = turns.take().await?;
-        // Whoever had the turn before may have dialed what serves us too, or may have failed for us too.
-        if let Some(sender) = self.take(wire, fresh, &mut checkout) {
-            return Ok((sender, checkout));
+        if let Some(turn) = &turn {
+            // Whoever had the turn before may have dialed what serves us too, or may have failed for us too.
+            if let Some(sender) = self.take(wire, reuse, &mut checkout) {
+                return Ok((sender, checkout));
+            }
+            if let Some(failure) = turn.failed_meanwhile() {
+                return Err(failure);
+            }
         }
-        if let Some(failure) = turn.failed_meanwhile() {
-            return Err(failure);
-        }
-        match self.dial_either(wire, fresh, &mut checkout, identity, telemetry).await {
-            Ok(sender) => Ok((sender, checkout)),
-            Err(error) => Err(turn.fail(error)),
+        match self.room(wire, reuse, &mut checkout).await {
+            Ok(Room::Ready(sender)) => Ok((sender, checkout)),
+            Ok(Room::ToDial(permit)) => {
+                *stage = Stage::Dials;
+                checkout.dialed(wire, permit, turn, identity, telemetry).await
+            }
+            Err(error) => Err(match turn {
+                Some(turn) => turn.fail(error),
+                None => error,
+            }),
         }
     }
 
-    /// A new connection: to be shared, unless the endpoint chose HTTP/1.1.
-    async fn dial_either(
-        self: &Arc<Self>,
-        wire: Wire,
-        fresh: bool,
-        checkout: &mut Checkout,
-        identity: &IdentityStore,
-        telemetry: &Telemetry,
-    ) -> Result<Sender, DialError> {
-        let permit = match self.room(wire, fresh, checkout).await? {
-            Room::Ready(sender) => return Ok(sender),
-            Room::ToDial(permit) => Some(permit),
-        };
-        let endpoint = Arc::clone(&checkout.endpoint);
-        let dialed = dial(&endpoint, MeshAlpn::H2, identity, telemetry, &self.own).await?;
-        let mut dialed = Dialed { permit, ..dialed };
-        self.lock().of(&endpoint).chose_http1 = !dialed.http2;
-        if !dialed.http2 {
-            return checkout.alone(dialed).await;
-        }
-        if endpoint.transport == Transport::Plain {
-            // Nobody has asked it whether it speaks HTTP/2.
-            let word = Word::of(&endpoint.spoke_http2);
-            checkout.word = Some(Arc::clone(&word));
-            dialed.io = Box::new(FirstWord::new(dialed.io, word));
-        }
-        let root = dialed.rest.as_ref().map(Rest::root);
-        let (sender, allowed) = connect_h2(dialed, endpoint.is_ours()).await?;
-        let streams = Arc::new(AtomicUsize::new(1));
-        checkout.streams = Some(Arc::clone(&streams));
+    /// The turns of those who dial what is shared; none where nothing is.
+    fn turns(&self, endpoint: &EndpointState) -> Option<Arc<Turns>> {
         let mut all = self.lock();
-        if all.believes(root) {
-            let (sender, word) = (sender.clone(), checkout.word.clone());
-            let shared = SharedConnection { sender, streams, carried: 1, allowed, root, word, unused: None };
-            if !endpoint.bounds.limits.is_used_up(shared.carried) {
-                all.of(&endpoint).shared.push(shared);
-            }
-        }
-        Ok(Sender::Http2(sender))
+        let connections = all.of(endpoint);
+        (!connections.chose_http1).then(|| Arc::clone(&connections.turns))
     }
 
     /// Room for one more connection; where the destination has as many as it may, the wait for one of them.
-    async fn room(self: &Arc<Self>, wire: Wire, fresh: bool, checkout: &mut Checkout) -> Result<Room, DialError> {
+    async fn room(self: &Arc<Self>, wire: Wire, reuse: Reuse, checkout: &mut Checkout) -> Result<Room, DialError> {
         let bounds = Arc::clone(&checkout.endpoint.bounds);
         bounds.dialed_by(self);
         if let Some(permit) = bounds.take(Limit::Connections) {
             return Ok(Room::ToDial(Arc::new(permit)));
         }
         let room = bounds.until(|| {
-            if let Some(sender) = self.take(wire, fresh, checkout) {
+            if let Some(sender) = self.take(wire, reuse, checkout) {
                 return Some(Room::Ready(sender));
             }
             // What is kept for nothing but the next request, to whichever of its endpoints and by whichever worker, is
@@ -454,7 +511,7 @@ impl Pool {
     }
 
     /// What is there already, if it serves.
-    fn take(&self, wire: Wire, fresh: bool, checkout: &mut Checkout) -> Option<Sender> {
+    fn take(&self, wire: Wire, reuse: Reuse, checkout: &mut Checkout) -> Option<Sender> {
         let chooses = matches!(checkout.endpoint.transport, Transport::MutualTls(_));
         let mut all = self.lock();
         let connections = all.of.get_mut(&checkout.endpoint.number)?;
@@ -465,10 +522,10 @@ impl Pool {
             (checkout.streams, checkout.word) = (Some(streams), word);
             return Some(Sender::Http2(sender));
         }
-        if fresh || (wire == Wire::Http2 && !chooses) {
+        if reuse == Reuse::Never || (wire == Wire::Http2 && !chooses) {
             return None;
         }
-        let kept = connections.take_kept()?;
+        let kept = connections.take_kept(reuse)?;
         (checkout.rest, checkout.carried) = (kept.rest, kept.carried + 1);
         Some(Sender::Http1(kept.sender))
     }
@@ -488,10 +545,18 @@ impl Connections {
         }
     }
 
-    fn take_kept(&mut self) -> Option<Kept> {
-        self.forget(Instant::now());
+    fn take_kept(&mut self, reuse: Reuse) -> Option<Kept> {
+        let now = Instant::now();
+        self.forget(now);
+        let serves = |kept: &Kept| reuse == Reuse::Any || now - kept.since < RECENTLY;
         // The one used last is the likeliest to be open still; one that is not ready has closed.
-        std::iter::from_fn(|| self.kept.pop_back()).find(|kept| kept.sender.is_ready())
+        while self.kept.back().is_some_and(serves) {
+            let kept = self.kept.pop_back().filter(|kept| kept.sender.is_ready());
+            if kept.is_some() {
+                return kept;
+            }
+        }
+        None
     }
 
     /// The shared connection with the fewest streams, if it has room.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 
-use tokio::sync::MutexGuard;
+use tokio::sync::OwnedMutexGuard;
 use tokio::time::timeout;
 
 use super::DialError;
@@ -18,27 +18,27 @@ pub(super) const WAITS: Duration = Duration::from_secs(5);
 pub(super) struct Turns {
     /// How many dials have failed, and how the last one did.
     failures: AtomicUsize,
-    last: tokio::sync::Mutex<Option<Arc<DialError>>>,
+    last: Arc<tokio::sync::Mutex<Option<Arc<DialError>>>>,
 }
 
 /// One's turn, until this is dropped.
-pub(super) struct Turn<'a> {
-    turns: &'a Turns,
-    last: MutexGuard<'a, Option<Arc<DialError>>>,
+pub(super) struct Turn {
+    turns: Arc<Turns>,
+    last: OwnedMutexGuard<Option<Arc<DialError>>>,
     /// Failures when the wait began.
     before: usize,
 }
 
 impl Turns {
     /// Waits for one's turn. `Err` when it takes too long.
-    pub(super) async fn take(&self) -> Result<Turn<'_>, DialError> {
+    pub(super) async fn take(self: &Arc<Self>) -> Result<Turn, DialError> {
         let before = self.failures.load(Relaxed);
-        let last = timeout(WAITS, self.last.lock()).await.map_err(|_| DialError::NoTurn)?;
-        Ok(Turn { turns: self, last, before })
+        let last = timeout(WAITS, Arc::clone(&self.last).lock_owned()).await.map_err(|_| DialError::NoTurn)?;
+        Ok(Turn { turns: Arc::clone(self), last, before })
     }
 }
 
-impl Turn<'_> {
+impl Turn {
     /// How somebody failed while this one waited: what it would find too.
     pub(super) fn failed_meanwhile(&self) -> Option<DialError> {
         let failed = self.turns.failures.load(Relaxed) != self.before;
