@@ -20,7 +20,7 @@ use sheetbend_control_plane_client::report::{self, ReportConfig, Reporter};
 use tokio::sync::watch;
 
 use crate::admin::{Admin, Scope};
-use crate::here::{Here, Redirected};
+use crate::here::{Here, PortNames, Redirected};
 use crate::inbound::Port;
 use crate::inbound_rules::{self, InboundRules};
 use crate::listen::{BindError, Listener, bind, bind_admin, bind_each};
@@ -306,11 +306,13 @@ impl Proxy {
             };
             inbound.insert(port.port, served);
         }
+        let names = Arc::new(PortNames::new(service.to_string(), inbound.keys().copied()));
         let here = Arc::new(Here {
             listeners,
             advertise: config.advertise,
             ports: feeds.iter().map(|(listener, port)| (listener.local_addr(), Arc::clone(port))).collect(),
-            redirected: (!redirected.is_empty()).then(|| Redirected::new(service.to_string(), protocols)),
+            redirected: (!redirected.is_empty()).then(|| Redirected::new(Arc::clone(&names), protocols)),
+            names,
         });
         let endpoints = Arc::new(Endpoints::in_zone(Arc::clone(&config.standing.zone)).asking(config.dns_servers));
         let shared = Arc::new(Shared {

@@ -162,14 +162,14 @@ impl Way<'_> {
     ) -> Result<Response<ResponseBody>, Error> {
         lease.until(outgoing.deadline);
         let deadline = outgoing.deadline;
-        let heeds_end = outgoing.heeds_end;
+        let (heeds_end, upgrade) = (outgoing.heeds_end, outgoing.upgrade);
         let answered = self.answered(&mut lease, (wire, reuse), timers, outgoing).await?;
         if heeds_end && outgoing.body.is_complete() && !answered.0.headers().contains_key(GRPC_STATUS) {
             // Allocates where a route asks for it.
             let (answer, ahead) = Box::pin(with_end(answered)).await;
-            return Ok(judged(lease, answer, ahead, deadline));
+            return judged(lease, answer, ahead, (deadline, upgrade));
         }
-        Ok(judged(lease, answered, None, deadline))
+        judged(lease, answered, None, (deadline, upgrade))
     }
 
     /// The head of an answer, in time.
@@ -324,14 +324,22 @@ async fn with_end((mut answer, checkout): (Response<Incoming>, Checkout)) -> ((R
 }
 
 /// Tells an endpoint what its answer says of it.
+///
+/// # Errors
+///
+/// It cannot be passed on.
 fn judged(
     mut lease: Lease,
     (answer, checkout): (Response<Incoming>, Checkout),
     ahead: Ahead,
-    deadline: Option<Deadline>,
-) -> Response<ResponseBody> {
+    (deadline, upgrade): (Option<Deadline>, bool),
+) -> Result<Response<ResponseBody>, Error> {
     let (mut head, body) = answer.into_parts();
     let known = Known::of(&head.headers);
+    if let Err(what) = headers::check_answer(&mut head, known, upgrade) {
+        lease.broken(Processed::Maybe);
+        return Err(Error::BadAnswer(lease.endpoint.place.clone(), what));
+    }
     let ended = head.extensions.get::<Ended>().map(|ended| ended.0);
     // Where it is a proxy of ours, what that says of the app.
     let unsent = (lease.endpoint.is_ours() && known.has(Known::OURS)).then(|| head.headers.get(UNSENT)).flatten();
@@ -358,7 +366,7 @@ fn judged(
         checkout.rest().and_then(|rest| head.extensions.insert(rest.clone()));
         checkout.permit().and_then(|permit| head.extensions.insert(Arc::clone(permit)));
     }
-    Response::from_parts(head, ResponseBody::of_endpoint(body, ahead, checkout, lease, deadline))
+    Ok(Response::from_parts(head, ResponseBody::of_endpoint(body, ahead, checkout, lease, deadline)))
 }
 
 /// What ends the wait for an answer's head.

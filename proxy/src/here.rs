@@ -20,6 +20,46 @@ pub(crate) struct Here {
     pub(crate) ports: Vec<(SocketAddr, Arc<Port>)>,
     /// What the kernel redirects to us.
     pub(crate) redirected: Option<Redirected>,
+    /// What the ports are called that callers mean.
+    pub(crate) names: Arc<PortNames>,
+}
+
+/// What the ports of the service beside this proxy are called where traffic is counted. Callers may mean any port: past so
+/// many, the others share one name, so that nobody fills with them what is there for everybody's.
+pub(crate) struct PortNames {
+    /// `web.default`.
+    service: String,
+    known: Mutex<HashMap<u16, Arc<str>>>,
+    most: usize,
+}
+
+/// Ports with a name of their own that nobody declared.
+const MOST_NAMED: usize = 64;
+
+impl PortNames {
+    /// Those that are `declared` have one of their own.
+    pub(crate) fn new(service: String, declared: impl IntoIterator<Item = u16>) -> Self {
+        let name = |port| (port, format!("{service}:{port}").into());
+        let known: HashMap<_, _> = declared.into_iter().map(name).collect();
+        Self { most: known.len() + MOST_NAMED, service, known: Mutex::new(known) }
+    }
+
+    /// Of a port that a caller means. Asked once a connection.
+    pub(crate) fn of(&self, port: u16) -> Arc<str> {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.len() >= self.most && !known.contains_key(&port) {
+            return format!("{}:other", self.service).into();
+        }
+        Arc::clone(known.entry(port).or_insert_with(|| format!("{}:{port}", self.service).into()))
+    }
+
+    /// The service port that a peer of ours named (`80.web.default.cluster.local`), so that both ends name the edge alike: a
+    /// service's port need not be the app's. Only of this service, which a peer cannot make up.
+    pub(crate) fn called(&self, name: &str, trust_domain: &str) -> Option<Arc<str>> {
+        let (port, rest) = name.split_once('.')?;
+        let port: u16 = port.parse().ok()?;
+        (rest.strip_suffix(trust_domain)?.strip_suffix('.')? == self.service).then(|| self.of(port))
+    }
 }
 
 impl Here {
@@ -54,8 +94,7 @@ impl Here {
 
 /// The ports of an app whose connections the kernel redirects: they all come in on one listener.
 pub(crate) struct Redirected {
-    /// `web.default`.
-    service: String,
+    names: Arc<PortNames>,
     /// What the app speaks, as far as someone said so.
     protocols: HashMap<u16, AppProtocol>,
     /// Those that were asked for, kept so that connections to the app can be kept. Looked at once a connection.
@@ -66,8 +105,8 @@ pub(crate) struct Redirected {
 const MOST: usize = 1024;
 
 impl Redirected {
-    pub(crate) fn new(service: String, protocols: HashMap<u16, AppProtocol>) -> Self {
-        Self { service, protocols, known: Mutex::default() }
+    pub(crate) fn new(names: Arc<PortNames>, protocols: HashMap<u16, AppProtocol>) -> Self {
+        Self { names, protocols, known: Mutex::default() }
     }
 
     /// The port that a connection was on its way to. The app is dialed just there: one that is bound to the pod's address
@@ -84,7 +123,7 @@ impl Redirected {
             port: original.port(),
             mesh_tls: false,
             protocol: self.protocols.get(&original.port()).copied().unwrap_or_default(),
-            name: format!("{}:{}", self.service, original.port()).into(),
+            name: self.names.of(original.port()),
             app: ArcSwap::new(Port::app_at(original)),
         });
         if known.len() >= MOST {
@@ -97,14 +136,18 @@ impl Redirected {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
 
     fn here(listeners: &[&str]) -> Here {
+        let names = Arc::new(PortNames::new("web.default".into(), []));
         Here {
             listeners: listeners.iter().map(|text| text.parse().unwrap()).collect(),
             advertise: [192, 0, 2, 7].into(),
             ports: Vec::new(),
-            redirected: Some(Redirected::new("web.default".into(), HashMap::new())),
+            redirected: Some(Redirected::new(Arc::clone(&names), HashMap::new())),
+            names,
         }
     }
 
@@ -128,6 +171,27 @@ mod tests {
         for nobody in ["192.0.2.7:15106", "127.0.0.1:8000", "[::1]:8000", "198.51.100.9:8000"] {
             assert!(here.port_at(nobody.parse().unwrap()).is_none(), "{nobody}");
         }
+    }
+
+    #[test]
+    fn a_peer_names_the_port_it_called_and_no_other_service() {
+        let names = PortNames::new("web.default".into(), []);
+        let called = |name| names.called(name, "cluster.local");
+        assert_eq!(called("80.web.default.cluster.local").as_deref(), Some("web.default:80"));
+        for other in ["80.db.default.cluster.local", "80.web.default.other", "x.web.default.cluster.local", "web", ""] {
+            assert_eq!(called(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn whoever_means_every_port_makes_few_names_and_takes_none_from_others() {
+        let names = PortNames::new("web.default".into(), [60_000]);
+        assert_eq!(&*names.of(80), "web.default:80");
+        let all: HashSet<_> = (1..u16::MAX).map(|port| names.of(port)).collect();
+        assert_eq!(all.len(), 1 + MOST_NAMED + 1);
+        assert_eq!(&*names.of(80), "web.default:80");
+        assert_eq!(&*names.of(60_000), "web.default:60000", "which somebody declared");
+        assert_eq!(&*names.of(50_000), "web.default:other");
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::sync::{Arc, OnceLock};
 use arc_swap::ArcSwap;
 use bytes::BytesMut;
 use futures_util::FutureExt;
-use http::{HeaderValue, Request, Response, Version, request};
+use http::{HeaderValue, Method, Request, Response, Version, request};
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 use sheetbend_certs::{MeshAlpn, SpiffeId, VerifiedPeer};
@@ -159,9 +159,9 @@ impl Inbound {
         }
         let VerifiedPeer { id, root, .. } = verified;
         let rest = Some(Rest::on(root, &self.shared.identity));
-        let own = &self.port.name;
         let called = connection.server_name().filter(|_| ours);
-        let destination = called.and_then(|name| called_port(name, own, id.trust_domain().as_str()));
+        let names = &self.shared.here.names;
+        let destination = called.and_then(|name| names.called(name, id.trust_domain().as_str()));
         let caller = Caller { id: Some(id), ours, peer, rest, destination, edges: Default::default() };
         self.inside(Box::new(stream), inside, caller).await;
     }
@@ -254,7 +254,7 @@ impl Inbound {
                 }
                 Err(error) => {
                     exchange.failed(&error);
-                    error.respond(grpc, caller.ours).map(|body| body.reporting(exchange))
+                    error.respond_to(exchange.method(), grpc, caller.ours).map(|body| body.reporting(exchange))
                 }
             }
         }
@@ -282,6 +282,9 @@ impl Inbound {
         }
         headers::strip_ours(&mut head.headers, known);
         headers::join_cookies(head, known);
+        if head.method == Method::CONNECT {
+            return Err(Error::Refused(Refusal::Malformed(headers::NO_CONNECT)));
+        }
         let sent = if sent_http1 { Version::HTTP_11 } else { head.version };
         head.version = sent;
         exchange.on(Arc::clone(self.edge(caller, protocol(head, known))));
@@ -397,27 +400,4 @@ impl Inbound {
 /// Whether a caller might ask for the same once more.
 fn failed(answer: &Response<ResponseBody>) -> bool {
     answer.status().as_u16() >= 400 || headers::grpc_status(answer.headers()).is_some_and(|status| status != 0)
-}
-
-/// The service port that a peer of ours named (`80.web.default.cluster.local`), so that both ends name the edge alike: a
-/// service's port need not be the app's. Only of the service that `own` is a port of, which a peer cannot make up.
-fn called_port(name: &str, own: &str, trust_domain: &str) -> Option<Arc<str>> {
-    let (service, _) = own.rsplit_once(':')?;
-    let (port, rest) = name.split_once('.')?;
-    let port: u16 = port.parse().ok()?;
-    (rest.strip_suffix(trust_domain)?.strip_suffix('.')? == service).then(|| format!("{service}:{port}").into())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_peer_names_the_port_it_called_and_no_other_service() {
-        let called = |name| called_port(name, "web.default:8000", "cluster.local");
-        assert_eq!(called("80.web.default.cluster.local").as_deref(), Some("web.default:80"));
-        for other in ["80.db.default.cluster.local", "80.web.default.other", "x.web.default.cluster.local", "web", ""] {
-            assert_eq!(called(other), None, "{other}");
-        }
-    }
 }

@@ -172,7 +172,7 @@ impl Outbound {
                         shared.telemetry.count(Counter::NotRetriedDeadline);
                     }
                     exchange.failed(&error);
-                    error.respond(grpc, false).map(|body| body.reporting(exchange))
+                    error.respond_to(exchange.method(), grpc, false).map(|body| body.reporting(exchange))
                 }
             }
         }
@@ -190,7 +190,10 @@ impl Outbound {
         headers::check_framing(head, known).map_err(Error::Refused)?;
         headers::strip_ours(&mut head.headers, known);
         headers::join_cookies(head, known);
-        if head.method == Method::CONNECT && target.is_none() {
+        if head.method == Method::CONNECT {
+            if target.is_some() {
+                return Err(Error::Refused(Refusal::Malformed(headers::NO_CONNECT)));
+            }
             return Ok((self.tunnel(std::mem::replace(head, Request::new(()).into_parts().0), body, peer)?, None));
         }
         let named = headers::authority(head);

@@ -59,7 +59,7 @@ pub(crate) async fn refuse(
             let (head, _) = request.into_parts();
             let mut exchange = Exchange::begin(&telemetry, side, &head, Known::of(&head.headers), (peer, None));
             exchange.failed(&error);
-            error.respond(is_grpc(&head.headers), false).map(|body| body.reporting(exchange))
+            error.respond_to(&head.method, is_grpc(&head.headers), false).map(|body| body.reporting(exchange))
         }
     };
     // However it ends: its end was refused anyway.

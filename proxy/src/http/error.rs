@@ -7,7 +7,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::{HeaderValue, Response, StatusCode};
+use http::header::CONTENT_LENGTH;
+use http::{HeaderValue, Method, Response, StatusCode};
+use hyper::body::Body;
 use sheetbend_control_plane_client::model::Target;
 
 use super::body::ResponseBody;
@@ -90,6 +92,8 @@ pub enum Error {
     },
     /// It was asked in HTTP/2, and has never spoken it.
     NotHttp2(Place),
+    /// Its answer cannot be passed on: what is wrong with it.
+    BadAnswer(Place, &'static str),
     /// The request's deadline has passed; who set it.
     Deadline(SetBy),
     /// One attempt had no answer within the time that the route gives an attempt.
@@ -168,6 +172,7 @@ impl Error {
             | Self::Idle(_)
             | Self::Stalled(_)
             | Self::NotHttp2(_)
+            | Self::BadAnswer(..)
             | Self::Denied(_)
             | Self::Token(_)
             | Self::Loop(_)
@@ -198,7 +203,9 @@ impl Error {
             Self::Broken { source, .. } if h2_reason(source).is_some() => {
                 (StatusCode::BAD_GATEWAY, "connection_terminated", Flags::UPSTREAM_RESET)
             }
-            Self::NotHttp2(_) => (StatusCode::BAD_GATEWAY, "http_protocol_error", Flags::UPSTREAM_PROTOCOL_ERROR),
+            Self::NotHttp2(_) | Self::BadAnswer(..) => {
+                (StatusCode::BAD_GATEWAY, "http_protocol_error", Flags::UPSTREAM_PROTOCOL_ERROR)
+            }
             Self::Broken { source, .. } if source.is_parse() => {
                 (StatusCode::BAD_GATEWAY, "http_protocol_error", Flags::UPSTREAM_PROTOCOL_ERROR)
             }
@@ -255,7 +262,7 @@ impl Error {
             Self::Idle(_) => Some(Counter::TimeoutStreamIdle),
             Self::Stalled(_) => Some(Counter::StalledRequest),
             // Each attempt has counted for itself.
-            Self::Broken { .. } | Self::TooSlow { .. } => None,
+            Self::Broken { .. } | Self::BadAnswer(..) | Self::TooSlow { .. } => None,
         }
     }
 
@@ -269,8 +276,21 @@ impl Error {
         }
     }
 
+    /// The answer to a `HEAD`, and with a status that has no body: nothing of it but its head (RFC 9110 §9.3.2, §6.4.1).
+    pub fn respond_to(&self, method: &Method, grpc: bool, to_peer: bool) -> Response<ResponseBody> {
+        let mut response = self.respond(grpc, to_peer);
+        let no_body = matches!(response.status(), StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
+        if *method == Method::HEAD || no_body {
+            let body = std::mem::replace(response.body_mut(), ResponseBody::empty());
+            if let Some(length) = body.size_hint().exact().filter(|_| !no_body) {
+                response.headers_mut().insert(CONTENT_LENGTH, length.into());
+            }
+        }
+        response
+    }
+
     /// The response that tells the caller, in gRPC's form to a gRPC call. `unsent` is told to a mesh peer only.
-    pub fn respond(&self, grpc: bool, to_peer: bool) -> Response<ResponseBody> {
+    fn respond(&self, grpc: bool, to_peer: bool) -> Response<ResponseBody> {
         let (status, word, _) = self.verdict();
         let mut response = if grpc {
             self.grpc_response()
@@ -407,6 +427,7 @@ impl fmt::Display for Error {
                 "the request is HTTP/2, and {at} does not speak it: call it in HTTP/1.1, or give its port as --port PORT/http, so \
                  that it gets HTTP/1.1 (gRPC needs HTTP/2)"
             ),
+            Self::BadAnswer(at, what) => write!(f, "the answer of {at} has {what}"),
             Self::Deadline(set_by) => write!(f, "{set_by} has passed"),
             Self::TooSlow { endpoint, within, .. } => {
                 write!(f, "no answer of {endpoint} within {within:?} (timeouts.backendRequest)")

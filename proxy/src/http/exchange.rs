@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
+use http::header::HOST;
 use http::{HeaderValue, Method, Uri, Version, request};
 use sheetbend_certs::{SpiffeId, format_time};
 
@@ -81,11 +82,20 @@ struct Facts {
     reporter: Reporter,
     method: Method,
     uri: Uri,
+    /// Where the target names none.
+    host: Option<HeaderValue>,
     version: Version,
     request_id: Option<HeaderValue>,
     trace: Option<HeaderValue>,
     downstream: SocketAddr,
     source: Option<SpiffeId>,
+}
+
+impl Facts {
+    fn authority(&self) -> &str {
+        let host = || self.host.as_ref().and_then(|host| host.to_str().ok()).unwrap_or_default();
+        self.uri.authority().map_or_else(host, |authority| authority.as_str())
+    }
 }
 
 impl Exchange {
@@ -107,6 +117,7 @@ impl Exchange {
                 reporter,
                 method: head.method.clone(),
                 uri: head.uri.clone(),
+                host: if head.uri.authority().is_none() { head.headers.get(HOST).cloned() } else { None },
                 version: head.version,
                 request_id: head.headers.get(X_REQUEST_ID).cloned(),
                 trace: known.has(Known::TRACE).then(|| head.headers.get(TRACEPARENT).cloned()).flatten(),
@@ -317,6 +328,11 @@ impl Exchange {
         }
     }
 
+    /// How it was asked for.
+    pub fn method(&self) -> &Method {
+        &self.facts.method
+    }
+
     /// Off the usual way: a failure, something noted, or a log that wants everything.
     #[cold]
     fn log(&self, outcome: &Outcome, now: Instant) {
@@ -332,7 +348,7 @@ impl Exchange {
             reporter: facts.reporter,
             method: facts.method.as_str(),
             path: facts.uri.path(),
-            authority: facts.uri.authority().map_or("", |authority| authority.as_str()),
+            authority: facts.authority(),
             protocol: if facts.version >= Version::HTTP_2 { "HTTP/2" } else { "HTTP/1.1" },
             status: outcome.status,
             grpc_status: outcome.grpc_status,

@@ -6,7 +6,7 @@ use http::header::{
     UPGRADE,
 };
 use http::uri::{Authority, PathAndQuery, Scheme, Uri};
-use http::{Method, Request, Version, request};
+use http::{Method, Request, StatusCode, Version, request, response};
 use hyper::body::Body;
 use sheetbend_control_plane_client::model::MOST_ATTEMPTS;
 
@@ -142,10 +142,8 @@ pub fn check_framing(head: &request::Parts, known: Known) -> Result<(), Refusal>
         if headers.contains_key(CONTENT_LENGTH) {
             return Err(Refusal::Smuggling("both Transfer-Encoding and Content-Length"));
         }
-        let mut codings = headers.get_all(TRANSFER_ENCODING).iter();
-        let only_chunked = codings.next().is_some_and(|v| v.as_bytes().eq_ignore_ascii_case(b"chunked"));
-        if !only_chunked || codings.next().is_some() {
-            return Err(Refusal::Smuggling("a transfer coding other than a single `chunked`"));
+        if !is_chunked(headers) {
+            return Err(Refusal::Smuggling(OTHER_CODING));
         }
     }
     let mut hosts = headers.get_all(HOST).iter();
@@ -156,6 +154,37 @@ pub fn check_framing(head: &request::Parts, known: Known) -> Result<(), Refusal>
         }
         _ => Ok(()),
     }
+}
+
+/// What could be read differently further on, or makes no sense there. Where both say how long an answer is, the chunks are
+/// right (RFC 9112 §6.3).
+///
+/// # Errors
+///
+/// What is wrong with it.
+pub fn check_answer(head: &mut response::Parts, known: Known, upgrade: bool) -> Result<(), &'static str> {
+    if head.status == StatusCode::SWITCHING_PROTOCOLS && !upgrade {
+        return Err("a change of protocols that nobody asked for");
+    }
+    if known.has(Known::TRANSFER_ENCODING) {
+        if !is_chunked(&head.headers) {
+            return Err(OTHER_CODING);
+        }
+        head.headers.remove(CONTENT_LENGTH);
+    }
+    Ok(())
+}
+
+/// A proxy that is itself a service of the mesh is spoken to over a connection of bytes.
+pub(crate) const NO_CONNECT: &str =
+    "CONNECT is for the mesh's own proxy; declare the port of a service that is a proxy as appProtocol tcp";
+
+const OTHER_CODING: &str = "a transfer coding other than a single `chunked`";
+
+/// Whether that is the one transfer coding there is.
+fn is_chunked(headers: &HeaderMap) -> bool {
+    let mut codings = headers.get_all(TRANSFER_ENCODING).iter();
+    codings.next().is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"chunked")) && codings.next().is_none()
 }
 
 /// Whether the client asks to leave HTTP behind on this connection.

@@ -263,8 +263,27 @@ async fn what_two_servers_could_read_differently_is_refused_and_reaches_nobody()
     })
     .await;
     // And the door is open to everybody else.
-    let well = dialogue(pair.proxy(), "GET http://server/ HTTP/1.1\r\nHost: server\r\n\r\n", "well\n").await.unwrap();
-    assert!(well.starts_with("HTTP/1.1 200"), "{well}");
+    // Of two lengths that of the chunks is right (RFC 9112 §6.3), and the other goes.
+    for path in ["/both", "/"] {
+        let request = format!("GET http://server{path} HTTP/1.1\r\nHost: server\r\n\r\n");
+        let well = dialogue(pair.proxy(), &request, "well\n").await.unwrap();
+        assert!(well.starts_with("HTTP/1.1 200") && !well.contains("content-length: 2\r\n"), "{path}: {well}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_head_that_a_sidecar_answers_itself_has_no_body_and_its_caller_stays() {
+    let app = Scripted::start(|_| async {}).await;
+    let mut pair = pair(app.port()).await;
+    // The app hangs up: the sidecar beside it says so, by HTTP/2 to the caller's.
+    let asks = "HEAD http://server/gone HTTP/1.1\r\nHost: server\r\n\r\n";
+    let answer = dialogue(pair.proxy(), &asks.repeat(2), "\r\n\r\n").await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 502") && answer.contains("connection_terminated"), "{answer}");
+    assert!(!answer.contains("content-length: 0"), "{answer}");
+    for (sidecar, flag) in [(&mut pair.caller, " URX "), (&mut pair.server, " UC ")] {
+        let line = sidecar.process.wait_for("/gone", START);
+        assert!(line.contains(flag), "{line}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -275,6 +294,11 @@ async fn an_answer_that_could_be_read_differently_or_breaks_off_is_not_taken_for
             line.say(match path.as_str() {
                 "/lengths" => "HTTP/1.1 200 OK\r\ncontent-length: 5\r\ncontent-length: 7\r\n\r\nwell\nxx",
                 "/noise" => "this is no HTTP\r\n\r\n",
+                "/gzip" => "HTTP/1.1 200 OK\r\ntransfer-encoding: gzip, chunked\r\n\r\n5\r\nwell\n\r\n0\r\n\r\n",
+                "/switches" => "HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: knots\r\n\r\n",
+                "/both" => {
+                    "HTTP/1.1 200 OK\r\ncontent-length: 2\r\ntransfer-encoding: chunked\r\n\r\n5\r\nwell\n\r\n0\r\n\r\n"
+                }
                 "/short" => "HTTP/1.1 200 OK\r\ncontent-length: 500\r\n\r\nwell\n",
                 "/chunks" => "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nwell\n\r\n",
                 _ => WELL,
@@ -287,7 +311,7 @@ async fn an_answer_that_could_be_read_differently_or_breaks_off_is_not_taken_for
     })
     .await;
     let pair = pair(app.port()).await;
-    for path in ["/lengths", "/noise"] {
+    for path in ["/lengths", "/noise", "/gzip", "/switches"] {
         let request = format!("GET http://server{path} HTTP/1.1\r\nHost: server\r\nConnection: close\r\n\r\n");
         let answer = dialogue(pair.proxy(), &request, "").await.unwrap();
         assert!(answer.starts_with("HTTP/1.1 502"), "{path}: {answer}");

@@ -76,8 +76,12 @@ async fn an_abort_answers_those_it_is_for_and_no_endpoint_is_asked_or_blamed() {
     assert_eq!(story.asked.load(Relaxed), 0, "nothing was sent");
     assert_eq!(story.ask("/", &[]).await.text(), "fine");
     assert_eq!(story.caller.counter("sheetbend_faults_injected_total", &["kind=\"abort\""]).await, 20.0);
-    let breakers = story.caller.page("/breakers").await.text();
-    assert!(!breakers.contains("ejected"), "{breakers}");
+    let breakers: serde_json::Value = serde_json::from_str(&story.caller.page("/breakers").await.text()).expect("JSON");
+    let endpoints = breakers["endpoints"].as_array().expect("endpoints");
+    assert!(!endpoints.is_empty(), "{breakers}");
+    for endpoint in endpoints {
+        assert_eq!((&endpoint["state"], &endpoint["failures"]), (&"Serving".into(), &0.into()), "{endpoint}");
+    }
     let line = story.caller.process.wait_for("FI", FAR);
     assert!(line.contains("503"), "{line}");
 }

@@ -1,6 +1,7 @@
 //! How long a request may take, with real servers behind real sidecars: who ends it, when, and what the caller is told.
 
 use std::convert::Infallible;
+use std::net::SocketAddr;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
@@ -9,7 +10,8 @@ use http::{Request, Response, StatusCode};
 use http_body_util::{BodyExt, StreamBody};
 use hyper::body::{Frame, Incoming};
 use sheetbend_tests::http::{get, http1, send};
-use sheetbend_tests::{AnyBody, App, Mesh, Sidecar, full};
+use sheetbend_tests::{AnyBody, App, Mesh, Sidecar, breaker, eventually, full};
+use tokio::net::{TcpListener, TcpStream};
 use tokio_stream::StreamExt;
 
 /// Whatever takes so long has not been ended by a timer of a second or less.
@@ -137,4 +139,49 @@ async fn a_deadline_of_the_caller_is_kept_and_told_as_what_is_left_of_it() {
     assert_eq!(late.status, StatusCode::GATEWAY_TIMEOUT);
     let why = late.headers["proxy-status"].to_str().expect("text");
     assert!(why.contains("set by x-envoy-expected-rq-timeout-ms"), "{why}");
+}
+
+/// A way to a server on which nothing passes for the first second of each connection.
+async fn slow_to_connect(server: SocketAddr) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("an address");
+    tokio::spawn(async move {
+        while let Ok((mut client, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                let mut server = TcpStream::connect(server).await.ok()?;
+                tokio::io::copy_bidirectional(&mut client, &mut server).await.ok()
+            });
+        }
+    });
+    address
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn attempts_in_haste_let_the_connection_be_made_and_hold_it_against_nobody_who_waited() {
+    let app = slow().await;
+    let name = "apiVersion: v1\nkind: Service\nmetadata: {name: far}\nspec: {ports: [{port: 80}]}\n";
+    let mesh = Mesh::with_resources(name, &[]);
+    let web = mesh.run("web").port(app.port()).serve();
+    let far = slow_to_connect(web.inbound()).await;
+    let rule = "timeouts: {backendRequest: 300ms}\n    retry: {attempts: 0}";
+    let resources = route(&[far.port()], rule).replace("name: web", "name: far").replace(
+        "service-name: far}",
+        "service-name: far}, annotations: {sheetbend.io/identity: 'spiffe://cluster.local/ns/default/sa/web'}",
+    );
+    mesh.write_resources(&resources);
+    let caller = mesh.caller("caller");
+    let ask = || async { get(caller.proxy(), "http://far/").await.map(|answer| answer.status.as_u16()) };
+    // All of them wait for one connection, and none for so long.
+    let proxy = caller.proxy();
+    let asked: Vec<_> = (0..20).map(|_| tokio::spawn(get(proxy, "http://far/"))).collect();
+    let mut first = Vec::new();
+    for asked in asked {
+        first.push(asked.await.expect("no panic").map(|answer| answer.status.as_u16()));
+    }
+    assert!(!first.iter().any(|status| matches!(status, Ok(200))), "{first:?}");
+    eventually("the connection serves the next one", FAR, || async { matches!(ask().await, Ok(200)).then_some(()) })
+        .await;
+    let endpoint = breaker(&caller, far).await;
+    assert_eq!(endpoint["state"], "Serving", "{endpoint}");
 }
