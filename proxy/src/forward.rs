@@ -330,7 +330,7 @@ async fn with_end((mut answer, checkout): (Response<Incoming>, Checkout)) -> ((R
 /// It cannot be passed on.
 fn judged(
     mut lease: Lease,
-    (answer, checkout): (Response<Incoming>, Checkout),
+    (answer, mut checkout): (Response<Incoming>, Checkout),
     ahead: Ahead,
     (deadline, upgrade): (Option<Deadline>, bool),
 ) -> Result<Response<ResponseBody>, Error> {
@@ -339,6 +339,11 @@ fn judged(
     if let Err(what) = headers::check_answer(&mut head, known, upgrade) {
         lease.broken(Processed::Maybe);
         return Err(Error::BadAnswer(lease.endpoint.place.clone(), what));
+    }
+    if known.has(Known::OTHER_HOP_BY_HOP)
+        && let Some(time) = headers::keep_alive(&head.headers)
+    {
+        checkout.is_kept_for(time);
     }
     let ended = head.extensions.get::<Ended>().map(|ended| ended.0);
     // Where it is a proxy of ours, what that says of the app.

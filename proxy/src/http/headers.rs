@@ -1,6 +1,8 @@
 //! What a proxy does to headers: hop-by-hop ones end here (RFC 9110 §7.6.1), ours never leave the mesh, everything else
 //! passes.
 
+use std::time::Duration;
+
 use http::header::{
     CONNECTION, CONTENT_LENGTH, COOKIE, HOST, HeaderMap, HeaderName, HeaderValue, TE, TRAILER, TRANSFER_ENCODING,
     UPGRADE,
@@ -187,6 +189,13 @@ fn is_chunked(headers: &HeaderMap) -> bool {
     codings.next().is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"chunked")) && codings.next().is_none()
 }
 
+/// How long a server says that it keeps a connection with nothing on it (RFC 2068 §19.7.1.1).
+pub fn keep_alive(headers: &HeaderMap) -> Option<Duration> {
+    let parameters = headers.get(KEEP_ALIVE)?.to_str().ok()?.split(',');
+    let timeout = parameters.filter_map(|one| one.trim().split_once('=')).find(|(name, _)| name.trim() == "timeout")?;
+    timeout.1.trim().parse().ok().map(Duration::from_secs)
+}
+
 /// Whether the client asks to leave HTTP behind on this connection.
 pub fn asks_upgrade(head: &request::Parts, known: Known) -> bool {
     head.version == Version::HTTP_11
@@ -312,6 +321,16 @@ mod tests {
 
     fn known(head: &request::Parts) -> Known {
         Known::of(&head.headers)
+    }
+
+    #[test]
+    fn a_server_says_for_how_long_it_keeps_a_connection() {
+        let said = |value| keep_alive(&HeaderMap::from_iter([(KEEP_ALIVE, HeaderValue::from_static(value))]));
+        assert_eq!(said("timeout=5, max=100"), Some(Duration::from_secs(5)));
+        assert_eq!(said("max=100,timeout=1"), Some(Duration::from_secs(1)));
+        for nothing in ["", "timeout", "timeout=soon", "timeout=-1", "max=3"] {
+            assert_eq!(said(nothing), None, "{nothing}");
+        }
     }
 
     #[test]

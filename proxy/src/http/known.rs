@@ -17,7 +17,7 @@ impl Known {
     /// `upgrade`.
     pub const UPGRADE: Self = Self(1 << 3);
     /// `keep-alive`, `proxy-connection`, `http2-settings`.
-    const OTHER_HOP_BY_HOP: Self = Self(1 << 4);
+    pub const OTHER_HOP_BY_HOP: Self = Self(1 << 4);
     /// What is meant for one hop alone.
     pub const HOP_BY_HOP: Self =
         Self(Self::CONNECTION.0 | Self::TE.0 | Self::TRANSFER_ENCODING.0 | Self::UPGRADE.0 | Self::OTHER_HOP_BY_HOP.0);

@@ -78,11 +78,14 @@ struct Kept {
     rest: Option<Rest>,
     /// Requests so far.
     carried: u64,
+    /// As long as the server says that it keeps it.
+    promised: Option<Duration>,
 }
 
 impl Kept {
-    fn is_fresh(&self, bounds: &Bounds) -> bool {
-        self.sender.is_ready() && self.since.elapsed() < kept_for(bounds)
+    fn is_over(&self, bounds: &Bounds, now: Instant) -> bool {
+        let most = kept_for(bounds);
+        now - self.since >= self.promised.map_or(most, |promised| promised.min(most))
     }
 }
 
@@ -122,6 +125,9 @@ impl SharedConnection {
         self.streams.load(Relaxed) >= allowed
     }
 }
+
+/// One more stream of a shared connection, its count, and what the endpoint said first there.
+type Stream = (http2::SendRequest<RequestBody>, Arc<AtomicUsize>, Option<Arc<Word>>);
 
 /// How many connections are kept or shared.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -189,13 +195,25 @@ pub struct Checkout {
     permit: Option<Arc<Permit>>,
     /// Requests that its own connection carries or has carried.
     carried: u64,
+    /// As long as the server says that it keeps its own connection.
+    promised: Option<Duration>,
 }
 
 impl Checkout {
     fn begin(pool: &Arc<Pool>, endpoint: &Arc<EndpointState>) -> Self {
         endpoint.vitals.load.begin();
         let (pool, endpoint) = (Arc::clone(pool), Arc::clone(endpoint));
-        Self { pool, endpoint, sender: None, streams: None, word: None, rest: None, permit: None, carried: 1 }
+        Self {
+            pool,
+            endpoint,
+            sender: None,
+            streams: None,
+            word: None,
+            rest: None,
+            permit: None,
+            carried: 1,
+            promised: None,
+        }
     }
 
     /// The exchange has ended well: the connection may serve another.
@@ -208,7 +226,8 @@ impl Checkout {
             }
             let kept = &mut all.of(&self.endpoint).kept;
             if kept.len() < MOST_KEPT {
-                kept.push_back(Kept { sender, since: Instant::now(), rest: self.rest.take(), carried: self.carried });
+                let (rest, carried, promised) = (self.rest.take(), self.carried, self.promised);
+                kept.push_back(Kept { sender, since: Instant::now(), rest, carried, promised });
             }
         }
     }
@@ -305,6 +324,11 @@ impl Checkout {
             until_over(connection.with_upgrades(), rest).await;
         });
         Ok(Sender::Http1(sender))
+    }
+
+    /// The server keeps the connection for so long when nothing is on it. What is sent in the last second may miss it.
+    pub fn is_kept_for(&mut self, time: Duration) {
+        self.promised = Some(time.saturating_sub(Duration::from_secs(1)));
     }
 
     /// Whether the endpoint answered in something else than HTTP/2, of which it knows nothing.
@@ -486,10 +510,14 @@ impl Pool {
 
     /// How many connections there are now. For the admin port: takes the worker's lock for a moment.
     pub(crate) fn pooled(&self) -> Pooled {
-        let mut pooled = Pooled::default();
+        let (mut pooled, now) = (Pooled::default(), Instant::now());
         for connections in self.lock().of.values() {
             let shared = connections.shared.iter().filter(|shared| !shared.sender.is_closed()).count();
-            let kept = connections.kept.iter().filter(|kept| kept.is_fresh(&connections.bounds)).count();
+            let kept = connections
+                .kept
+                .iter()
+                .filter(|kept| kept.sender.is_ready() && !kept.is_over(&connections.bounds, now))
+                .count();
             let count = if connections.mesh { &mut pooled.mesh } else { &mut pooled.plain };
             *count += shared + kept;
         }
@@ -539,8 +567,7 @@ fn kept_for(bounds: &Bounds) -> Duration {
 impl Connections {
     /// Ends those that were kept for as long as they may be.
     fn forget(&mut self, now: Instant) {
-        let most = kept_for(&self.bounds);
-        while self.kept.front().is_some_and(|kept| now - kept.since >= most) {
+        while self.kept.front().is_some_and(|kept| kept.is_over(&self.bounds, now)) {
             self.kept.pop_front();
         }
     }
@@ -551,7 +578,7 @@ impl Connections {
         let serves = |kept: &Kept| reuse == Reuse::Any || now - kept.since < RECENTLY;
         // The one used last is the likeliest to be open still; one that is not ready has closed.
         while self.kept.back().is_some_and(serves) {
-            let kept = self.kept.pop_back().filter(|kept| kept.sender.is_ready());
+            let kept = self.kept.pop_back().filter(|kept| kept.sender.is_ready() && !kept.is_over(&self.bounds, now));
             if kept.is_some() {
                 return kept;
             }
@@ -560,10 +587,7 @@ impl Connections {
     }
 
     /// The shared connection with the fewest streams, if it has room.
-    fn take_shared(
-        &mut self,
-        is_used_up: impl FnOnce(u64) -> bool,
-    ) -> Option<(http2::SendRequest<RequestBody>, Arc<AtomicUsize>, Option<Arc<Word>>)> {
+    fn take_shared(&mut self, is_used_up: impl FnOnce(u64) -> bool) -> Option<Stream> {
         let mut idle = 0;
         self.shared.retain(|shared| {
             let unused = shared.streams.load(Relaxed) == 0;

@@ -1,6 +1,8 @@
 //! What HTTP promises its users, through two sidecars, byte by byte.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
 use sheetbend_tests::{Mesh, START, Scripted, Sidecar, dialogue, eventually, hear};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -127,6 +129,52 @@ async fn a_get_keeps_its_body_though_nobody_knows_how_long_that_will_be() {
         let (_, heard) = heard.split_once(&format!("{method} /{method}")).unwrap();
         assert!(heard.contains("hello") && heard.contains(", world"), "{heard}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_post_takes_a_connection_that_was_used_a_moment_ago_and_none_that_the_server_has_closed() {
+    let (accepted, closed) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let (opens, closes) = (Arc::clone(&accepted), Arc::clone(&closed));
+    let app = Scripted::start(move |mut line| {
+        opens.fetch_add(1, SeqCst);
+        let closes = Arc::clone(&closes);
+        async move {
+            while let Some(head) = line.hear("\r\n\r\n").await {
+                match head.contains("/impatient") {
+                    true => line.say(&WELL.replacen("\r\n", "\r\nkeep-alive: timeout=1\r\n", 1)).await,
+                    false => line.say(WELL).await,
+                }
+                if head.contains("/closes") {
+                    // Without a word.
+                    break;
+                }
+            }
+            drop(line);
+            closes.fetch_add(1, SeqCst);
+        }
+    })
+    .await;
+    let pair = pair(app.port()).await;
+    let post = async |path: &str| {
+        let head = format!("POST http://server{path} HTTP/1.1\r\nHost: server\r\nContent-Length: 0\r\n\r\n");
+        let answer = dialogue(pair.proxy(), &head, "well\n").await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    };
+    for _ in 0..30 {
+        post("/keeps").await;
+    }
+    let opened = accepted.swap(0, SeqCst);
+    assert!(opened <= 10, "{opened} connections for 30 requests one after another");
+    for _ in 0..30 {
+        let before = closed.load(SeqCst);
+        post("/closes").await;
+        eventually("the server has hung up", START, || async { (closed.load(SeqCst) > before).then_some(()) }).await;
+    }
+    accepted.store(0, SeqCst);
+    for _ in 0..5 {
+        post("/impatient").await;
+    }
+    assert!(accepted.load(SeqCst) >= 4, "the server would not keep them for as long as it may take to reach it");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
