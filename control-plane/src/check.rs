@@ -459,6 +459,34 @@ mod tests {
     }
 
     #[test]
+    fn an_annotation_with_a_typo_does_not_look_as_if_it_worked() {
+        let slice = "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata:\n  name: s\n  labels: \
+                     {kubernetes.io/service-name: web}\n  annotations: {NAME: x}\nendpoints: [{addresses: \
+                     [127.0.0.1]}]\nports: [{port: 80}]\n";
+        let route = route("r", "  - backendRefs: [{name: web, port: 80}]\n");
+        let tcp = connections("TCPRoute", "r", "  rules: [{backendRefs: [{name: web, port: 80}]}]\n");
+        let named = |text: &str| text.replacen("{name: ", "{annotations: {NAME: x}, name: ", 1);
+        for (resource, name, wanted) in [
+            (
+                slice,
+                "sheetbend.io/identiy",
+                "6:39: `sheetbend.io/identiy` is not an annotation that is obeyed here; did",
+            ),
+            (slice, "sheetbend.io/wieght", "did you mean `sheetbend.io/weight`?"),
+            (slice, "sheetbend.io/request-timeout", "known here are sheetbend.io/identity, sheetbend.io/peer"),
+            (&named(&route), "sheetbend.io/retry-no", "did you mean `sheetbend.io/retry-on`?"),
+            (&named(&route), "sheetbend.io/weight", "is not an annotation that is obeyed here; known here are"),
+            (&named(&tcp), "sheetbend.io/request-timeout", "known here is none"),
+            (&named(&policy("p", "web")), "sheetbend.io/dryrun", "is not an annotation that is obeyed here"),
+        ] {
+            let told = problems(&[("a.yaml", WEB), ("b.yaml", &resource.replacen("NAME", name, 1))]);
+            assert!(told.len() == 1 && told[0].contains(wanted), "{wanted}: {told:#?}");
+            let others = resource.replacen("NAME", "example.org/x", 1);
+            assert_eq!(problems(&[("a.yaml", WEB), ("b.yaml", &others)]), [""; 0]);
+        }
+    }
+
+    #[test]
     fn the_same_resource_twice_is_told() {
         let told = problems(&[("a.yaml", WEB), ("b.yaml", WEB)]);
         assert_eq!(told, ["b.yaml:1:1: Service default/web is already in a.yaml:1; take one of the two out"]);

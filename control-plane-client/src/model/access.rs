@@ -1,9 +1,10 @@
 //! Who may call the service beside a proxy, in the words of Istio's AuthorizationPolicy.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::sync::Arc;
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 use serde::{Deserialize, Serialize};
 
 use super::{TokenIssuer, Unusable};
@@ -434,9 +435,13 @@ impl Condition {
     }
 }
 
-/// `10.0.0.0/8`, or one address.
+/// `10.0.0.0/8`, or one address. One of IPv4 addresses in the form of IPv6 ones (RFC 4291 §2.5.5.2) is one of IPv4:
+/// callers are known by that.
 pub fn range(text: &str) -> Option<IpNet> {
-    text.parse().ok().or_else(|| text.parse::<std::net::IpAddr>().ok().map(IpNet::from))
+    let net = text.parse::<IpNet>().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from))?.trunc();
+    let IpNet::V6(six) = net else { return Some(net) };
+    let four = || Ipv4Net::new(six.addr().to_ipv4_mapped()?, six.prefix_len().checked_sub(96)?).ok();
+    Some(four().map_or(net, IpNet::V4))
 }
 
 #[cfg(test)]
@@ -474,6 +479,21 @@ mod tests {
         {
             assert!(glob(wrong).check_path().is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn a_range_of_mapped_addresses_is_one_of_ipv4() {
+        for (text, expected) in [
+            ("10.1.2.3/8", "10.0.0.0/8"),
+            ("10.0.0.1", "10.0.0.1/32"),
+            ("::ffff:10.0.0.1", "10.0.0.1/32"),
+            ("::ffff:10.0.0.1/104", "10.0.0.0/8"),
+            ("::/0", "::/0"),
+            ("2001:db8::1", "2001:db8::1/128"),
+        ] {
+            assert_eq!(range(text), expected.parse().ok(), "{text}");
+        }
+        assert_eq!(range("10.0.0.0/33"), None);
     }
 
     #[test]

@@ -3,6 +3,10 @@
 use std::fmt;
 use std::sync::Arc;
 
+use aws_lc_rs::encoding::{AsDer, PublicKeyX509Der};
+use aws_lc_rs::signature::{
+    ECDSA_P256_SHA256_FIXED, ED25519, ParsedPublicKey, RSA_PKCS1_2048_8192_SHA256, RsaPublicKeyComponents,
+};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde::{Deserialize, Serialize};
@@ -128,7 +132,9 @@ fn read_key(key: &Map<String, Value>) -> Result<Option<PublicKey>, String> {
     }
     let key = match (kind, curve) {
         ("RSA", _) if algorithm.is_none_or(|name| name == "RS256") => {
-            KeyMaterial::RS256 { n: Octets(octets("n")?), e: Octets(octets("e")?) }
+            // RFC 7518 §6.3.1.1 has no zeros before a number; some write one.
+            let number = |name| octets(name).map(|bytes| bytes.into_iter().skip_while(|byte| *byte == 0).collect());
+            KeyMaterial::RS256 { n: Octets(number("n")?), e: Octets(number("e")?) }
         }
         ("EC", Some("P-256")) if algorithm.is_none_or(|name| name == "ES256") => {
             let (x, y) = (octets("x")?, octets("y")?);
@@ -145,19 +151,22 @@ fn read_key(key: &Map<String, Value>) -> Result<Option<PublicKey>, String> {
 }
 
 impl PublicKey {
+    /// Whether tokens can be held against it, as those are that come.
     fn check(&self) -> Result<(), String> {
-        let (length, good) = match &self.key {
+        let parsed = match &self.key {
             KeyMaterial::RS256 { n, e } => {
-                let bits = 8 * n.0.iter().skip_while(|byte| **byte == 0).count();
+                let bits = n.0.first().map_or(0, |first| 8 * n.0.len() - first.leading_zeros() as usize);
                 if !(2048..=8192).contains(&bits) {
                     return Err(format!("an RSA key of {bits} bits: 2048 to 8192 are believed"));
                 }
-                (e.0.len(), (1..=8).contains(&e.0.len()))
+                let key = RsaPublicKeyComponents { n: &n.0, e: &e.0 };
+                AsDer::<PublicKeyX509Der<'_>>::as_der(&key)
+                    .is_ok_and(|key| ParsedPublicKey::new(&RSA_PKCS1_2048_8192_SHA256, key.as_ref()).is_ok())
             }
-            KeyMaterial::ES256(point) => (point.0.len(), point.0.len() == 65),
-            KeyMaterial::EdDSA(point) => (point.0.len(), point.0.len() == 32),
+            KeyMaterial::ES256(point) => ParsedPublicKey::new(&ECDSA_P256_SHA256_FIXED, &point.0).is_ok(),
+            KeyMaterial::EdDSA(point) => ParsedPublicKey::new(&ED25519, &point.0).is_ok(),
         };
-        if good { Ok(()) } else { Err(format!("{} is not a key of {}", length, self.key.algorithm())) }
+        if parsed { Ok(()) } else { Err(format!("not a key of {}", self.key.algorithm())) }
     }
 }
 
@@ -176,16 +185,15 @@ impl TokenIssuer {
 
 #[cfg(test)]
 mod tests {
+    use aws_lc_rs::rsa::KeySize;
+    use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, Ed25519KeyPair, KeyPair, RsaKeyPair};
+
     use super::*;
 
     #[test]
     fn a_set_gives_the_keys_that_can_verify_and_none_that_must_stay_secret() {
-        let zeros = |bytes: usize| URL_SAFE_NO_PAD.encode(vec![255; bytes]);
-        let rsa = format!(r#"{{"kty":"RSA","kid":"a","n":"{}","e":"AQAB"}}"#, zeros(256));
-        let (ec, ed) = (
-            format!(r#"{{"kty":"EC","crv":"P-256","x":"{0}","y":"{0}"}}"#, zeros(32)),
-            format!(r#"{{"kty":"OKP","crv":"Ed25519","alg":"EdDSA","x":"{}"}}"#, zeros(32)),
-        );
+        let (rsa, ec, ed) = keys();
+        let (rsa_n, ec_x, ed_x) = (of(&rsa, "n"), of(&ec, "x"), of(&ed, "x"));
         let for_encryption = rsa.replace("\"kid\"", "\"use\":\"enc\",\"kid\"");
         let other = rsa.replace("\"kid\"", "\"alg\":\"RS512\",\"kid\"");
         let set = format!(r#"{{"keys":[{rsa},{ec},{ed},{for_encryption},{other},{{"kty":"new"}}]}}"#);
@@ -199,12 +207,49 @@ mod tests {
             ("{}", "no list `keys`"),
             (r#"{"keys":[]}"#, "no key of"),
             (r#"{"keys":[{"kty":"oct","k":"c2VjcmV0"}]}"#, "shared secret"),
-            (&format!(r#"{{"keys":[{}]}}"#, ed.replace("\"alg\"", "\"d\":\"x\",\"alg\"")), "private key"),
-            (&format!(r#"{{"keys":[{}]}}"#, rsa.replace(&zeros(256), &zeros(128))), "1024 bits"),
-            (&format!(r#"{{"keys":[{}]}}"#, ed.replace(&zeros(32), &zeros(31))), "not a key of EdDSA"),
+            (&one(ed.replace("\"alg\"", "\"d\":\"x\",\"alg\"")), "private key"),
+            (&one(rsa.replace(&rsa_n, &URL_SAFE_NO_PAD.encode([255; 128]))), "1024 bits"),
+            (&one(rsa.replace(&rsa_n, &URL_SAFE_NO_PAD.encode([&[127][..], &[255; 255]].concat()))), "2047 bits"),
+            (&one(rsa.replace("AQAB", "")), "not a key of RS256"),
+            (&one(rsa.replace("AQAB", "AA")), "not a key of RS256"),
+            (&one(ec.replace(&ec_x, &ed_x)), "not a key of ES256"),
+            (&one(ed.replace(&ed_x, &URL_SAFE_NO_PAD.encode([255; 31]))), "not a key of EdDSA"),
         ] {
             let refused = read_keys(wrong).expect_err(wrong);
             assert!(refused.contains(why), "{wrong}: {refused}");
         }
+    }
+
+    #[test]
+    fn zeros_before_a_number_say_nothing() {
+        let (rsa, ..) = keys();
+        let n = URL_SAFE_NO_PAD.decode(of(&rsa, "n")).unwrap();
+        let led =
+            rsa.replace(&of(&rsa, "n"), &URL_SAFE_NO_PAD.encode([&[0][..], &n].concat())).replace("AQAB", "AAEAAQ");
+        assert_ne!(led, rsa);
+        assert_eq!(read_keys(&one(led)).unwrap(), read_keys(&one(rsa)).unwrap());
+    }
+
+    fn one(key: String) -> String {
+        format!(r#"{{"keys":[{key}]}}"#)
+    }
+
+    /// A member of a key.
+    fn of(key: &str, name: &str) -> String {
+        serde_json::from_str::<Value>(key).unwrap()[name].as_str().unwrap().to_string()
+    }
+
+    /// One of each algorithm.
+    fn keys() -> (String, String, String) {
+        let text = |bytes: &[u8]| URL_SAFE_NO_PAD.encode(bytes);
+        let rsa = RsaKeyPair::generate(KeySize::Rsa2048).unwrap();
+        let ec = EcdsaKeyPair::generate(&ECDSA_P256_SHA256_FIXED_SIGNING).unwrap();
+        let ed = Ed25519KeyPair::generate().unwrap();
+        let (n, point) = (rsa.public_key().modulus(), ec.public_key().as_ref());
+        (
+            format!(r#"{{"kty":"RSA","kid":"a","n":"{}","e":"AQAB"}}"#, text(n.big_endian_without_leading_zero())),
+            format!(r#"{{"kty":"EC","crv":"P-256","x":"{}","y":"{}"}}"#, text(&point[1..33]), text(&point[33..])),
+            format!(r#"{{"kty":"OKP","crv":"Ed25519","alg":"EdDSA","x":"{}"}}"#, text(ed.public_key().as_ref())),
+        )
     }
 }

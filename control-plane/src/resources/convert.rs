@@ -3,12 +3,12 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::IpNet;
 use serde_saphyr::{Location, Spanned};
-use sheetbend_control_plane_client::model::{AppProtocol, OutboundPolicy, ServiceName, Target, Transport};
+use sheetbend_control_plane_client::model::{self, AppProtocol, OutboundPolicy, ServiceName, Target, Transport};
 
 use super::kinds::{self, Reference};
-use super::parse::{Checked, mistake};
+use super::parse::{Checked, mistake, not_among};
 use super::{Backend, Parent, RouteBackend, Service, ServicePort, Settings, Slice, SliceEndpoint, SlicePort};
 
 pub(super) mod access;
@@ -84,7 +84,7 @@ fn external_name(spec: &kinds::ServiceSpec) -> Checked<Option<Arc<str>>> {
 }
 
 pub(super) fn slice(raw: kinds::EndpointSlice) -> Checked<Slice> {
-    let object = name_of(&raw.metadata)?;
+    let object = name_among(&raw.metadata, &SLICE_ANNOTATIONS)?;
     let Some(service) = raw.metadata.labels.get("kubernetes.io/service-name") else {
         let hint = "set it to the Service that these endpoints belong to";
         return mistake(raw.metadata.name.referenced, "the label `kubernetes.io/service-name` is missing", hint);
@@ -110,10 +110,14 @@ pub(super) fn slice(raw: kinds::EndpointSlice) -> Checked<Slice> {
     Ok(Slice { object, service, transport: transport(&raw.metadata)?, ports, endpoints })
 }
 
-/// `sheetbend.io/identity` makes the endpoints meshed; `sheetbend.io/peer: mtls` says that they are not ours.
+const IDENTITY: &str = "sheetbend.io/identity";
+const PEER: &str = "sheetbend.io/peer";
+const SLICE_ANNOTATIONS: [&str; 4] = [IDENTITY, PEER, balancing::WEIGHT, balancing::PRIORITY];
+
+/// [`IDENTITY`] makes the endpoints meshed; `mtls` as [`PEER`] says that they are not ours.
 fn transport(meta: &kinds::Meta) -> Checked<Transport> {
-    let peer = meta.annotations.get("sheetbend.io/peer");
-    let Some(identity) = meta.annotations.get("sheetbend.io/identity") else {
+    let peer = meta.annotations.get(PEER);
+    let Some(identity) = meta.annotations.get(IDENTITY) else {
         return match peer {
             Some(peer) => {
                 let hint = "add the annotation sheetbend.io/identity, a SPIFFE id";
@@ -133,8 +137,13 @@ fn transport(meta: &kinds::Meta) -> Checked<Transport> {
     }
 }
 
-fn parents_of(meta: &kinds::Meta, refs: &Spanned<Vec<Reference>>) -> Checked<(ServiceName, Vec<Parent>)> {
-    let name = name_of(meta)?;
+/// The name of a route that has these annotations, and the Services that it is attached to.
+fn parents_of(
+    meta: &kinds::Meta,
+    annotations: &[&str],
+    refs: &Spanned<Vec<Reference>>,
+) -> Checked<(ServiceName, Vec<Parent>)> {
+    let name = name_among(meta, annotations)?;
     if refs.value.is_empty() {
         return mistake(refs.referenced, "no parentRef: this route is attached to nothing", "name a Service");
     }
@@ -223,7 +232,18 @@ pub(super) fn settings(raw: kinds::MeshSettings) -> Checked<Settings> {
     })
 }
 
+/// The name of a kind that has no annotations of ours.
 fn name_of(meta: &kinds::Meta) -> Checked<ServiceName> {
+    name_among(meta, &[])
+}
+
+/// The name of a kind that has these annotations of ours: one with a typo must not look as if it worked.
+fn name_among(meta: &kinds::Meta, annotations: &[&str]) -> Checked<ServiceName> {
+    let mut ours = meta.annotations.iter().filter(|(name, _)| name.starts_with("sheetbend.io/"));
+    if let Some((name, text)) = ours.find(|(name, _)| !annotations.contains(&name.as_str())) {
+        let reason = format!("`{name}` is not an annotation that is obeyed here");
+        return not_among(text.referenced, name, reason, annotations);
+    }
     let namespace = match &meta.namespace {
         Some(namespace) => label(namespace)?,
         None => "default".into(),
@@ -252,25 +272,9 @@ fn address(text: &Spanned<String>) -> Checked<IpAddr> {
 
 /// `10.0.0.0/8`, or one address.
 fn range(text: &Spanned<String>) -> Checked<IpNet> {
-    match text.value.parse::<IpNet>().or_else(|error| text.value.parse::<IpAddr>().map(IpNet::from).map_err(|_| error))
-    {
-        Ok(net) => Ok(unmapped(net.trunc())),
-        Err(_) => {
-            let hint = "write one like 10.0.0.0/8 or 192.0.2.7";
-            mistake(text.referenced, format!("`{}` is not a range of addresses", text.value), hint)
-        }
-    }
-}
-
-/// A range of IPv4 addresses in the form of IPv6 ones (RFC 4291 §2.5.5.2) is one of IPv4: callers are known by that.
-fn unmapped(net: IpNet) -> IpNet {
-    match net {
-        IpNet::V6(six) if six.prefix_len() >= 96 => {
-            let four = six.addr().to_ipv4_mapped().and_then(|four| Ipv4Net::new(four, six.prefix_len() - 96).ok());
-            four.map_or(net, IpNet::V4)
-        }
-        IpNet::V4(_) | IpNet::V6(_) => net,
-    }
+    let hint = "write one like 10.0.0.0/8 or 192.0.2.7";
+    model::access::range(&text.value)
+        .map_or_else(|| mistake(text.referenced, format!("`{}` is not a range of addresses", text.value), hint), Ok)
 }
 
 fn port_number(port: &Spanned<u16>) -> Checked<u16> {

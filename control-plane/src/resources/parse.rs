@@ -70,6 +70,15 @@ pub(super) fn mistake<T>(at: Location, reason: impl Into<String>, hint: impl Int
     Err(Mistake::new(at, reason.into(), hint.into().map(str::to_string)))
 }
 
+/// A word that is none of those that are known here.
+pub(super) fn not_among<T>(at: Location, written: &str, reason: String, known: &[&str]) -> Checked<T> {
+    let hint = suggestion(written, known.iter().copied()).unwrap_or_else(|| match known.is_empty() {
+        true => "known here is none".to_string(),
+        false => format!("known here are {}", known.join(", ")),
+    });
+    Err(Mistake::new(at, reason, Some(hint)))
+}
+
 /// All of them, or every mistake among them.
 pub(super) fn every<T>(all: impl IntoIterator<Item = Checked<T>>) -> Checked<Vec<T>> {
     let (mut good, mut wrong) = (Vec::new(), None::<Mistake>);

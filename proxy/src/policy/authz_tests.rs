@@ -270,7 +270,8 @@ fn claims_are_texts_booleans_whole_numbers_and_lists_of_them() {
 
 #[test]
 fn a_claim_that_no_text_can_be_held_against_lets_nobody_in_and_keeps_everybody_out() {
-    let claims = json!({"iss": "https://i", "sub": "me", "suspended": {"since": 1}, "barred": true});
+    let claims = json!({"iss": "https://i", "sub": "me", "suspended": {"since": 1}, "barred": true,
+        "orgs": [{"role": "banned"}], "org": {"role": "true"}, "no": null});
     let Value::Object(claims) = claims else { unreachable!() };
     let claims = Claims::new(claims);
     let get = head("GET", "/", &[]);
@@ -284,6 +285,13 @@ fn a_claim_that_no_text_can_be_held_against_lets_nobody_in_and_keeps_everybody_o
         ("barred", "values", true, true),
         ("barred", "notValues", false, false),
         ("none", "values", false, false),
+        ("orgs][role", "values", true, false),
+        ("orgs][role", "notValues", true, false),
+        ("barred][role", "values", true, false),
+        ("org][role", "values", true, true),
+        ("org][none", "values", false, false),
+        ("no][role", "values", false, false),
+        ("none][role", "notValues", true, true),
     ] {
         let mut when = json!({"key": format!("request.auth.claims[{key}]")});
         when[words] = json!(["true"]);

@@ -221,7 +221,12 @@ impl Claims {
         let Some((first, rest)) = name.split_first() else { return Some(false) };
         let mut found = self.all.get(&**first);
         for part in rest {
-            found = found.and_then(|value| value.get(&**part));
+            found = match found {
+                None | Some(Value::Null) => None,
+                Some(Value::Object(fields)) => fields.get(&**part),
+                // A list of objects, say: one of them may have it.
+                Some(_) => return None,
+            };
         }
         let Some(found) = found else { return Some(false) };
         match found {

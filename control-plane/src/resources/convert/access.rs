@@ -1,9 +1,10 @@
 //! Who may call, as it is written, made into what a proxy obeys.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
-use ipnet::IpNet;
 use serde_saphyr::Spanned;
+use sheetbend_control_plane_client::model::access::Key;
 use sheetbend_control_plane_client::model::jwt::read_keys;
 use sheetbend_control_plane_client::model::{self, Action, DefaultAccess, Glob, ServiceName, TokenIssuer};
 
@@ -109,11 +110,11 @@ fn source(raw: &Spanned<kinds::From>) -> Checked<model::Source> {
         not_principals: each(&from.not_principals, principal)?,
         request_principals: each(&from.request_principals, request_principal)?,
         not_request_principals: each(&from.not_request_principals, request_principal)?,
-        namespaces: each(&from.namespaces, glob)?,
-        not_namespaces: each(&from.not_namespaces, glob)?,
+        namespaces: each(&from.namespaces, namespace)?,
+        not_namespaces: each(&from.not_namespaces, namespace)?,
         trust_domains: each(&from.trust_domains, trust_domain)?,
-        ip_blocks: each(&from.ip_blocks, block)?,
-        not_ip_blocks: each(&from.not_ip_blocks, block)?,
+        ip_blocks: each(&from.ip_blocks, range)?,
+        not_ip_blocks: each(&from.not_ip_blocks, range)?,
     };
     match source == model::Source::default() {
         true => mistake(raw.referenced, "this source says nothing", "leave `from` out if everybody is meant"),
@@ -140,18 +141,50 @@ fn operation(raw: &Spanned<kinds::To>) -> Checked<model::Operation> {
 }
 
 fn condition(raw: &kinds::Condition) -> Checked<model::Condition> {
-    let texts = |words: &[Spanned<String>]| words.iter().map(|word| word.value.as_str().into()).collect();
-    let condition = model::Condition {
-        key: raw.key.value.as_str().into(),
-        values: texts(&raw.values),
-        not_values: texts(&raw.not_values),
-    };
-    if condition.key.contains(|c: char| c.is_whitespace() || c.is_control()) {
-        let reason = format!("`{}` has a space in it", condition.key);
+    if raw.key.value.contains(|c: char| c.is_whitespace() || c.is_control()) {
+        let reason = format!("`{}` has a space in it", raw.key.value);
         return mistake(raw.key.referenced, reason, "nothing that is compared has one");
     }
+    let mut condition = model::Condition { key: raw.key.value.as_str().into(), ..model::Condition::default() };
+    let key = condition.key().or_else(|error| mistake(raw.key.referenced, error.to_string(), None))?;
+    condition.values = each(&raw.values, |word| value(&key, word))?;
+    condition.not_values = each(&raw.not_values, |word| value(&key, word))?;
     condition.check().or_else(|error| mistake(raw.key.referenced, error.to_string(), None))?;
     Ok(condition)
+}
+
+/// What is under `when` is read as the same under `from` and `to` is.
+fn value(key: &Key, word: &Spanned<String>) -> Checked<Arc<str>> {
+    let text = match key {
+        Key::SourceIp => range(word)?.to_string(),
+        Key::SourceNamespace => namespace(word)?.to_string(),
+        Key::SourcePrincipal => principal(word)?.to_string(),
+        Key::RequestPrincipal => request_principal(word)?.to_string(),
+        Key::DestinationPort => port(word)?.to_string(),
+        Key::Header(_) => header_value(word)?.to_string(),
+        Key::Claim(_) | Key::Audiences => checked(word, word.value.clone(), |_| Ok(()))?.to_string(),
+    };
+    Ok(text.into())
+}
+
+/// It may have spaces, but none around it (RFC 9110 §5.5).
+fn header_value(word: &Spanned<String>) -> Checked<Glob> {
+    let text = &word.value;
+    match text.trim() != text || text.contains(|c: char| c.is_control() && c != '\t') {
+        true => mistake(word.referenced, format!("no header's value is `{text}`"), "write it with no space around it"),
+        false => checked(word, text.clone(), |_| Ok(())),
+    }
+}
+
+/// Of an identity, as a resource's own is written.
+fn namespace(word: &Spanned<String>) -> Checked<Glob> {
+    match word.value.contains(|c: char| c.is_uppercase()) {
+        true => {
+            let hint = "write it in lower case; identities of others go under principals";
+            mistake(word.referenced, format!("`{}` is not a namespace", word.value), hint)
+        }
+        false => glob(word),
+    }
 }
 
 fn each<T>(words: &[Spanned<String>], read: impl Fn(&Spanned<String>) -> Checked<T>) -> Checked<Vec<T>> {
@@ -242,10 +275,6 @@ fn port(word: &Spanned<String>) -> Checked<u16> {
     }
 }
 
-fn block(word: &Spanned<String>) -> Checked<IpNet> {
-    range(word)
-}
-
 #[cfg(test)]
 mod tests {
     use std::path::Path;
@@ -284,6 +313,16 @@ mod tests {
     }
 
     #[test]
+    fn a_condition_is_read_as_the_same_source_is() {
+        let spec = "spec:\n  rules:\n  - when:\n    - {key: source.ip, values: [\"::ffff:10.0.0.1\"], notValues: \
+                    [10.1.2.3/24]}\n    - {key: source.principal, values: [\"spiffe://cluster.local/ns/a/sa/b\"]}\n    \
+                    - {key: \"request.headers[user-agent]\", values: [\"a b*\"]}\n";
+        let when = &read(spec).unwrap().policy.rules[0].when;
+        assert_eq!((&*when[0].values[0], &*when[0].not_values[0]), ("10.0.0.1/32", "10.1.2.0/24"));
+        assert_eq!((&*when[1].values[0], &*when[2].values[0]), ("cluster.local/ns/a/sa/b", "a b*"));
+    }
+
+    #[test]
     fn what_would_never_match_or_is_not_obeyed_is_refused_at_its_place() {
         for (spec, expected) in [
             ("spec: {action: CUSTOM}", ":4:16: action `CUSTOM`; write ALLOW, DENY or AUDIT"),
@@ -304,7 +343,7 @@ mod tests {
             ),
             ("spec: {rules: [{from: [{source: {ipBlocks: [10.0.0.0/99]}}]}]}", "`10.0.0.0/99` is not a range"),
             ("spec: {rules: [{when: [{key: \"request.header[x]\", values: [a]}]}]}", ":4:30: key: `request.header[x]`"),
-            ("spec: {rules: [{when: [{key: source.ip, values: [a]}]}]}", "values: `a`: not a range of addresses"),
+            ("spec: {rules: [{when: [{key: source.ip, values: [a]}]}]}", ":4:50: `a` is not a range of addresses"),
             ("spec: {rules: [{when: [{key: source.ip}]}]}", "a condition has values or notValues"),
             ("spec: {rules: [{from: []}]}", "an empty list: leave it out if everything is meant"),
             ("spec: {rules: [{from: [{source: {principals: []}}]}]}", ":4:46: an empty list"),
@@ -317,6 +356,14 @@ mod tests {
             ("spec: {rules: [{from: [{source: {trustDomains: [Cluster.Local]}}]}]}", "is not a trust domain"),
             ("spec: {rules: [{from: [{source: {requestPrincipals: [me]}}]}]}", "`me` is nobody's token"),
             ("spec: {rules: [{from: [{source: {namespaces: [\"a \"]}}]}]}", "`a ` has a space in it"),
+            ("spec: {rules: [{from: [{source: {namespaces: [Prod]}}]}]}", "`Prod` is not a namespace"),
+            ("spec: {rules: [{when: [{key: source.namespace, values: [Prod]}]}]}", ":4:57: `Prod` is not a namespace"),
+            ("spec: {rules: [{when: [{key: source.principal, values: [a/b, evil]}]}]}", "`evil` is not an identity"),
+            ("spec: {rules: [{when: [{key: source.principal, notValues: [\"A.b/c\"]}]}]}", "is not a trust domain"),
+            ("spec: {rules: [{when: [{key: source.principal, values: [\"a/b \"]}]}]}", "has a space in it"),
+            ("spec: {rules: [{when: [{key: request.auth.principal, values: [me]}]}]}", "`me` is nobody's token"),
+            ("spec: {rules: [{when: [{key: destination.port, values: [\"0\"]}]}]}", "`0` is not a port"),
+            ("spec: {rules: [{when: [{key: \"request.headers[a]\", values: [\"b \"]}]}]}", "no header's value is `b `"),
             ("spec: {rules: [{to: [{operation: {methods: [\"GET \"]}}]}]}", "`GET ` has a space in it"),
             ("spec: {rules: [{when: [{key: \"request.auth.claims[ a]\", values: [x]}]}]}", "has a space in it"),
             ("spec: {targetRefs: []}", "this policy is about nothing"),

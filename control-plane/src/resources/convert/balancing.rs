@@ -68,7 +68,10 @@ pub(super) fn health_check(raw: &Spanned<written::HealthCheck>) -> Checked<Healt
     Ok(check)
 }
 
-/// `sheetbend.io/weight` and `sheetbend.io/priority` of an EndpointSlice; they hold for all endpoints in it.
+pub(super) const WEIGHT: &str = "sheetbend.io/weight";
+pub(super) const PRIORITY: &str = "sheetbend.io/priority";
+
+/// [`WEIGHT`] and [`PRIORITY`] of an EndpointSlice; they hold for all endpoints in it.
 pub(super) fn standing(meta: &kinds::Meta) -> Checked<Standing> {
     let number = |key: &str, usual: u32| match meta.annotations.get(key) {
         None => Ok((usual, Location::UNKNOWN)),
@@ -77,8 +80,8 @@ pub(super) fn standing(meta: &kinds::Meta) -> Checked<Standing> {
             Err(_) => mistake(text.referenced, format!("`{}` is not a number", text.value), None),
         },
     };
-    let (weight, weight_at) = number("sheetbend.io/weight", 1)?;
-    let (priority, priority_at) = number("sheetbend.io/priority", 0)?;
+    let (weight, weight_at) = number(WEIGHT, 1)?;
+    let (priority, priority_at) = number(PRIORITY, 0)?;
     let standing = Standing { weight, priority, ..Standing::default() };
     standing.check().or_else(|error| {
         let at = if error.field == "weight" { weight_at } else { priority_at };

@@ -46,7 +46,7 @@ pub(in crate::resources) fn tls_route(raw: ConnectionRoute) -> Checked<Route> {
 }
 
 fn route(kind: &'static str, raw: &ConnectionRoute, hostnames: Vec<Arc<str>>) -> Checked<Route> {
-    let (name, parents) = parents_of(&raw.metadata, &raw.spec.parent_refs)?;
+    let (name, parents) = parents_of(&raw.metadata, &[], &raw.spec.parent_refs)?;
     let Some(first) = raw.spec.rules.first() else {
         let hint = "add one with backendRefs";
         return mistake(raw.metadata.name.referenced, format!("a {kind} without a rule leads nowhere"), hint);

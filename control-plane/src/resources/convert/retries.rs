@@ -17,7 +17,8 @@ const NON_IDEMPOTENT: &str = "sheetbend.io/retry-non-idempotent";
 const REQUEST: &str = "sheetbend.io/request-timeout";
 const BACKEND_REQUEST: &str = "sheetbend.io/backend-request-timeout";
 const STREAM_IDLE: &str = "sheetbend.io/stream-idle-timeout";
-const ALL: [&str; 7] = [RETRY_ON, ATTEMPTS, BACKOFF, NON_IDEMPOTENT, REQUEST, BACKEND_REQUEST, STREAM_IDLE];
+pub(super) const ANNOTATIONS: [&str; 7] =
+    [RETRY_ON, ATTEMPTS, BACKOFF, NON_IDEMPOTENT, REQUEST, BACKEND_REQUEST, STREAM_IDLE];
 
 /// What a rule says of timeouts and retries, within its route. `start` is where it begins.
 pub(super) fn rule(
@@ -26,7 +27,6 @@ pub(super) fn rule(
     timeouts: Option<&kinds::Timeouts>,
     retry: Option<&kinds::Retry>,
 ) -> Checked<RulePolicy> {
-    known(meta)?;
     let annotation = |name: &str| meta.annotations.get(name);
     let request = timeouts.and_then(|timeouts| timeouts.request.as_ref()).or(annotation(REQUEST));
     let backend_request =
@@ -69,22 +69,6 @@ pub(super) fn rule(
     };
     policy.check().or_else(|error| refused(&error, at(&error).unwrap_or(start)))?;
     Ok(policy)
-}
-
-/// An annotation with a typo must not look as if it worked.
-fn known(meta: &Meta) -> Checked<()> {
-    for (name, text) in &meta.annotations {
-        let ours =
-            name.starts_with("sheetbend.io/retry") || name.starts_with("sheetbend.io/") && name.ends_with("timeout");
-        if ours && !ALL.contains(&name.as_str()) {
-            return mistake(
-                text.referenced,
-                format!("`{name}` is not an annotation that is obeyed; known are {}", ALL.join(", ")),
-                None,
-            );
-        }
-    }
-    Ok(())
 }
 
 fn conditions(text: &Spanned<String>) -> Checked<Vec<RetryOn>> {

@@ -19,7 +19,7 @@ const MOST_PATH: usize = 1_024;
 const MOST_VALUE: usize = 4_096;
 
 pub(in crate::resources) fn http_route(raw: kinds::Route<kinds::HttpRule>) -> Checked<Route> {
-    let (name, parents) = parents_of(&raw.metadata, &raw.spec.parent_refs)?;
+    let (name, parents) = parents_of(&raw.metadata, &retries::ANNOTATIONS, &raw.spec.parent_refs)?;
     let at = raw.metadata.name.referenced;
     at_most("rules", raw.spec.rules.len(), MOST_RULES, at)?;
     let rules = raw.spec.rules.iter().map(|rule| {
@@ -43,7 +43,7 @@ pub(in crate::resources) fn http_route(raw: kinds::Route<kinds::HttpRule>) -> Ch
 }
 
 pub(in crate::resources) fn grpc_route(raw: kinds::Route<kinds::GrpcRule>) -> Checked<Route> {
-    let (name, parents) = parents_of(&raw.metadata, &raw.spec.parent_refs)?;
+    let (name, parents) = parents_of(&raw.metadata, &retries::ANNOTATIONS, &raw.spec.parent_refs)?;
     let at = raw.metadata.name.referenced;
     at_most("rules", raw.spec.rules.len(), MOST_RULES, at)?;
     let rules = raw.spec.rules.iter().map(|rule| {
