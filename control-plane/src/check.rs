@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use sheetbend_control_plane_client::model::{ServiceName, ServicePort};
+use sheetbend_control_plane_client::model::{AppProtocol, ServiceName, ServicePort};
 
 use crate::resources::{
     At, Authorization, BACKEND_TRAFFIC, Backend, FaultTarget, Folder, Problem, Resource, RouteTarget, Tokens,
@@ -19,6 +19,7 @@ use crate::resources::{
 use crate::world::{Inputs, Parts};
 
 mod connections;
+mod requests;
 
 /// A folder that was checked.
 #[derive(Debug, serde::Serialize)]
@@ -47,22 +48,27 @@ pub fn check(
     let resources: Vec<Resource> = folder.resources().cloned().collect();
     let inputs = Inputs { trust_domain: "".into(), registered: &[], resources: &resources, same_machine: true };
     let mut known = Known::default();
-    Parts::sort(&resources).ports(&inputs).into_keys().for_each(|port| known.add(port.service, Some(port.port)));
-    registered.iter().for_each(|(service, port)| known.add(service.clone(), *port));
+    for (port, parts) in Parts::sort(&resources).ports(&inputs) {
+        known.add(port.service, Some((port.port, parts.protocol())));
+    }
+    for (service, port) in registered {
+        known.add(service.clone(), port.map(|port| (port, AppProtocol::Detect)));
+    }
     let of_files = folder.files().values().flat_map(|file| file.problems()).cloned();
     let problems: BTreeSet<Problem> = of_files.chain(between(&folder, known)).collect();
     Ok(Checked { files: folder.files().len(), resources: resources.len(), problems: problems.into_iter().collect() })
 }
 
-/// Services, each with its ports; without one, whatever port is asked for.
+/// Services, each with its ports and what they are said to speak; without one, whatever port is asked for.
 #[derive(Debug, Default)]
-pub(crate) struct Known(BTreeMap<ServiceName, Option<BTreeSet<u16>>>);
+pub(crate) struct Known(BTreeMap<ServiceName, Option<BTreeMap<u16, AppProtocol>>>);
 
 impl Known {
-    pub(crate) fn add(&mut self, service: ServiceName, port: Option<u16>) {
-        let ports = self.0.entry(service).or_insert_with(|| Some(BTreeSet::new()));
+    pub(crate) fn add(&mut self, service: ServiceName, port: Option<(u16, AppProtocol)>) {
+        let ports = self.0.entry(service).or_insert_with(|| Some(BTreeMap::new()));
         match (port, ports.as_mut()) {
-            (Some(port), Some(ports)) => drop(ports.insert(port)),
+            // What is written says more than a command line.
+            (Some((port, protocol)), Some(ports)) => drop(ports.entry(port).or_insert(protocol)),
             (None, _) => *ports = None,
             (Some(_), None) => {}
         }
@@ -71,7 +77,7 @@ impl Known {
     /// The ports of a service; 0, where any may be there.
     fn ports(&self, service: &ServiceName) -> Vec<u16> {
         let ports = self.0.get(service).and_then(Option::as_ref);
-        ports.map_or(vec![0], |ports| ports.iter().copied().collect())
+        ports.map_or(vec![0], |ports| ports.keys().copied().collect())
     }
 
     /// Every service port; port 0 of a service that may have any.
@@ -79,6 +85,12 @@ impl Known {
         self.0.keys().flat_map(|service| {
             self.ports(service).into_iter().map(|port| ServicePort { service: service.clone(), port })
         })
+    }
+
+    /// Whether nobody looks for requests in what comes to a port.
+    fn is_opaque(&self, name: &ServicePort) -> bool {
+        let protocol = self.0.get(&name.service).and_then(Option::as_ref).and_then(|ports| ports.get(&name.port));
+        matches!(protocol, Some(AppProtocol::Tcp | AppProtocol::Tls))
     }
 
     /// Why there is no such service port, and a hint.
@@ -91,8 +103,8 @@ impl Known {
                 });
                 Some((format!("there is no Service {}/{}", service.namespace, service.service), hint))
             }
-            (Some(Some(ports)), Some(port)) if !ports.contains(&port) => {
-                let all: Vec<String> = ports.iter().map(u16::to_string).collect();
+            (Some(Some(ports)), Some(port)) if !ports.contains_key(&port) => {
+                let all: Vec<String> = ports.keys().map(u16::to_string).collect();
                 let reason = format!("Service {}/{} has no port {port}", service.namespace, service.service);
                 let hint = match all.is_empty() {
                     true => "it has none at all".to_string(),
@@ -116,6 +128,8 @@ pub(crate) fn between(folder: &Folder, mut known: Known) -> Vec<Problem> {
     problems.extend(overruled_rules(&parts, &known));
     problems.extend(connections::overruled_kinds(folder, &parts, &known));
     problems.extend(connections::rules(&parts, &known));
+    problems.extend(requests::unread(folder, &parts, &known));
+    problems.extend(requests::overruled_limits(folder));
     problems
 }
 
@@ -483,6 +497,96 @@ mod tests {
             assert!(told.len() == 1 && told[0].contains(wanted), "{wanted}: {told:#?}");
             let others = resource.replacen("NAME", "example.org/x", 1);
             assert_eq!(problems(&[("a.yaml", WEB), ("b.yaml", &others)]), [""; 0]);
+        }
+    }
+
+    fn fault(target: &str) -> String {
+        format!(
+            "apiVersion: sheetbend.io/v1alpha1\nkind: FaultInjection\nmetadata: {{name: chaos}}\nspec:\n  targetRefs: \
+             [{{kind: Service, name: web{target}}}]\n  abort: {{percentage: {{value: 1}}, httpStatus: 503}}\n"
+        )
+    }
+
+    #[test]
+    fn what_is_about_requests_where_nobody_reads_any_is_told() {
+        let web = |ports: &str| {
+            format!("apiVersion: v1\nkind: Service\nmetadata: {{name: web}}\nspec: {{ports: [{ports}]}}\n")
+        };
+        let (tcp, tls) = (web("{port: 80, appProtocol: tcp}"), web("{port: 80, name: tls-x}"));
+        let both = web("{port: 80, name: http}, {port: 81, name: tcp-x}");
+        let route = route("r", "  - backendRefs: [{name: web, port: 80}]\n");
+        let to_81 = route.replacen("name: web}", "name: web, port: 81}", 1);
+        let route_told =
+            "b.yaml:5:49: this route takes nothing: web.default:80 is declared to speak something else than HTTP, so";
+        for (service, resource, wanted) in [
+            (&tcp, &route, Some(route_told)),
+            (&tls, &route, Some(route_told)),
+            (&both, &route, None),
+            (&both, &to_81, Some("this route takes nothing: web.default:81 is declared to speak something else")),
+            (&tcp, &fault(""), Some("b.yaml:5:38: this fault happens nowhere: web.default:80 is declared")),
+            (&both, &fault(", port: 81"), Some("this fault happens nowhere: web.default:81 is declared")),
+            (&both, &fault(""), None),
+        ] {
+            let told = problems(&[("a.yaml", service), ("b.yaml", resource)]);
+            assert_eq!(told.len(), usize::from(wanted.is_some()), "{told:#?}");
+            assert!(wanted.is_none_or(|wanted| told[0].contains(wanted)), "{told:#?}");
+        }
+        let connections = connections("TCPRoute", "bytes", "  rules: [{backendRefs: [{name: web, port: 80}]}]\n");
+        let told = problems(&[("a.yaml", WEB), ("b.yaml", &connections), ("c.yaml", &fault(""))]);
+        assert_eq!(told.len(), 1, "{told:#?}");
+        assert!(
+            told[0].contains("c.yaml:5:38: this fault happens nowhere: web.default:80 has TCPRoute default/bytes, so")
+        );
+    }
+
+    #[test]
+    fn of_two_limits_of_a_service_the_one_that_does_not_hold_is_told() {
+        let limit = |name: &str, spec: &str| {
+            format!(
+                "apiVersion: sheetbend.io/v1alpha1\nkind: TrafficLimit\nmetadata: {{name: {name}}}\nspec:\n  targetRefs: \
+                 [{{kind: Service, name: web}}]\n  {spec}\n"
+            )
+        };
+        let (wide, narrow) =
+            (limit("wide", "concurrency: {maxRequests: 9}"), limit("narrow", "concurrency: {maxRequests: 3}"));
+        let rates = limit("rates", "rates: [{requests: 1, interval: 1s}]");
+        let told = problems(&[("a.yaml", WEB), ("b.yaml", &wide), ("c.yaml", &narrow), ("d.yaml", &rates)]);
+        assert_eq!(told.len(), 1, "{told:#?}");
+        assert!(told[0].starts_with("b.yaml:5:38: Service default/web has another TrafficLimit with"), "{told:#?}");
+    }
+
+    #[test]
+    fn a_reference_that_says_more_than_is_obeyed_is_refused() {
+        let route = route("r", "  - backendRefs: [{name: web, port: 80}]\n");
+        let backends = vec!["{name: web, port: 80}"; 17].join(", ");
+        let of_route = "targetRefs: [{kind: HTTPRoute, group: gateway.networking.k8s.io, name: r";
+        let limit = |target: &str| {
+            format!(
+                "apiVersion: sheetbend.io/v1alpha1\nkind: TrafficLimit\nmetadata: {{name: l}}\nspec:\n  {target}}}]\n  \
+                 rates: [{{requests: 1, interval: 1s}}]\n"
+            )
+        };
+        let of_service = "targetRefs: [{kind: Service, name: web";
+        for (resource, wanted) in [
+            (route.replacen("name: web}", "name: web, weight: 2}", 1), "b.yaml:5:62: a parentRef has no weight"),
+            (
+                route.replace("[{name: web, port: 80}]", &format!("[{backends}]")),
+                "17 backendRefs: the Gateway API allows 16",
+            ),
+            (route.replace("  rules:\n  - backendRefs: [{name: web, port: 80}]\n", ""), "no rule in this HTTPRoute"),
+            (
+                policy("p", "web, port: 80"),
+                "b.yaml:5:49: this policy holds for all ports of a Service; take `port` out",
+            ),
+            (limit(&format!("{of_service}, port: 80")), "this policy holds for all ports of a Service"),
+            (limit(&format!("{of_service}, weight: 1")), "a targetRef has no weight"),
+            (limit(&format!("{of_route}, port: 80")), "a route has no port"),
+            (limit(&format!("{of_route}, weight: 80")), "a targetRef has no weight"),
+            (fault(", weight: 1"), "a targetRef has no weight"),
+        ] {
+            let told = problems(&[("a.yaml", WEB), ("b.yaml", &resource)]);
+            let told: Vec<_> = told.iter().filter(|told| !told.contains("there is no HTTPRoute")).collect();
+            assert!(told.len() == 1 && told[0].contains(wanted), "{wanted}: {told:#?}");
         }
     }
 

@@ -199,7 +199,10 @@ impl Shared {
     pub(crate) fn problems(&self) -> Vec<Problem> {
         let mut known = Known::default();
         let worlds = self.worlds.borrow().clone();
-        worlds.near.destinations().for_each(|one| known.add(one.name.service.clone(), Some(one.name.port)));
+        worlds
+            .near
+            .destinations()
+            .for_each(|one| known.add(one.name.service.clone(), Some((one.name.port, one.protocol))));
         let folder = lock(&self.folder);
         folder.as_ref().map(|folder| between(folder, known)).unwrap_or_default()
     }

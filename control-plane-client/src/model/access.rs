@@ -311,8 +311,10 @@ impl Glob {
     /// Whether hosts can be matched by it.
     pub fn check_host(&self) -> Result<(), &'static str> {
         let text = self.literal();
+        // An address of IPv6 stands in brackets, and may be cut off.
+        let behind = if text.contains('[') { text.split_once(']').map_or("", |(_, rest)| rest) } else { text };
         match text {
-            _ if text.contains(':') && !text.contains('[') => Err("a host has no port here: write it under `ports`"),
+            _ if behind.contains(':') => Err("a host has no port here: write it under `ports`"),
             _ if text.contains(['/', '@', ' ']) => Err("that is not a host"),
             _ if text.ends_with('.') && !matches!(self, Self::Prefix(_)) => {
                 Err("a host is written without a dot at its end")

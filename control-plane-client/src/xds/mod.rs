@@ -32,6 +32,7 @@ mod words;
 
 pub use error::DecodeError;
 pub(crate) use error::shown;
+pub use routes::{MAX_BACKENDS, MAX_ROUTES};
 
 /// Under which name our own words stand in any metadata.
 pub const WORDS: &str = "sheetbend.io";

@@ -160,8 +160,12 @@ fn parents_of(
     Ok((name, parents))
 }
 
+/// What the Gateway API allows of them in a rule.
+const MOST_BACKENDS: usize = 16;
+
 /// The backends of a rule. `at` is where the rule is, as far as that is known.
 fn backends(refs: &[Reference], route: &ServiceName, at: Location) -> Checked<Vec<RouteBackend>> {
+    routes::at_most("backendRefs", refs.len(), MOST_BACKENDS, at)?;
     let backends = backend_refs(refs, route)?;
     if refs.is_empty() {
         return mistake(at, "a rule without a backend answers nothing", "name a Service and its port in backendRefs");
@@ -193,7 +197,27 @@ fn backend_refs(refs: &[Reference], route: &ServiceName) -> Checked<Vec<RouteBac
     Ok(backends)
 }
 
+/// A whole Service that a policy is about.
+fn whole_service(reference: &Reference, object: &ServiceName) -> Checked<ServiceName> {
+    let (service, _) = to_service(reference, object, "targetRef")?;
+    match &reference.port {
+        Some(port) => mistake(port.referenced, "this policy holds for all ports of a Service", "take `port` out"),
+        None => Ok(service),
+    }
+}
+
+/// Only what is one of several has a share.
+fn unweighted(reference: &Reference, what: &str) -> Checked<()> {
+    match &reference.weight {
+        Some(weight) => mistake(weight.referenced, format!("a {what} has no weight"), "write it at a backendRef"),
+        None => Ok(()),
+    }
+}
+
 fn to_service(reference: &Reference, route: &ServiceName, what: &str) -> Checked<(ServiceName, Option<u16>)> {
+    if what != "backendRef" {
+        unweighted(reference, what)?;
+    }
     if let Some(filter) = reference.filters.first().filter(|_| what != "backendRef") {
         return mistake(filter.r#type.referenced, format!("a {what} has no filters"), "write them at the rule");
     }

@@ -1,5 +1,7 @@
 //! The folder of resources as it stands. A bad file is refused, and what it last said well stays.
 
+mod together;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
@@ -191,9 +193,9 @@ impl Folder {
 
     /// Makes what is good count. Gives whether the resources that count are others now, and the new problems.
     fn take(&mut self, mut looked_at: BTreeMap<PathBuf, Looked>) -> (bool, Vec<Problem>) {
-        let twice = self.told_twice(&looked_at);
+        let refused = self.beside_others(&looked_at);
         let (mut changed, mut news) = (false, Vec::new());
-        for problem in twice {
+        for problem in refused {
             looked_at.entry(problem.file.clone()).or_default().parsed.problems.push(problem);
         }
         for (path, Looked { parsed, beside }) in looked_at {
@@ -206,55 +208,6 @@ impl Folder {
             (state.problems, state.unread, state.beside) = (parsed.problems, parsed.unread, beside);
         }
         (changed, news)
-    }
-
-    /// The resources of these files that another one has. All are held against what every file says by then, so that what
-    /// moves from one file to another is never without a home, in whatever order they are read.
-    fn told_twice(&self, looked_at: &BTreeMap<PathBuf, Looked>) -> Vec<Problem> {
-        let mut all = Vec::new();
-        let mut refused: BTreeSet<&Path> = BTreeSet::new();
-        if !self.piecemeal {
-            let wrong = looked_at.iter().filter(|(_, looked)| !looked.parsed.problems.is_empty());
-            refused.extend(wrong.map(|(path, _)| &**path));
-        }
-        loop {
-            let holders = self.holders(looked_at, &refused);
-            let good = looked_at.iter().filter(|(path, _)| !refused.contains(&***path));
-            let wrong: Vec<(&Path, Problem)> = good
-                .flat_map(|(path, looked)| {
-                    twice(path, &looked.parsed.resources, &holders).map(|wrong| (&**path, wrong))
-                })
-                .collect();
-            refused.extend(wrong.iter().map(|(path, _)| *path));
-            let done = wrong.is_empty() || self.piecemeal;
-            all.extend(wrong.into_iter().map(|(_, problem)| problem));
-            // What a refused file last said stays, and may be in the way of yet another.
-            if done {
-                return all;
-            }
-        }
-    }
-
-    /// Where every resource is: in the file that has it already, or else in the first one, leaving out what is refused.
-    fn holders<'a>(
-        &'a self,
-        looked_at: &'a BTreeMap<PathBuf, Looked>,
-        refused: &BTreeSet<&Path>,
-    ) -> BTreeMap<String, (&'a Path, u64)> {
-        let mut holders = BTreeMap::new();
-        for has_it_already in [true, false] {
-            for (path, state) in &self.files {
-                let had: BTreeSet<String> = state.resources().map(Resource::key).collect();
-                let new = looked_at.get(path).filter(|_| !refused.contains(&**path));
-                for (line, resource) in new.map_or(&state.good, |looked| &looked.parsed.resources) {
-                    let key = resource.key();
-                    if had.contains(&key) == has_it_already {
-                        holders.entry(key).or_insert((&**path, *line));
-                    }
-                }
-            }
-        }
-        holders
     }
 
     /// Forgets files that are gone, unless there is a file that nobody could read yet: it may be one of them under another
@@ -298,25 +251,6 @@ impl Folder {
         };
         new.iter().filter_map(problem).collect()
     }
-}
-
-/// The resources of a file that are held elsewhere.
-fn twice<'a>(
-    path: &'a Path,
-    new: &'a [(u64, Resource)],
-    holders: &'a BTreeMap<String, (&Path, u64)>,
-) -> impl Iterator<Item = Problem> + 'a {
-    new.iter().filter_map(move |(line, resource)| {
-        let key = resource.key();
-        let (file, first) = holders.get(&key).filter(|holder| **holder != (path, *line))?;
-        Some(Problem {
-            file: path.into(),
-            line: *line,
-            column: 1,
-            reason: format!("{key} is already in {}:{first}", file.display()),
-            hint: Some("take one of the two out".to_string()),
-        })
-    })
 }
 
 /// Reads the files with keys that resources name, from the folder in which the resources' own file is.

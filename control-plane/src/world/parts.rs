@@ -29,6 +29,12 @@ pub(crate) struct PortParts {
     pub(super) also: BTreeMap<SocketAddr, Endpoint>,
 }
 
+impl PortParts {
+    pub(crate) fn protocol(&self) -> AppProtocol {
+        self.protocol
+    }
+}
+
 /// Resources by kind.
 pub(crate) struct Parts<'a> {
     pub(super) services: BTreeMap<&'a ServiceName, &'a Service>,

@@ -32,6 +32,10 @@ pub(in crate::resources) fn authorization_policy(raw: kinds::AuthorizationPolicy
         Some(("AUDIT", _)) => Action::Audit,
         Some((other, at)) => return mistake(at, format!("action `{other}`"), "write ALLOW, DENY or AUDIT"),
     };
+    if let Some(at) = raw.spec.action.as_ref().filter(|_| action == Action::Audit && raw.spec.dry_run) {
+        let hint = "take dryRun out: an AUDIT changes nothing that happens";
+        return mistake(at.referenced, "an AUDIT that is a dry run does nothing at all", hint);
+    }
     let policy = model::AuthorizationPolicy {
         name: format!("{}/{}", object.namespace, object.service).into(),
         action,
@@ -325,6 +329,9 @@ mod tests {
     #[test]
     fn what_would_never_match_or_is_not_obeyed_is_refused_at_its_place() {
         for (spec, expected) in [
+            ("spec: {action: AUDIT, dryRun: true}", ":4:16: an AUDIT that is a dry run does nothing"),
+            ("spec: {rules: [{to: [{operation: {hosts: [\"[::1]:80\"]}}]}]}", "`[::1]:80`: a host has no port here"),
+            ("spec: {targetRefs: [{kind: Service, name: web, weight: 1}]}", ":4:56: a targetRef has no weight"),
             ("spec: {action: CUSTOM}", ":4:16: action `CUSTOM`; write ALLOW, DENY or AUDIT"),
             ("spec: {rules: [{to: [{operation: {paths: [/a, //b]}}]}]}", ":4:47: `//b`: slashes are merged"),
             ("spec: {rules: [{to: [{operation: {paths: [/%61]}}]}]}", ":4:43: `/%61`: write it with no escapes"),

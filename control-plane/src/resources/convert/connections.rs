@@ -6,14 +6,13 @@ use serde_saphyr::Spanned;
 use sheetbend_control_plane_client::model::{RulePolicy, ServiceName, is_hostname};
 
 use super::routes::{at_most, created};
-use super::{backend_refs, parents_of};
+use super::{MOST_BACKENDS, backend_refs, parents_of};
 use crate::resources::kinds::{ConnectionRoute, ConnectionRule};
 use crate::resources::parse::{Checked, both, every, mistake};
 use crate::resources::{Route, RouteRule, TCP_ROUTE, TLS_ROUTE};
 
-/// What the Gateway API allows of each.
+/// What the Gateway API allows.
 const MOST_HOSTNAMES: usize = 16;
-const MOST_BACKENDS: usize = 16;
 
 pub(in crate::resources) fn tcp_route(raw: ConnectionRoute) -> Checked<Route> {
     if let Some(hostname) = raw.spec.hostnames.first() {

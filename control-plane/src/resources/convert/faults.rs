@@ -4,7 +4,7 @@ use serde_saphyr::{Location, Spanned};
 use sheetbend_control_plane_client::model::{Abort, Delay, Fault, ServiceName, duration};
 
 use super::routes::headers;
-use super::{label, name_of, to_service};
+use super::{label, name_of, to_service, unweighted};
 use crate::resources::kinds::{self, NumberOrName, Percentage, Reference};
 use crate::resources::parse::{Checked, mistake};
 use crate::resources::{FaultTarget, Faults, Parent, RouteTarget};
@@ -80,6 +80,7 @@ fn target(raw: &Reference, object: &ServiceName) -> Checked<FaultTarget> {
         }
         return Ok(FaultTarget::Service(Parent { at: raw.name.referenced.into(), service, port }));
     };
+    unweighted(raw, "targetRef")?;
     if raw.namespace.as_ref().is_some_and(|namespace| *namespace.value != *object.namespace) || raw.port.is_some() {
         let hint = "put the fault into the namespace of its route, and name no port";
         return mistake(raw.name.referenced, "a fault is about whole routes of its own namespace", hint);

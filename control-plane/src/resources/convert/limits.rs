@@ -8,7 +8,7 @@ use sheetbend_control_plane_client::model::{self, ForEach, ServiceName, TrafficL
 
 use super::kinds::{Reference, limits as kinds};
 use super::policy::{refused, span};
-use super::{label, name_of, to_service};
+use super::{label, name_of, unweighted, whole_service};
 use crate::resources::parse::{Checked, mistake};
 use crate::resources::{Limit, Parent, RouteTarget};
 
@@ -91,7 +91,7 @@ pub(in crate::resources) fn traffic_limit(raw: kinds::TrafficLimit) -> Checked<L
             }
             None => {
                 limits.check_of_service().or_else(|error| refused(&error, place(&error)))?;
-                let (service, _) = to_service(target, &object, "targetRef")?;
+                let service = whole_service(target, &object)?;
                 let namespace = service.namespace.clone();
                 services.push(Parent { at: target.name.referenced.into(), service, port: None });
                 namespace
@@ -112,6 +112,10 @@ fn route_kind(target: &Reference) -> Option<&'static str> {
 
 fn route_name(target: &Reference, object: &ServiceName) -> Checked<ServiceName> {
     const GROUP: &str = "gateway.networking.k8s.io";
+    unweighted(target, "targetRef")?;
+    if let Some(port) = &target.port {
+        return mistake(port.referenced, "a route has no port", "take `port` out: the route's own parentRefs say it");
+    }
     match target.group.as_ref() {
         Some(group) if group.value == GROUP => {}
         Some(group) => {

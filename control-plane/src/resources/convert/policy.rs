@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_saphyr::{Location, Spanned};
 use sheetbend_control_plane_client::model::{self, ServiceName, Unusable, duration};
 
-use super::{Backend, Parent, balancing, kinds, limits, name_of, to_service};
+use super::{Backend, Parent, balancing, kinds, limits, name_of, whole_service};
 use crate::resources::parse::{Checked, mistake};
 
 pub(in crate::resources) fn backend_policy(raw: kinds::BackendPolicy) -> Checked<Backend> {
@@ -36,7 +36,7 @@ pub(super) fn targets(refs: &Spanned<Vec<kinds::Reference>>, object: &ServiceNam
     }
     let mut targets = Vec::new();
     for target in &refs.value {
-        let (service, _) = to_service(target, object, "targetRef")?;
+        let service = whole_service(target, object)?;
         if service.namespace != object.namespace {
             let hint = "put the policy into the namespace of its Service";
             return mistake(target.name.referenced, "a policy is about Services of its own namespace", hint);

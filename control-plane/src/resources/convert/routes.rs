@@ -21,7 +21,7 @@ const MOST_VALUE: usize = 4_096;
 pub(in crate::resources) fn http_route(raw: kinds::Route<kinds::HttpRule>) -> Checked<Route> {
     let (name, parents) = parents_of(&raw.metadata, &retries::ANNOTATIONS, &raw.spec.parent_refs)?;
     let at = raw.metadata.name.referenced;
-    at_most("rules", raw.spec.rules.len(), MOST_RULES, at)?;
+    rules_of("HTTPRoute", raw.spec.rules.len(), at)?;
     let rules = raw.spec.rules.iter().map(|rule| {
         let (at, rule) = (rule.referenced, &rule.value);
         at_most("matches", rule.matches.len(), MOST_MATCHES, at)?;
@@ -45,7 +45,7 @@ pub(in crate::resources) fn http_route(raw: kinds::Route<kinds::HttpRule>) -> Ch
 pub(in crate::resources) fn grpc_route(raw: kinds::Route<kinds::GrpcRule>) -> Checked<Route> {
     let (name, parents) = parents_of(&raw.metadata, &retries::ANNOTATIONS, &raw.spec.parent_refs)?;
     let at = raw.metadata.name.referenced;
-    at_most("rules", raw.spec.rules.len(), MOST_RULES, at)?;
+    rules_of("GRPCRoute", raw.spec.rules.len(), at)?;
     let rules = raw.spec.rules.iter().map(|rule| {
         let (at, rule) = (rule.referenced, &rule.value);
         at_most("matches", rule.matches.len(), MOST_MATCHES, at)?;
@@ -60,6 +60,14 @@ pub(in crate::resources) fn grpc_route(raw: kinds::Route<kinds::GrpcRule>) -> Ch
     });
     let rules = every(rules)?;
     Ok(Route { kind: "GRPCRoute", name, created: created(&raw.metadata)?, parents, hostnames: Vec::new(), rules })
+}
+
+/// Without any, a route would answer 404 to everything: nobody means that.
+fn rules_of(kind: &str, rules: usize, at: Location) -> Checked<()> {
+    match rules {
+        0 => mistake(at, format!("no rule in this {kind}: it leads nowhere"), "add one with backendRefs"),
+        _ => at_most("rules", rules, MOST_RULES, at),
+    }
 }
 
 /// When Kubernetes made it; nothing in a file that a person wrote.

@@ -347,3 +347,37 @@ fn what_a_file_with_a_mistake_gives_up_stays_in_it_and_in_the_way_of_others() {
     let (changed, told) = folder.reload(Instant::now()).unwrap();
     assert!(!changed && told.len() == 1 && told[0].reason.contains("/new is already in"), "{told:?}");
 }
+
+/// A route of Service `web` with so many matches, and where it is attached.
+fn route(name: &str, port: &str, matches: usize) -> String {
+    let matches: Vec<String> = (0..matches).map(|number| format!("{{path: {{value: /{name}/{number}}}}}")).collect();
+    let rule =
+        |part: &[String]| format!("  - backendRefs: [{{name: web, port: 80}}]\n    matches: [{}]\n", part.join(", "));
+    let rules: String = matches.chunks(64).map(rule).collect();
+    format!(
+        "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {{name: {name}}}\nspec:\n  parentRefs: \
+         [{{kind: Service, name: web{port}}}]\n  rules:\n{rules}"
+    )
+}
+
+#[test]
+fn a_route_with_which_a_port_has_more_matches_than_proxies_take_is_refused_and_what_was_good_stays() {
+    let (dir, mut folder) = folder();
+    let write = |name: &str, text: String| fs::write(dir.path().join(name), text).unwrap();
+    write("a.yaml", route("one", "", 1_000));
+    write("b.yaml", route("two", ", port: 80", 998));
+    write("c.yaml", route("three", ", port: 81", 998));
+    assert_eq!(folder.reload(Instant::now()).unwrap(), (true, Vec::new()), "1,998 on each port");
+    write("b.yaml", route("two", ", port: 80", 999));
+    let (changed, told) = folder.reload(Instant::now()).unwrap();
+    assert!(!changed && told.len() == 1, "{told:?}");
+    assert!(
+        told[0].to_string().contains(
+            "b.yaml:5:38: with this HTTPRoute a port of Service default/web has 1999 matches, and proxies take 1998"
+        ),
+        "{}",
+        told[0]
+    );
+    write("a.yaml", route("one", "", 999));
+    assert_eq!(folder.reload(Instant::now()).unwrap(), (true, Vec::new()), "now there is room");
+}
