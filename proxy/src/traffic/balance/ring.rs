@@ -11,7 +11,8 @@ use twox_hash::XxHash64;
 pub const MINIMUM_SIZE: u32 = 1024;
 /// Nobody may want more.
 pub const MAXIMUM_SIZE: u32 = sheetbend_control_plane_client::model::MAX_RING;
-/// As many times its minimum a ring is at most, but for one place an endpoint.
+/// As many times its minimum a ring is at most, but for one place an endpoint; and never more than [`MAXIMUM_SIZE`] where half
+/// as many places are enough.
 pub const CROWD: f64 = 16.0;
 
 /// A caller's place, by whatever it is known by.
@@ -33,10 +34,7 @@ impl Ring {
     pub fn new(endpoints: impl Iterator<Item = (u32, SocketAddr, u32)> + Clone, minimum: u32) -> Self {
         let minimum = f64::from(minimum.clamp(1, MAXIMUM_SIZE));
         let all: f64 = endpoints.clone().map(|(_, _, weight)| f64::from(weight)).sum();
-        let mut each = minimum;
-        while all * each > minimum * CROWD && all * each / 2.0 >= minimum {
-            each /= 2.0;
-        }
+        let each = places(all, minimum);
         let mut places = Vec::new();
         let mut key = String::new();
         for (number, address, weight) in endpoints {
@@ -58,6 +56,16 @@ impl Ring {
         let walk = after.iter().chain(before).map(|(_, number)| *number as usize);
         walk.clone().find(|number| admitted(*number)).or_else(|| walk.clone().next())
     }
+}
+
+/// How many places a weight of one has, of `all` weights.
+fn places(all: f64, minimum: f64) -> f64 {
+    let most = (minimum * CROWD).min(f64::from(MAXIMUM_SIZE));
+    let mut each = minimum;
+    while all * each > most && all * each / 2.0 >= minimum {
+        each /= 2.0;
+    }
+    each
 }
 
 #[cfg(test)]
@@ -118,6 +126,20 @@ mod tests {
         for n in [1, 2, 16, 17, 100, 1_000, 10_000] {
             let places = ring(n).places.len();
             assert!((1_024..=16 * 1_024 + n as usize).contains(&places), "{places} places of {n}");
+        }
+    }
+
+    #[test]
+    fn a_large_ring_is_not_made_many_times_as_large_by_its_endpoints() {
+        let largest = f64::from(MAXIMUM_SIZE);
+        for minimum in [largest, largest / 2.0, largest / 16.0, 1_000_000.0] {
+            for all in [1.0, 2.0, 3.0, 16.0, 17.0, 1_000.0, 1e9] {
+                let size = all * places(all, minimum);
+                assert!(
+                    size >= minimum && size < largest.max(minimum * 2.0) * 1.001,
+                    "{size} of {all}, {minimum} at least"
+                );
+            }
         }
     }
 
