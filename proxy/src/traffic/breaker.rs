@@ -25,7 +25,7 @@ pub enum Circuit {
         /// When the first one may try.
         until: Duration,
     },
-    /// One at a time.
+    /// One at a time, or one more for each recovery timeout that none of them ends within.
     HalfOpen {
         /// How many went well since.
         successes: u32,
@@ -48,8 +48,8 @@ impl Circuit {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub struct Admitted {
-    /// It finds out whether the circuit may close.
-    trial: bool,
+    /// It finds out whether the circuit may close. Its number.
+    trial: Option<u32>,
     /// Of which state it is; what comes later than the next one says nothing.
     turn: u32,
 }
@@ -57,7 +57,7 @@ pub struct Admitted {
 impl Admitted {
     /// Whether it finds out if the circuit may close.
     pub fn is_trial(self) -> bool {
-        self.trial
+        self.trial.is_some()
     }
 }
 
@@ -95,6 +95,9 @@ struct Inner {
     policy: CircuitBreaker,
     circuit: Circuit,
     turn: u32,
+    /// Trials so far, and when the latest began.
+    trials: u32,
+    tried: Duration,
     failures: Window,
     opened: u64,
     rejected: u64,
@@ -116,7 +119,12 @@ impl Breaker {
         self.on.store(policy.is_some(), Relaxed);
         match policy {
             Some(policy) => inner.policy = policy.clone(),
-            None => *inner = Inner { opened: inner.opened, rejected: inner.rejected, ..Inner::default() },
+            None => {
+                let (opened, rejected, trials) = (inner.opened, inner.rejected, inner.trials);
+                // What was admitted before has nothing to say to whatever comes later.
+                let turn = inner.turn.wrapping_add(2);
+                *inner = Inner { opened, rejected, trials, turn, ..Inner::default() };
+            }
         }
     }
 
@@ -126,15 +134,16 @@ impl Breaker {
             return Ok(None);
         }
         let mut inner = self.lock();
+        let overdue = inner.tried + inner.policy.recovery_timeout;
         let wait = match inner.circuit {
-            Circuit::Closed => return Ok(Some(Admitted { trial: false, turn: inner.turn })),
+            Circuit::Closed => return Ok(Some(Admitted { trial: None, turn: inner.turn })),
             Circuit::Open { until } if now >= until => {
                 inner.turns(Circuit::HalfOpen { successes: 0, busy: true }, now);
-                return Ok(Some(Admitted { trial: true, turn: inner.turn }));
+                return Ok(Some(inner.tries(now)));
             }
-            Circuit::HalfOpen { successes, busy: false } => {
+            Circuit::HalfOpen { successes, busy } if !busy || now >= overdue => {
                 inner.circuit = Circuit::HalfOpen { successes, busy: true };
-                return Ok(Some(Admitted { trial: true, turn: inner.turn }));
+                return Ok(Some(inner.tries(now)));
             }
             Circuit::Open { until } => until - now,
             Circuit::HalfOpen { .. } => Duration::ZERO,
@@ -146,11 +155,12 @@ impl Breaker {
     /// What came of a request. Gives whether the breaker has opened because of it.
     pub fn report(&self, admitted: Admitted, outcome: Outcome, now: Duration) -> bool {
         let mut inner = self.lock();
-        let Inner { circuit, turn, .. } = *inner;
-        if turn != admitted.turn || !self.on.load(Relaxed) {
+        if !self.on.load(Relaxed) || !inner.heeds(admitted) {
             return false;
         }
-        match (circuit, outcome) {
+        // Of several trials, the latest is the one that is waited for.
+        let busy = admitted.trial != Some(inner.trials);
+        match (inner.circuit, outcome) {
             (Circuit::Closed, Outcome::Bad(_)) => {
                 let period = inner.policy.monitoring_period;
                 inner.failures.count(true, period, now);
@@ -160,20 +170,22 @@ impl Breaker {
                 }
                 opens
             }
-            (Circuit::HalfOpen { .. }, Outcome::Bad(_)) if admitted.trial => {
+            (Circuit::HalfOpen { .. }, Outcome::Bad(_)) if admitted.is_trial() => {
                 inner.open(now);
                 true
             }
-            (Circuit::HalfOpen { successes, .. }, Outcome::Good) if admitted.trial => {
+            (Circuit::HalfOpen { successes, busy: was }, Outcome::Good) if admitted.is_trial() => {
                 match successes + 1 >= inner.policy.success_threshold {
                     true => inner.turns(Circuit::Closed, now),
-                    false => inner.circuit = Circuit::HalfOpen { successes: successes + 1, busy: false },
+                    false => {
+                        inner.circuit = Circuit::HalfOpen { successes: successes + 1, busy: was && busy };
+                    }
                 }
                 false
             }
             // Whoever gave up found out nothing.
-            (Circuit::HalfOpen { successes, .. }, Outcome::Unknown) if admitted.trial => {
-                inner.circuit = Circuit::HalfOpen { successes, busy: false };
+            (Circuit::HalfOpen { successes, busy: was }, Outcome::Unknown) if admitted.is_trial() => {
+                inner.circuit = Circuit::HalfOpen { successes, busy: was && busy };
                 false
             }
             _ => false,
@@ -203,6 +215,18 @@ impl Breaker {
 }
 
 impl Inner {
+    fn tries(&mut self, now: Duration) -> Admitted {
+        self.trials = self.trials.wrapping_add(1);
+        self.tried = now;
+        Admitted { trial: Some(self.trials), turn: self.turn }
+    }
+
+    /// Whether what came of a request says something now: of this state, or, of the trial that closed it, how it went on.
+    fn heeds(&self, admitted: Admitted) -> bool {
+        let closed_it = admitted.is_trial() && self.circuit == Circuit::Closed;
+        self.turn == admitted.turn || closed_it && self.turn == admitted.turn.wrapping_add(1)
+    }
+
     fn turns(&mut self, circuit: Circuit, now: Duration) {
         /// The last turns that are remembered.
         const HISTORY: usize = 16;
@@ -303,6 +327,47 @@ mod tests {
     }
 
     #[test]
+    fn a_trial_that_takes_long_lets_another_one_try_and_what_comes_of_either_counts() {
+        let breaker = opened(secs(1));
+        let slow = breaker.admit(secs(31)).unwrap().unwrap();
+        assert_eq!(breaker.admit(secs(60)), Err(IsOpen(Duration::ZERO)));
+        let next = breaker.admit(secs(61)).unwrap().unwrap();
+        breaker.report(slow, Outcome::Good, secs(62));
+        let shown = |now| breaker.shown(now).unwrap().circuit;
+        assert_eq!(shown(secs(62)), Circuit::HalfOpen { successes: 1, busy: true }, "the other is under way");
+        assert_eq!(breaker.admit(secs(62)), Err(IsOpen(Duration::ZERO)));
+        breaker.report(next, Outcome::Good, secs(63));
+        assert_eq!(shown(secs(63)), Circuit::Closed);
+    }
+
+    #[test]
+    fn a_trial_that_breaks_off_after_it_closed_the_circuit_is_one_failure() {
+        let breaker = opened(secs(1));
+        assert!(ask(&breaker, Outcome::Good, secs(31)));
+        let trial = breaker.admit(secs(32)).unwrap().unwrap();
+        breaker.report(trial, Outcome::Good, secs(32));
+        assert_eq!(breaker.shown(secs(32)).unwrap().circuit, Circuit::Closed);
+        breaker.report(trial, BAD, secs(33));
+        assert_eq!(breaker.shown(secs(33)).unwrap().failures, 1);
+        assert!(ask(&breaker, BAD, secs(33)) && ask(&breaker, BAD, secs(33)));
+        assert!(!ask(&breaker, Outcome::Good, secs(34)), "it is the third");
+    }
+
+    #[test]
+    fn what_was_admitted_under_a_policy_that_is_gone_says_nothing_under_the_next() {
+        let breaker = opened(secs(1));
+        let old = breaker.admit(secs(31)).unwrap().unwrap();
+        breaker.follow(None);
+        breaker.follow(Some(&policy()));
+        assert!((0..3).all(|_| ask(&breaker, BAD, secs(32))));
+        let trial = breaker.admit(secs(62)).unwrap().unwrap();
+        breaker.report(old, Outcome::Good, secs(62));
+        breaker.report(old, BAD, secs(62));
+        assert_eq!(breaker.shown(secs(62)).unwrap().circuit, Circuit::HalfOpen { successes: 0, busy: true });
+        breaker.report(trial, Outcome::Good, secs(62));
+    }
+
+    #[test]
     fn what_was_sent_before_it_opened_changes_nothing_afterwards() {
         let breaker = breaker();
         let before = breaker.admit(secs(1)).unwrap().unwrap();
@@ -328,7 +393,7 @@ mod tests {
     #[test]
     fn workers_together_open_it_once_and_never_try_twice_at_once() {
         let breaker = breaker();
-        let (trying, twice, opened) = (AtomicU32::new(0), AtomicBool::new(false), AtomicU32::new(0));
+        let (trying, twice, opened) = (Mutex::new(Vec::new()), AtomicBool::new(false), AtomicU32::new(0));
         let clock = AtomicU64::new(1);
         let worker = || {
             for _ in 0..50_000 {
@@ -336,9 +401,14 @@ mod tests {
                 let Ok(Some(admitted)) = breaker.admit(now) else { continue };
                 let is_trial = admitted.is_trial();
                 if is_trial {
-                    twice.fetch_or(trying.fetch_add(1, Relaxed) > 0, Relaxed);
+                    // Whoever sleeps through the others' whole time in its trial makes room for one more.
+                    let soon = |other: &Duration| other.abs_diff(now) < policy().recovery_timeout;
+                    let mut all = trying.lock().unwrap();
+                    twice.fetch_or(all.iter().any(soon), Relaxed);
+                    all.push(now);
+                    drop(all);
                     std::thread::yield_now();
-                    trying.fetch_sub(1, Relaxed);
+                    trying.lock().unwrap().retain(|other| *other != now);
                 }
                 let well = is_trial && now.as_millis().is_multiple_of(3);
                 let opens = breaker.report(admitted, if well { Outcome::Good } else { BAD }, now);
@@ -355,11 +425,11 @@ mod tests {
 
     proptest! {
         #[test]
-        fn nothing_passes_while_it_is_open_and_never_two_at_once_while_it_is_half_open(
+        fn nothing_passes_while_it_is_open_and_one_at_a_time_or_in_a_recovery_timeout_while_it_is_half_open(
             events in proptest::collection::vec((0u8..4, 0u64..5_000), 0..300)
         ) {
             let breaker = breaker();
-            let (mut now, mut under_way) = (secs(1), Vec::new());
+            let (mut now, mut under_way, mut tried) = (secs(1), Vec::new(), secs(0));
             for (what, passed) in events {
                 now += Duration::from_millis(passed);
                 let before = breaker.shown(now).unwrap().circuit;
@@ -369,22 +439,27 @@ mod tests {
                             let passes = match before {
                                 Circuit::Closed => true,
                                 Circuit::Open { until } => now >= until,
-                                Circuit::HalfOpen { busy, .. } => !busy,
+                                Circuit::HalfOpen { busy, .. } => !busy || now >= tried + secs(30),
                             };
                             prop_assert!(passes, "{before:?}");
-                            under_way.extend(admitted);
+                            if admitted.is_some_and(Admitted::is_trial) {
+                                tried = now;
+                            }
+                            under_way.extend(admitted.map(|admitted| (admitted, now)));
                         }
                         Err(IsOpen(_)) => prop_assert_ne!(before, Circuit::Closed),
                     },
                     _ => if !under_way.is_empty() {
-                        let admitted = under_way.remove(passed as usize % under_way.len());
+                        let (admitted, _) = under_way.remove(passed as usize % under_way.len());
                         let outcome = [BAD, Outcome::Good, Outcome::Unknown][passed as usize % 3];
                         breaker.report(admitted, outcome, now);
                     },
                 }
                 let current = breaker.lock().turn;
-                let trials = under_way.iter().filter(|one| one.trial && one.turn == current).count();
-                prop_assert!(trials <= 1);
+                let soon = |(one, at): &&(Admitted, Duration)| {
+                    one.is_trial() && one.turn == current && now < *at + secs(30)
+                };
+                prop_assert!(under_way.iter().filter(soon).count() <= 1);
             }
         }
     }
