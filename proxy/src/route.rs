@@ -262,7 +262,7 @@ fn candidates(
     });
     let floor = endpoints.floor(name);
     let bounds = endpoints.bounds(Bounded::Service(cluster.service.clone()));
-    bounds.limits.follow(cluster.policy.connection_pool.as_ref());
+    bounds.follow(cluster.policy.connection_pool.as_ref());
     let constraint = cluster.policy.retry_constraint.unwrap_or_default();
     let shared = (bounds, endpoints.budget(Bounded::Service(cluster.service.clone()), constraint));
     let all = all.collect();

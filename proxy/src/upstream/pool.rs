@@ -228,6 +228,7 @@ impl Checkout {
             if kept.len() < MOST_KEPT {
                 let (rest, carried, promised) = (self.rest.take(), self.carried, self.promised);
                 kept.push_back(Kept { sender, since: Instant::now(), rest, carried, promised });
+                self.endpoint.bounds.tell_next();
             }
         }
     }
@@ -349,11 +350,11 @@ impl Checkout {
 
 impl Drop for Checkout {
     fn drop(&mut self) {
+        self.endpoint.vitals.load.end();
         if let Some(streams) = &self.streams {
             streams.fetch_sub(1, Relaxed);
+            self.endpoint.bounds.tell_waiting();
         }
-        self.endpoint.vitals.load.end();
-        self.endpoint.bounds.tell_waiting();
     }
 }
 
