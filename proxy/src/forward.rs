@@ -160,7 +160,7 @@ impl Way<'_> {
         timers: (Option<Duration>, Option<&mut Idle>),
         outgoing: &mut Outgoing<'_>,
     ) -> Result<Response<ResponseBody>, Error> {
-        lease.until(outgoing.deadline);
+        lease.until(outgoing.deadline, outgoing.passed.as_ref());
         let deadline = outgoing.deadline;
         let (heeds_end, upgrade) = (outgoing.heeds_end, outgoing.upgrade);
         let answered = self.answered(&mut lease, (wire, reuse), timers, outgoing).await?;
@@ -192,19 +192,15 @@ impl Way<'_> {
                 },
             }
         };
+        match stage {
+            // One connection that takes long is one fault, however many wait for it.
+            Stage::Waits => lease.waited(),
+            Stage::Dials | Stage::Sent => lease.too_slow(),
+        }
         match fired {
-            Timer::Idle(time) => {
-                lease.expired();
-                Err(Error::Idle(time))
-            }
+            Timer::Idle(time) => Err(Error::Idle(time)),
             Timer::PerTry(within) => {
                 self.telemetry.count(Counter::TimeoutPerTry);
-                // One connection that takes long is one fault, however many wait for it.
-                if stage == Stage::Waits {
-                    lease.waited()
-                } else {
-                    lease.too_slow()
-                }
                 let sent = stage == Stage::Sent;
                 let processed = if sent { Processed::Maybe } else { Processed::No(Counter::RetriedTimeout) };
                 Err(Error::TooSlow { endpoint: lease.endpoint.place.clone(), within, processed })
@@ -348,24 +344,20 @@ fn judged(
     let ended = head.extensions.get::<Ended>().map(|ended| ended.0);
     // Where it is a proxy of ours, what that says of the app.
     let unsent = (lease.endpoint.is_ours() && known.has(Known::OURS)).then(|| head.headers.get(UNSENT)).flatten();
-    match ended.or_else(|| grpc_status(&head.headers, known)) {
-        Some(headers::GRPC_DEADLINE_EXCEEDED) => lease.expired(),
-        // Its proxy was told of the same deadline, and saw it pass a moment sooner.
-        _ if head.status == StatusCode::GATEWAY_TIMEOUT
-            && lease.is_callers_deadline()
-            && lease.endpoint.is_ours()
-            && head.headers.contains_key(PROXY_STATUS) =>
-        {
-            lease.expired();
-        }
-        _ if unsent == Some(&headers::SHED) => lease.shed(),
-        _ if unsent == Some(&headers::NOT_HTTP2) => lease.misunderstood(),
-        status => {
-            let trailers = known.has(Known::GRPC) && ended.is_none() && !body.is_end_stream();
-            lease.answered(says(head.status, status), trailers);
-        }
+    let status = ended.or_else(|| grpc_status(&head.headers, known));
+    // Its proxy was told of the same deadline, and saw it pass a moment sooner.
+    let late = head.status == StatusCode::GATEWAY_TIMEOUT
+        && lease.is_callers_deadline()
+        && lease.endpoint.is_ours()
+        && head.headers.contains_key(PROXY_STATUS);
+    let mut more = false;
+    match unsent {
+        _ if status == Some(headers::GRPC_DEADLINE_EXCEEDED) || late => lease.expired(),
+        Some(unsent) if *unsent == headers::SHED => lease.shed(),
+        Some(unsent) if *unsent == headers::NOT_HTTP2 => lease.misunderstood(),
+        _ => more = lease.answered(says(head.status, status), ended.is_none() && !body.is_end_stream()),
     }
-    let lease = ended.is_none().then_some(lease);
+    let lease = more.then_some(lease);
     if head.status == StatusCode::SWITCHING_PROTOCOLS {
         // What becomes of the connection rests and counts as it did.
         checkout.rest().and_then(|rest| head.extensions.insert(rest.clone()));

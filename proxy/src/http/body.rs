@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -58,11 +58,17 @@ impl fmt::Display for BodyError {
     }
 }
 
+/// With what a proxy of ours ends an answer that its caller does not read, so that the caller's proxy holds it against
+/// nobody. No other reset means that whoever hears of it is to blame.
+pub(crate) const UNREAD: h2::Reason = h2::Reason::ENHANCE_YOUR_CALM;
+
 impl std::error::Error for BodyError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        static CALM: LazyLock<h2::Error> = LazyLock::new(|| UNREAD.into());
         match self {
             Self::Hyper(error) => Some(error),
-            Self::Deadline(_) | Self::Idle { .. } | Self::Unread(_) | Self::Superseded => None,
+            Self::Unread(_) => Some(&*CALM),
+            Self::Deadline(_) | Self::Idle { .. } | Self::Superseded => None,
         }
     }
 }
@@ -364,6 +370,8 @@ pub struct ResponseBody {
     deadline: Option<(Deadline, Pin<Box<Sleep>>)>,
     /// Looks whether it moves, where a route wants it to.
     idle: Option<Box<Idle>>,
+    /// Whoever reads this has taken what came, and waits for more.
+    waits: bool,
     /// The request's turn on its connection ends with its response.
     turn: Option<Turn>,
 }
@@ -404,8 +412,9 @@ impl ResponseBody {
         deadline: Option<Deadline>,
     ) -> Self {
         let deadline = deadline.map(|deadline| (deadline, Box::pin(tokio::time::sleep_until(deadline.at()))));
-        let checkout = Some(checkout);
-        Self { kind: Kind::Incoming(body), ahead, exchange: None, checkout, lease, deadline, idle: None, turn: None }
+        let mut this = Self::of(Kind::Incoming(body));
+        (this.ahead, this.checkout, this.lease, this.deadline) = (ahead, Some(checkout), lease, deadline);
+        this
     }
 
     #[cfg(test)]
@@ -414,7 +423,17 @@ impl ResponseBody {
     }
 
     fn of(kind: Kind) -> Self {
-        Self { kind, ahead: None, exchange: None, checkout: None, lease: None, deadline: None, idle: None, turn: None }
+        Self {
+            kind,
+            ahead: None,
+            exchange: None,
+            checkout: None,
+            lease: None,
+            deadline: None,
+            idle: None,
+            waits: false,
+            turn: None,
+        }
     }
 
     /// Lets `exchange` end with this body, or before, where others wait for its room at the app.
@@ -445,6 +464,13 @@ impl ResponseBody {
         Poll::Pending
     }
 
+    /// Its deadline has passed.
+    #[cold]
+    fn expire(&mut self, deadline: Deadline, cx: &Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let status = deadline.is_grpc().then(|| Error::Deadline(deadline.set_by()).grpc_status());
+        self.over(BodyError::Deadline(deadline), status, cx)
+    }
+
     /// A timer has ended it. A call ends as gRPC ends calls: with a status.
     #[cold]
     fn over(
@@ -468,6 +494,9 @@ impl ResponseBody {
     }
 
     fn finish(&mut self) {
+        if let Some(mut lease) = self.lease.take() {
+            lease.complete();
+        }
         if let Some(exchange) = &mut self.exchange {
             exchange.complete();
         }
@@ -482,8 +511,13 @@ impl ResponseBody {
             exchange.body_failed(error);
         }
         self.checkout = None;
-        if let (BodyError::Hyper(_), Some(mut lease)) = (error, self.lease.take()) {
-            lease.broke_off();
+        let Some(mut lease) = self.lease.take() else { return };
+        match error {
+            BodyError::Hyper(error) => lease.broke_off(error),
+            BodyError::Deadline(_) if self.waits => lease.expired(),
+            BodyError::Idle { .. } => lease.too_slow(),
+            // Whoever reads it took too long.
+            BodyError::Deadline(_) | BodyError::Unread(_) | BodyError::Superseded => {}
         }
     }
 }
@@ -498,8 +532,7 @@ impl Body for ResponseBody {
             && passed.as_mut().poll(cx).is_ready()
         {
             let deadline = *deadline;
-            let status = deadline.is_grpc().then(|| Error::Deadline(deadline.set_by()).grpc_status());
-            return this.over(BodyError::Deadline(deadline), status, cx);
+            return this.expire(deadline, cx);
         }
         if matches!(this.kind, Kind::Broken(_))
             && let Kind::Broken(error) = std::mem::replace(&mut this.kind, Kind::Empty)
@@ -517,14 +550,18 @@ impl Body for ResponseBody {
                     return this.after_what_came_before(cx);
                 }
             },
-            Kind::Incoming(body) => match (poll_useful_frame(body, cx), &mut this.idle) {
-                (Poll::Ready(frame), None) => frame,
-                (Poll::Ready(frame), Some(idle)) => {
-                    idle.moved();
+            Kind::Incoming(body) => match poll_useful_frame(body, cx) {
+                Poll::Ready(frame) => {
+                    this.waits &= !matches!(frame, Some(Ok(_)));
                     frame
                 }
-                (Poll::Pending, None) => return Poll::Pending,
-                (Poll::Pending, Some(idle)) => {
+                Poll::Pending => {
+                    let waited = std::mem::replace(&mut this.waits, true);
+                    let Some(idle) = &mut this.idle else { return Poll::Pending };
+                    if !waited {
+                        // The head, or what came before, has been taken just now.
+                        idle.moved();
+                    }
                     ready!(idle.poll(cx));
                     let (time, grpc) = (idle.time(), idle.is_grpc());
                     let status = grpc.then(|| Error::Idle(time).grpc_status());
@@ -539,8 +576,11 @@ impl Body for ResponseBody {
             }
             Some(Ok(frame)) => {
                 let grpc_status = frame.trailers_ref().and_then(grpc_status);
-                if let (Some(lease), Some(status)) = (&mut this.lease, grpc_status) {
-                    lease.ended(status);
+                if let Some(lease) = &mut this.lease {
+                    lease.moved();
+                    if let Some(status) = grpc_status {
+                        lease.ended(status);
+                    }
                 }
                 if let Some(exchange) = &mut this.exchange {
                     if let Some(data) = frame.data_ref() {
@@ -551,6 +591,11 @@ impl Body for ResponseBody {
                 Poll::Ready(Some(Ok(frame)))
             }
             Some(Err(error)) => {
+                // Its proxy was told of the same deadline, and saw it pass a moment sooner.
+                if let Some((deadline, _)) = this.deadline.as_ref().filter(|(deadline, _)| deadline.is_near()) {
+                    let deadline = *deadline;
+                    return this.expire(deadline, cx);
+                }
                 let error = BodyError::Hyper(error);
                 this.fail(&error);
                 this.kind = Kind::Broken(error);

@@ -4,14 +4,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{DialError, EndpointState};
+use crate::http::body::{Passed, UNREAD};
 use crate::http::deadline::{Deadline, SetBy};
-use crate::http::error::Processed;
+use crate::http::error::{Processed, h2_reason};
 use crate::http::headers;
 use crate::traffic::breaker::Admitted;
-use crate::traffic::outlier::{Fault, Outcome, Picked, Sent};
+use crate::traffic::outlier::{Fault, Outcome, Picked, Sent, State};
 
-/// The use of an endpoint, which hears of it once: with the head of the answer, with what failed, or, when this is dropped
-/// before, that somebody gave up waiting. An answer that breaks off later is one failure more.
+/// The use of an endpoint, which hears of it once: with the end of the answer, with what failed, or, when this is dropped
+/// before, that somebody gave up. Whoever is being tried has passed with the head of its answer; if that breaks off later,
+/// it is one failure more.
 pub struct Lease {
     /// Whose.
     pub endpoint: Arc<EndpointState>,
@@ -21,16 +23,30 @@ pub struct Lease {
     /// On the clock of the endpoint.
     began: Duration,
     deadline: Option<Deadline>,
+    /// What passes of the request's body, where there is one.
+    request: Option<Arc<Passed>>,
     reported: bool,
     /// The answer has begun.
     head_came: bool,
+    /// And something of its body came.
+    moved: bool,
 }
 
 impl Lease {
     /// Of a pick.
     pub(crate) fn of(endpoint: Arc<EndpointState>, picked: Picked, admitted: Option<Admitted>, now: Duration) -> Self {
         let sent = Sent { probe: picked.probe, turn: endpoint.vitals.turns(), at: now };
-        Self { endpoint, sent, admitted, began: now, deadline: None, reported: false, head_came: false }
+        Self {
+            endpoint,
+            sent,
+            admitted,
+            began: now,
+            deadline: None,
+            request: None,
+            reported: false,
+            head_came: false,
+            moved: false,
+        }
     }
 
     /// Of the only one there is, such as the app.
@@ -44,21 +60,39 @@ impl Lease {
         self.began = self.endpoint.now();
     }
 
-    /// When the caller will no longer care.
-    pub(crate) fn until(&mut self, deadline: Option<Deadline>) {
+    /// When the caller will no longer care, and what passes of its request.
+    pub(crate) fn until(&mut self, deadline: Option<Deadline>, request: Option<&Arc<Passed>>) {
         self.deadline = deadline;
+        self.request = request.cloned();
     }
 
-    /// The head of an answer: what it says of the endpoint. Where `more` is to come, trailers have the last word.
-    pub(crate) fn answered(&mut self, says: Result<(), Fault>, more: bool) {
+    /// The head of an answer: what it says of the endpoint. Gives whether the end of what is to come, if there is `more`, says
+    /// something too.
+    pub(crate) fn answered(&mut self, says: Result<(), Fault>, more: bool) -> bool {
         if let Err(fault) = says {
-            return self.failed(fault);
+            self.failed(fault);
+            return false;
         }
         let now = self.endpoint.now();
         self.endpoint.vitals.load.sample(now.saturating_sub(self.began), now);
         self.head_came = true;
-        // Nobody waits for the end of a stream to learn whether an endpoint is back.
-        if !more || self.sent.probe || self.admitted.is_some_and(Admitted::is_trial) {
+        // Nobody waits for the end of a stream to learn whether an endpoint is back. Whether one that serves is in doubt
+        // for a reason, only the end shows.
+        let tries = self.sent.probe && self.endpoint.vitals.state() == State::Probing;
+        if !more || tries || self.admitted.is_some_and(Admitted::is_trial) {
+            self.report(Outcome::Good);
+        }
+        more
+    }
+
+    /// Something of the answer's body came.
+    pub(crate) fn moved(&mut self) {
+        self.moved = true;
+    }
+
+    /// The whole answer came.
+    pub(crate) fn complete(&mut self) {
+        if !self.reported {
             self.report(Outcome::Good);
         }
     }
@@ -75,14 +109,18 @@ impl Lease {
         match headers::grpc_fault(grpc_status) {
             _ if grpc_status == headers::GRPC_DEADLINE_EXCEEDED => self.expired(),
             Some(fault) => self.failed(fault),
-            None if self.reported => {}
-            None => self.report(Outcome::Good),
+            None => self.complete(),
         }
     }
 
-    /// The connection broke in the middle of an answer.
-    pub(crate) fn broke_off(&mut self) {
-        self.failed(Fault::LocalOrigin);
+    /// The connection or the stream broke in the middle of an answer: whose caller left its request unfinished, whose caller
+    /// does not read, as its proxy says, or which the endpoint gave up.
+    pub(crate) fn broke_off(&mut self, error: &hyper::Error) {
+        let callers = self.request.as_ref().is_some_and(|request| request.broke());
+        match callers || self.endpoint.is_ours() && h2_reason(error) == Some(UNREAD) {
+            true => self.report(Outcome::Unknown),
+            false => self.failed(Fault::LocalOrigin),
+        }
     }
 
     /// The endpoint failed: instead of an answer, or in the middle of one.
@@ -144,7 +182,7 @@ impl Lease {
         let now = self.endpoint.now();
         let waited = now.saturating_sub(self.began);
         self.endpoint.vitals.load.longer_than(waited, now);
-        match blames(self.deadline.map(Deadline::set_by), waited) {
+        match blames(self.deadline.map(Deadline::set_by), waited) && !self.waits_for_caller() {
             true => self.failed(Fault::LocalOrigin),
             false => self.report(Outcome::Unknown),
         }
@@ -155,11 +193,20 @@ impl Lease {
         self.deadline.is_some_and(|deadline| deadline.set_by() != SetBy::Route)
     }
 
-    /// It took longer for the head of its answer than an attempt may take, by the route's word and not by its caller's.
+    /// It took longer for the head of its answer than an attempt may take, or nothing moved for longer than may be: by the
+    /// route's word, and not by its caller's.
     pub(crate) fn too_slow(&mut self) {
         let now = self.endpoint.now();
         self.endpoint.vitals.load.longer_than(now.saturating_sub(self.began), now);
-        self.failed(Fault::LocalOrigin);
+        match self.waits_for_caller() {
+            true => self.report(Outcome::Unknown),
+            false => self.failed(Fault::LocalOrigin),
+        }
+    }
+
+    /// Whether more of the request is wanted, and does not come: what stands still then is nobody's but its caller's.
+    fn waits_for_caller(&self) -> bool {
+        self.request.as_ref().is_some_and(|request| request.is_waited_for())
     }
 
     /// It has waited, as long as an attempt may take, for a connection that was not its to make.
@@ -174,7 +221,9 @@ impl Lease {
         self.reported = true;
         let (endpoint, now) = (&self.endpoint, self.endpoint.now());
         let Some(floor) = &endpoint.floor else { return };
-        if let Some(admitted) = self.admitted.take()
+        // Of who has passed with its head, more may be heard.
+        let admitted = if outcome == Outcome::Good { self.admitted } else { self.admitted.take() };
+        if let Some(admitted) = admitted
             && floor.breaker.report(admitted, outcome, now)
         {
             tracing::warn!(backend = endpoint.backend().map_or("", |name| name), "opened the circuit");
@@ -188,18 +237,20 @@ impl Lease {
 }
 
 impl Drop for Lease {
-    /// Somebody gave up waiting.
+    /// Somebody gave up: before there was an answer, or in the middle of one. Of a stream that has no end, that something of
+    /// it came is as good as a whole answer.
     fn drop(&mut self) {
         if self.reported {
             return;
+        }
+        if self.head_came {
+            return self.report(if self.moved { Outcome::Good } else { Outcome::Unknown });
         }
         if self.deadline.is_some_and(|deadline| deadline.left().is_zero()) {
             return self.expired();
         }
         let now = self.endpoint.now();
-        if !self.head_came {
-            self.endpoint.vitals.load.longer_than(now.saturating_sub(self.began), now);
-        }
+        self.endpoint.vitals.load.longer_than(now.saturating_sub(self.began), now);
         self.report(Outcome::Unknown);
     }
 }
@@ -217,7 +268,66 @@ fn blames(set_by: Option<SetBy>, waited: Duration) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use sheetbend_control_plane_client::model::{ClusterName, Transport};
+
+    use super::super::{Endpoints, Place};
     use super::*;
+
+    fn endpoint() -> Arc<EndpointState> {
+        let backend = ClusterName::from("web.default:80");
+        Endpoints::default().at(Place::Address(([127, 0, 0, 1], 80).into()), Transport::Plain, None, Some(&backend))
+    }
+
+    /// A request of which the head of the answer came, and more is to come.
+    fn begun(endpoint: &Arc<EndpointState>) -> Lease {
+        let picked = Picked { at: 0, probe: false };
+        let mut lease = Lease::of(Arc::clone(endpoint), picked, None, endpoint.now());
+        assert!(lease.answered(Ok(()), true));
+        lease
+    }
+
+    /// Requests, failures, and failures in a row.
+    fn heard(endpoint: &EndpointState) -> (u32, u32, u32) {
+        let (all, bad) = endpoint.vitals.recent(Duration::from_secs(10), endpoint.now());
+        (all, bad, endpoint.vitals.in_a_row().errors)
+    }
+
+    #[test]
+    fn an_answer_that_stops_in_the_middle_is_a_failure_and_no_success() {
+        let endpoint = endpoint();
+        for _ in 0..3 {
+            let mut lease = begun(&endpoint);
+            lease.moved();
+            lease.too_slow();
+        }
+        assert_eq!(heard(&endpoint), (3, 3, 3));
+        let mut lease = begun(&endpoint);
+        lease.complete();
+        drop(lease);
+        assert_eq!(heard(&endpoint), (4, 3, 0));
+    }
+
+    #[test]
+    fn whoever_leaves_in_the_middle_of_an_answer_holds_nothing_against_it_and_what_came_of_a_stream_speaks_for_it() {
+        let endpoint = endpoint();
+        drop(begun(&endpoint));
+        assert_eq!(heard(&endpoint), (0, 0, 0), "nothing came that says anything");
+        let mut lease = begun(&endpoint);
+        lease.moved();
+        drop(lease);
+        assert_eq!(heard(&endpoint), (1, 0, 0));
+    }
+
+    #[tokio::test]
+    async fn whoever_reads_an_answer_until_its_time_is_over_holds_nothing_against_it() {
+        let endpoint = endpoint();
+        let long_ago = std::time::Instant::now();
+        let mut lease = begun(&endpoint);
+        lease.until(Deadline::of_route(long_ago, Duration::ZERO, false), None);
+        lease.moved();
+        drop(lease);
+        assert_eq!(heard(&endpoint), (1, 0, 0));
+    }
 
     #[test]
     fn no_deadline_of_a_caller_speaks_against_an_endpoint() {

@@ -12,6 +12,7 @@ mod explain;
 mod faults;
 mod health;
 mod live_policy;
+mod mid_body;
 mod missing;
 mod missing_wire;
 mod one_layer;

@@ -178,6 +178,10 @@ async fn who_keeps_the_app_waiting_keeps_nobody_else_out_for_long() {
         let stalled = web.counter("sheetbend_stalled_total", &[reason]).await;
         assert_eq!(stalled, 2.0, "{reason}");
     }
+    let shown = caller.page("/breakers").await.json();
+    for kind in ["failures", "consecutive_failures"] {
+        assert_eq!(shown["endpoints"][0][kind], 0, "what a proxy ends itself is held against nobody: {shown:#}");
+    }
     for line in ["\"POST /upload HTTP/2\" 408 SI ", "\"GET /endless HTTP/1.1\" 200 SI "] {
         eventually(line, START, || async { web.process.stderr().contains(line).then_some(()) }).await;
     }

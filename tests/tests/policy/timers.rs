@@ -46,6 +46,16 @@ fn moving() -> AnyBody {
     StreamBody::new(ReceiverStream::new(pieces)).boxed()
 }
 
+/// A body of which everything comes after more than a second.
+fn late() -> AnyBody {
+    let (sender, pieces) = tokio::sync::mpsc::channel(1);
+    tokio::spawn(async move {
+        tokio::time::sleep(Duration::from_millis(1_200)).await;
+        let _ = sender.send(Ok::<_, Infallible>(Frame::data(Bytes::from_static(b"late")))).await;
+    });
+    StreamBody::new(ReceiverStream::new(pieces)).boxed()
+}
+
 /// A server that hangs, stands still in the middle, or moves; `/told` is what it was told of the time left, and `/length`
 /// how long the request's body was.
 async fn slow() -> App {
@@ -56,6 +66,10 @@ async fn slow() -> App {
             "/hangs" => std::future::pending().await,
             "/half" => half(),
             "/moves" => moving(),
+            "/late" => {
+                tokio::time::sleep(Duration::from_millis(1_200)).await;
+                late()
+            }
             "/length" => {
                 let body = request.into_body().collect().await.map(|body| body.to_bytes().len()).unwrap_or(0);
                 full(body.to_string())
@@ -169,6 +183,9 @@ async fn a_stream_that_stands_still_is_ended_and_one_that_moves_is_not() {
 
     let moved = get(caller.proxy(), "http://web/moves").await.expect("a whole answer");
     assert_eq!(moved.body.len(), 40);
+    // The head of an answer moves it, too.
+    let late = get(caller.proxy(), "http://web/late").await.expect("a whole answer");
+    assert_eq!(late.text(), "late");
     // An upload moves, too: four seconds of it, before there is anything of an answer.
     let request = Request::post("http://web/length").body(moving()).expect("a request");
     let stream = TcpStream::connect(caller.proxy()).await.expect("it accepts");
