@@ -5,7 +5,7 @@ use std::fmt;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -227,6 +227,8 @@ struct Kept {
     ended: bool,
     /// Which attempt may read on.
     attempt: u32,
+    /// Who waits for more: the attempt before, once there is another.
+    waits: Option<Waker>,
 }
 
 #[derive(Clone)]
@@ -238,7 +240,8 @@ enum Piece {
 impl Keeper {
     /// Keeps up to 64 KiB of `body`.
     pub(crate) fn new(body: Incoming, passing: Passing) -> Self {
-        let kept = Kept { body, frames: Some(VecDeque::new()), bytes: 0, passing, ended: false, attempt: 0 };
+        let kept =
+            Kept { body, frames: Some(VecDeque::new()), bytes: 0, passing, ended: false, attempt: 0, waits: None };
         Self { shared: Arc::new(Mutex::new(kept)) }
     }
 
@@ -248,6 +251,7 @@ impl Keeper {
         let mut kept = lock(&self.shared);
         kept.frames.as_ref()?;
         kept.attempt += 1;
+        kept.waits.take().into_iter().for_each(Waker::wake);
         Some(RequestBody::Kept(Attempt { shared: Arc::clone(&self.shared), at: 0, number: kept.attempt }))
     }
 
@@ -292,7 +296,11 @@ impl Attempt {
             return Poll::Ready(None);
         }
         let Kept { body, passing, .. } = &mut *kept;
-        let frame = match ready!(passing.poll_frame(body, cx)) {
+        let Poll::Ready(frame) = passing.poll_frame(body, cx) else {
+            kept.waits = Some(cx.waker().clone());
+            return Poll::Pending;
+        };
+        let frame = match frame {
             None => {
                 kept.ended = true;
                 return Poll::Ready(None);

@@ -1,16 +1,18 @@
 //! What is sent again and what is not, with servers that fail as they are told to, behind a real sidecar.
 
 use std::convert::Infallible;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, HeaderValue, Request, StatusCode};
+use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full, StreamBody};
-use hyper::body::Frame;
+use hyper::body::{Frame, Incoming};
 use sheetbend_tests::http::{Answer, http1, http2_of_any, read};
 use sheetbend_tests::planned::{Heard, ORDER, PLAN, Planned, route, service};
-use sheetbend_tests::{AnyBody, Mesh, START, Sidecar, eventually, free_port, full};
+use sheetbend_tests::{AnyBody, App, Mesh, START, Sidecar, eventually, free_port, full, hear};
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
@@ -294,4 +296,66 @@ async fn retries_are_no_more_than_the_policy_of_the_service_allows() {
     assert!((11..=11 + before).contains(&retries), "{retries} retries of 100 requests");
     assert_eq!(story.retried("status").await, retries as f64);
     assert_eq!(story.not_retried("budget").await, (100 - retries) as f64);
+}
+
+/// What a server has heard of, and of how much of that it will never hear the end.
+#[derive(Clone, Default)]
+struct Bodies {
+    begun: Arc<AtomicU64>,
+    broken: Arc<AtomicU64>,
+}
+
+impl Bodies {
+    /// Answers at once and reads on.
+    async fn busy(&self) -> App {
+        let this = self.clone();
+        let answer = move |request: Request<Incoming>| {
+            let this = this.clone();
+            async move {
+                this.begun.fetch_add(1, SeqCst);
+                tokio::spawn(async move {
+                    if request.into_body().collect().await.is_err() {
+                        this.broken.fetch_add(1, SeqCst);
+                    }
+                });
+                let mut answer = Response::new(full("busy\n"));
+                *answer.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
+                answer
+            }
+        };
+        App::start(answer).await
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_attempt_that_was_answered_before_its_end_leaves_nothing_behind() {
+    let bodies = Bodies::default();
+    let busy = bodies.busy().await;
+    let reads = Arc::new(AtomicU64::new(0));
+    let begins = Arc::clone(&reads);
+    let whole = App::start(move |request: Request<Incoming>| {
+        begins.fetch_add(1, SeqCst);
+        async {
+            let body = request.into_body().collect().await.map(|body| body.to_bytes()).unwrap_or_default();
+            Response::new(full(body))
+        }
+    })
+    .await;
+    let mesh = Mesh::with_resources(&service("web", &[busy.port(), whole.port()]), &[]);
+    let caller = mesh.caller("caller");
+    let mut asked = 0;
+    while bodies.begun.load(SeqCst) == 0 {
+        asked += 1;
+        assert!(asked < 50, "one of two is asked first now and then");
+        let mut line = TcpStream::connect(caller.proxy()).await.expect("it accepts");
+        let head = "PUT http://web/ HTTP/1.1\r\nHost: web\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n";
+        line.write_all(head.as_bytes()).await.expect("it reads");
+        eventually("the other one reads", START, || async { (reads.load(SeqCst) == asked).then_some(()) }).await;
+        line.write_all(b"0\r\n\r\n").await.expect("it reads on");
+        let answer = hear(&mut line, "hello").await.expect("an answer");
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        let begun = bodies.begun.load(SeqCst);
+        let what = "the server that has answered hears that no more is to come";
+        eventually(what, START, || async { (bodies.broken.load(SeqCst) == begun).then_some(()) }).await;
+    }
 }
