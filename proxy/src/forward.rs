@@ -4,7 +4,7 @@ use std::future::poll_fn;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::Poll;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures_util::FutureExt;
 use http::header::{CONNECTION, RETRY_AFTER, UPGRADE};
@@ -42,8 +42,6 @@ pub(crate) struct Way<'a> {
     pub(crate) pool: &'a Arc<Pool>,
     pub(crate) identity: &'a Arc<IdentityStore>,
     pub(crate) telemetry: &'a Arc<Telemetry>,
-    /// The start of the clock by which loads and budgets count.
-    pub(crate) epoch: Instant,
 }
 
 /// A request on its way: the head as it will be sent, the body as often as it can be.
@@ -278,14 +276,15 @@ impl Way<'_> {
         Ok(request)
     }
 
-    /// Whether a failed attempt is made once more; nothing where there is nothing to make better. Whoever asks counts it.
+    /// Whether a failed attempt is made once more; nothing where there is nothing to make better. Whoever asks counts it, and
+    /// grants it or not where everything else speaks for it.
     pub(crate) fn again(
         &self,
         result: &Result<Response<ResponseBody>, Error>,
         policy: &Retry,
         outgoing: &Outgoing<'_>,
         from_peer: bool,
-        budget: &retry::Budget,
+        is_granted: impl FnOnce() -> bool,
     ) -> Option<Verdict> {
         let attempt = retry::Attempt {
             policy,
@@ -297,7 +296,7 @@ impl Way<'_> {
             in_vain: from_peer && result.as_ref().is_ok_and(|answer| answer.headers().contains_key(IN_VAIN)),
             left: outgoing.deadline.map(Deadline::left),
         };
-        Some(retry::decide(&attempt, rand::random(), || budget.take(self.epoch.elapsed())))
+        Some(retry::decide(&attempt, rand::random(), is_granted))
     }
 }
 

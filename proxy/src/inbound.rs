@@ -341,8 +341,7 @@ impl Inbound {
         let wire = if sent == Version::HTTP_2 && !http1 { Wire::Http2 } else { Wire::Http1 };
         // The app's own servers ignore identities: there is none to show, and no TLS to it.
         let shared = &self.shared;
-        let way =
-            Way { pool: &self.pool, identity: &shared.identity, telemetry: &shared.telemetry, epoch: shared.epoch };
+        let way = Way { pool: &self.pool, identity: &shared.identity, telemetry: &shared.telemetry };
         let answer = {
             let call = pin!(way.attempt(Lease::alone(app), wire, reuse, (None, None), &mut outgoing));
             match exchange.stay() {

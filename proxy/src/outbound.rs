@@ -15,6 +15,7 @@ use hyper::upgrade::OnUpgrade;
 use sheetbend_certs::MeshAlpn;
 use sheetbend_control_plane_client::model::{AppProtocol, OutboundPolicy, Retry, Target, Transport};
 
+use crate::admission::RouteLimits;
 use crate::app::Shared;
 use crate::client_hello::Hello;
 use crate::detect::{Detected, is_known_opaque};
@@ -304,7 +305,7 @@ impl Outbound {
         let way = self.way();
         let mut tried: Vec<Arc<EndpointState>> = Vec::new();
         // Until the answer's head is here. Boxed: every request would carry room for it.
-        let mut retrying: Option<Box<(Retrying, Permit, Option<Permit>)>> = None;
+        let mut retrying: Option<Box<(Retrying, RetryPermits)>> = None;
         loop {
             let harmless = headers::is_idempotent(outgoing.head) || retry.non_idempotent;
             let retryable = harmless && retry.attempts() > 0;
@@ -331,24 +332,26 @@ impl Outbound {
             // In a block of its own: nobody holds on to an answer that is not given.
             let after = {
                 let result = way.attempt(lease, wire, reuse, (time, idle.as_deref_mut()), outgoing).await;
-                let mut again = way.again(&result, retry, outgoing, endpoint.is_ours(), &endpoints.budget);
-                let mut after = None;
-                if let Some(Verdict::Retry { after: wait, .. }) = again {
-                    drop(retrying.take());
-                    let taken = Retrying(Arc::clone(&endpoints.budget));
-                    let of_route = outgoing.limits.map_or(Ok(None), |limits| limits.take(Limit::Retries));
-                    match (endpoint.bounds.take(Limit::Retries), of_route) {
-                        (Some(permit), Ok(of_route)) => {
-                            (retrying, after) = (Some(Box::new((taken, permit, of_route))), Some(wait));
-                        }
-                        (None, _) | (_, Err(_)) => {
-                            self.shared.telemetry.count(Counter::OverflowRetries);
-                            again = Some(Verdict::GiveUp(Counter::NotRetriedLimit));
-                        }
-                    }
+                let (mut permits, limits) = (None, outgoing.limits);
+                let (_until_decided, held) = retrying.take().map(|retrying| *retrying).unzip();
+                let mut again = way.again(&result, retry, outgoing, endpoint.is_ours(), || {
+                    // What this attempt took is free again.
+                    drop(held);
+                    permits = retry_permits(&endpoint, limits);
+                    permits.is_some() && endpoints.budget.take(self.shared.epoch.elapsed())
+                });
+                if again == Some(Verdict::GiveUp(Counter::NotRetriedBudget)) && permits.is_none() {
+                    self.shared.telemetry.count(Counter::OverflowRetries);
+                    again = Some(Verdict::GiveUp(Counter::NotRetriedLimit));
                 }
+                let mut after = None;
                 match again {
-                    Some(Verdict::Retry { reason, .. }) => self.shared.telemetry.count(reason),
+                    Some(Verdict::Retry { reason, after: wait }) => {
+                        let taken = Retrying(Arc::clone(&endpoints.budget));
+                        retrying = permits.map(|permits| Box::new((taken, permits)));
+                        after = Some(wait);
+                        self.shared.telemetry.count(reason);
+                    }
                     Some(Verdict::GiveUp(why)) => self.gave_up(why, outgoing.before > 0, exchange),
                     None => {}
                 }
@@ -427,7 +430,7 @@ impl Outbound {
 
     fn way(&self) -> Way<'_> {
         let shared = &self.shared;
-        Way { pool: &self.pool, identity: &shared.identity, telemetry: &shared.telemetry, epoch: shared.epoch }
+        Way { pool: &self.pool, identity: &shared.identity, telemetry: &shared.telemetry }
     }
 
     async fn connect(&self, route: &Route, server_name: Option<&str>, peer: SocketAddr) -> Result<Connected, Error> {
@@ -503,6 +506,15 @@ struct Attempts<'a> {
     /// Looks whether anything moves.
     idle: Option<&'a mut Idle>,
     retry: &'a Retry,
+}
+
+/// What a retry takes up of its destination's limits, and of its route's.
+type RetryPermits = (Permit, Option<Permit>);
+
+/// None where as many retries are under way as may be.
+fn retry_permits(endpoint: &EndpointState, limits: Option<&RouteLimits>) -> Option<RetryPermits> {
+    let of_route = limits.map_or(Ok(None), |limits| limits.take(Limit::Retries)).ok()?;
+    Some((endpoint.bounds.take(Limit::Retries)?, of_route))
 }
 
 /// A connection for bytes that nobody looks into.
