@@ -241,8 +241,8 @@ impl Checkout {
         self
     }
 
-    /// Dials, for whoever asked and for those who come after: it goes on though nobody waits for it any more, and somebody
-    /// in haste does not end what the next one needs.
+    /// Dials, for whoever asked and for those who come after: a handshake goes on though nobody waits for it any more, and
+    /// somebody in haste does not end what the next one needs.
     async fn dialed(
         mut self,
         wire: Wire,
@@ -251,6 +251,10 @@ impl Checkout {
         identity: &Arc<IdentityStore>,
         telemetry: &Arc<Telemetry>,
     ) -> Result<(Sender, Self), DialError> {
+        if turn.is_none() && self.endpoint.transport == Transport::Plain {
+            // No handshake: what a request in haste begins is worth nothing to others, and there may be many.
+            return Ok((self.dial(wire, permit, identity, telemetry).await?, self));
+        }
         let (identity, telemetry) = (Arc::clone(identity), Arc::clone(telemetry));
         let (tell, told) = oneshot::channel();
         tokio::spawn(async move {
