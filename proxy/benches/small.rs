@@ -24,7 +24,8 @@ use sheetbend_proxy::route::{Caller, Routes};
 use sheetbend_proxy::telemetry::{
     AccessLogSettings, EdgeKey, Flags, Outcome, Peer, Protocol, Reporter, Settings, Telemetry,
 };
-use sheetbend_proxy::traffic::balance::{self, Level, Load, Member};
+use sheetbend_proxy::traffic::balance::{self, Load, Member};
+use sheetbend_proxy::traffic::choice::Choice;
 use sheetbend_proxy::traffic::outlier::{Detection, Floor, Vitals};
 use sheetbend_proxy::traffic::retry::Budget;
 
@@ -170,15 +171,11 @@ fn kinds_of_ten_thousand(group: &mut BenchmarkGroup<'_, WallTime>) {
             chance = chance.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             chance.rotate_left(24) ^ chance
         };
-        let level = Level::new(members.collect(), &policy, &mut next);
+        let choice = Choice::new(Arc::clone(&vitals), vec![members.collect()], &policy, &mut next);
         group.bench_function(format!("pick of {ENDPOINTS} by {name}"), |b| {
             b.iter(|| {
                 let place = black_box(next());
-                let balance = |bits, chance| {
-                    let load = |at: usize| vitals.get(at).filter(|v| v.admits(chance, now)).map(|v| &v.load);
-                    level.pick(Some(place), bits, now, load)
-                };
-                floor.pick(&vitals, true, now, &mut next, balance)
+                floor.pick(&vitals, true, now, || choice.pick(Some(place), |_| false, now, &mut next))
             });
         });
     }

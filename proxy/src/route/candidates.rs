@@ -6,13 +6,13 @@ use std::time::Duration;
 
 use http::{HeaderMap, HeaderValue, header};
 use serde_json::{Value, json};
-use sheetbend_control_plane_client::model::{Cluster, ConsistentHash, HttpCookie, LoadBalancer, Standing, Warmup};
+use sheetbend_control_plane_client::model::{Cluster, ConsistentHash, HttpCookie, LoadBalancer, Standing};
 
 use crate::telemetry::{Edge, Protocol, Telemetry};
-use crate::traffic::balance::levels::Shares;
-use crate::traffic::balance::{Level, Load, Member, ring, warmup};
+use crate::traffic::balance::{Member, ring};
 use crate::traffic::breaker::{Admitted, IsOpen};
-use crate::traffic::outlier::{Detection, Floor, Outcome, Picked, State, Vitals};
+use crate::traffic::choice::Choice;
+use crate::traffic::outlier::{Detection, Floor, Outcome, Picked};
 use crate::traffic::retry::Budget;
 use crate::upstream::{Bounds, EndpointState};
 
@@ -20,14 +20,9 @@ use crate::upstream::{Bounds, EndpointState};
 #[derive(Default)]
 pub struct Candidates {
     endpoints: Arc<[Arc<EndpointState>]>,
-    vitals: Arc<[Arc<Vitals>]>,
+    choice: Choice,
     /// Who of them is ejected; nobody outside the mesh.
     floor: Option<Arc<Floor>>,
-    /// The first is asked first; none has nobody in it.
-    levels: Box<[Level]>,
-    /// How much goes to which level, where there are several.
-    shares: Option<Shares>,
-    warmup: Option<Warmup>,
     hash: Option<ConsistentHash>,
     /// How much may be under way to all of them.
     pub bounds: Arc<Bounds>,
@@ -60,22 +55,17 @@ impl Candidates {
         let prefers = policy.locality_lb_setting.as_ref().is_some_and(|setting| setting.enabled.unwrap_or(true));
         let levels = levels(cluster.endpoints.iter().map(|endpoint| &endpoint.standing), zone, prefers);
         let mut members: Vec<Vec<Member>> = Vec::new();
-        for ((endpoint, state), (level, number)) in cluster.endpoints.iter().zip(&endpoints).zip(levels.zip(0..)) {
+        for (endpoint, (level, number)) in cluster.endpoints.iter().zip(levels.zip(0..)) {
             if members.len() <= level {
                 members.resize_with(level + 1, Vec::new);
             }
-            state.vitals.put_into(level as u32);
             members[level].push(Member { number, address: endpoint.address, weight: endpoint.standing.weight });
         }
-        let levels: Box<[Level]> = members.into_iter().map(|one| Level::new(one, policy, rand::random)).collect();
-        let vitals: Arc<[_]> = endpoints.iter().map(|endpoint| Arc::clone(&endpoint.vitals)).collect();
+        let vitals = endpoints.iter().map(|endpoint| Arc::clone(&endpoint.vitals)).collect();
         Self {
             endpoints: endpoints.into(),
-            vitals,
+            choice: Choice::new(vitals, members, policy, rand::random),
             floor: Some(floor),
-            shares: (levels.len() > 1).then(|| Shares::new(levels.len())),
-            levels,
-            warmup: policy.warmup.clone(),
             hash: policy.consistent_hash.clone(),
             bounds,
             budget,
@@ -87,7 +77,7 @@ impl Candidates {
     pub(super) fn follow(&self, cluster: &Cluster, now: Duration, is_current: impl FnOnce() -> bool) {
         let Some(floor) = &self.floor else { return };
         let detection = cluster.policy.outlier_detection.as_ref().map_or(Detection::DEFAULT, Detection::of);
-        floor.follow(&self.vitals, &detection, now, || {
+        floor.follow(self.choice.vitals(), &detection, now, || {
             let current = is_current();
             if current {
                 floor.breaker.follow(cluster.policy.circuit_breaker.as_ref());
@@ -110,8 +100,8 @@ impl Candidates {
 
     /// One alone, which nobody ejects.
     pub(super) fn alone(endpoint: Arc<EndpointState>, budget: Arc<Budget>) -> Self {
-        let (vitals, bounds) = ([Arc::clone(&endpoint.vitals)].into(), Arc::clone(&endpoint.bounds));
-        Self { vitals, endpoints: [endpoint].into(), bounds, budget, ..Self::default() }
+        let bounds = Arc::clone(&endpoint.bounds);
+        Self { endpoints: [endpoint].into(), bounds, budget, ..Self::default() }
     }
 
     /// Whether nothing was said of the cluster since they were made of it.
@@ -138,7 +128,7 @@ impl Candidates {
     pub fn as_json(&self, now: Duration) -> Value {
         const SHOWN: usize = 16;
         let one = |(at, endpoint): (usize, &Arc<EndpointState>)| {
-            let cost = self.load(at, &[], 1.0, now).map(|load| load.cost(now) / 1e6);
+            let cost = self.choice.load(at, 0.0, now).map(|load| load.cost(now) / 1e6);
             json!({
                 "endpoint": endpoint.place.to_string(),
                 "state": crate::breakers::name(endpoint.vitals.state()),
@@ -185,47 +175,16 @@ impl Candidates {
         probes: bool,
         now: Duration,
     ) -> Option<(Picked, Arc<EndpointState>)> {
-        let balance = |bits, chance| {
-            let load = |at: usize| self.load(at, tried, chance, now);
-            let level = self.level(now)?;
-            let at = level.pick(caller.hash, bits, now, load)?;
-            match tried.is_empty() || load(at).is_some() {
-                true => Some(at),
-                // Only after a failure, and only where hardly anybody is left: whoever serves, wherever it is.
-                false => (at..self.len()).chain(0..at).find(|at| load(*at).is_some()).or(Some(at)),
-            }
+        let was_tried = |at: usize| {
+            let endpoint = self.endpoints.get(at);
+            endpoint.is_some_and(|one| tried.iter().any(|tried| Arc::ptr_eq(&tried.vitals, &one.vitals)))
         };
+        let choose = || self.choice.pick(caller.hash, was_tried, now, rand::random);
         let picked = match &self.floor {
-            Some(floor) => floor.pick(&self.vitals, probes, now, rand::random, balance),
+            Some(floor) => floor.pick(self.choice.vitals(), probes, now, choose),
             None => (!self.is_empty()).then_some(Picked { at: 0, probe: false }),
         }?;
         Some((picked, Arc::clone(self.endpoints.get(picked.at)?)))
-    }
-
-    /// What is known of one, unless it should not be picked.
-    fn load(&self, at: usize, tried: &[Arc<EndpointState>], chance: f64, now: Duration) -> Option<&Load> {
-        let vitals = self.vitals.get(at)?;
-        let warm = |warmup: &Warmup| {
-            let passed = vitals.joined().map_or(Duration::MAX, |joined| now.saturating_sub(joined));
-            chance < warmup::share(warmup, passed)
-        };
-        let good = vitals.admits(chance, now)
-            && self.warmup.as_ref().is_none_or(warm)
-            && !tried.iter().any(|tried| Arc::ptr_eq(&tried.vitals, vitals));
-        good.then_some(&vitals.load)
-    }
-
-    fn level(&self, now: Duration) -> Option<&Level> {
-        let Some(shares) = &self.shares else { return self.levels.first() };
-        let serves = |at: usize| {
-            let state = self.vitals.get(at).map(|vitals| vitals.state());
-            matches!(state, Some(State::Serving | State::Ramping { .. }))
-        };
-        let count = |level: usize| {
-            let level = self.levels.get(level);
-            level.map_or((0, 0), |level| (level.len(), level.numbers().filter(|at| serves(*at)).count()))
-        };
-        self.levels.get(shares.pick(now, rand::random(), count))
     }
 }
 

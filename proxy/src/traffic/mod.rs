@@ -2,6 +2,7 @@
 
 pub mod balance;
 pub mod breaker;
+pub mod choice;
 pub mod layers;
 pub mod limit;
 pub mod outlier;

@@ -1,8 +1,8 @@
 //! PURE: which endpoints are left alone for a while, and how they come back. Envoy calls it outlier detection.
 //!
 //! An endpoint is `Serving`, `Ejected` until a moment, or `Probing`: one request at a time, then a growing share of them.
-//! [`Floor`] holds all endpoints of one backend: what is serving or probing never falls below half of them, and where most
-//! fail at once, the cause is a common one and nobody more is ejected for it.
+//! [`Floor`] holds all endpoints of one backend: what is serving or probing never falls below half of them, of all levels
+//! together, and where most fail at once, the cause is a common one and nobody more is ejected for it.
 //!
 //! The balancer keeps away from whoever has just failed, and so would seldom learn more of it. Such an endpoint is asked
 //! on purpose, by one request at a time that may be sent again, until it has answered well or is ejected. Most requests go

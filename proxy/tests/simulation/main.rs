@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 
 use rand::RngExt;
-use script::{Caller, Conduct, Script};
+use script::{Caller, Conduct, Script, Standing};
 use seeds::for_each_seed;
 use sheetbend_control_plane_client::model::{ConsistentHash, LoadBalancer, Retry, RetryOn, Simple};
 use world::play;
@@ -29,6 +29,7 @@ fn of(servers: Vec<Conduct>, callers: Vec<Caller>, lasts: Duration) -> Script {
     let (retry, balancer) = (Retry::DEFAULT, LoadBalancer::default());
     Script {
         servers,
+        standings: Vec::new(),
         callers,
         changes: Vec::new(),
         pushes: Vec::new(),
@@ -349,5 +350,12 @@ fn anything(chance: &mut rand::rngs::StdRng) -> Script {
     let retry = policy(chance);
     let kinds = [Simple::PeakEwma, Simple::LeastRequest, Simple::RoundRobin, Simple::Random];
     let balancer = simple(kinds[chance.random_range(0..kinds.len())]);
-    Script { servers, callers, changes, pushes, per_try, retry, ejects: true, balancer, lasts: secs(10) }
+    let placed = chance.random();
+    let standing = |_: &Conduct| Standing {
+        priority: chance.random_range(0..3),
+        weight: [1, 1, 1, 2, 1_000][chance.random_range(0..5)],
+    };
+    let standings = if placed { servers.iter().map(standing).collect() } else { Vec::new() };
+    let (ejects, lasts) = (true, secs(10));
+    Script { servers, standings, callers, changes, pushes, per_try, retry, ejects, balancer, lasts }
 }

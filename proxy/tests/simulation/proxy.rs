@@ -1,28 +1,30 @@
 //! One proxy's decisions, all of them made by the code that makes them in production.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
 use rand::RngExt;
 use rand::rngs::StdRng;
 use sheetbend_control_plane_client::model::{LoadBalancer, Retry};
-use sheetbend_proxy::traffic::balance::{Level, Member};
+use sheetbend_proxy::traffic::balance::Member;
+use sheetbend_proxy::traffic::choice::Choice;
 use sheetbend_proxy::traffic::outlier::{Detection, Floor, Outcome, Reason, Sent, State, Vitals};
 use sheetbend_proxy::traffic::retry::{self, Attempt, Budget, Failure, Verdict};
 
-use super::script::Script;
+use super::script::{Script, Standing};
 
 pub(crate) struct Proxy {
     /// What is known of each server, whether it is an endpoint now or not.
     known: Vec<Arc<Vitals>>,
     /// The servers that are endpoints now.
     servers: Vec<usize>,
-    endpoints: Arc<[Arc<Vitals>]>,
     floor: Floor,
     detection: Detection,
     balancer: LoadBalancer,
-    level: Level,
+    /// Of each server.
+    standings: Vec<Standing>,
+    choice: Choice,
     pub(crate) budget: Budget,
     pub(crate) retrying: u64,
     /// Requests and retries of each second that had any, for whoever doubts the budget.
@@ -45,10 +47,10 @@ impl Proxy {
         let mut proxy = Self {
             known: (0..servers).map(|_| Arc::default()).collect(),
             servers: Vec::new(),
-            endpoints: Arc::new([]),
             floor: Floor::default(),
             detection,
-            level: Level::new(Vec::new(), &script.balancer, || 0),
+            choice: Choice::default(),
+            standings: script.standings.clone(),
             balancer: script.balancer.clone(),
             budget: Budget::default(),
             retrying: 0,
@@ -60,20 +62,23 @@ impl Proxy {
 
     /// The control plane says that these are the endpoints.
     pub(crate) fn follow(&mut self, servers: Vec<usize>, now: Duration) {
-        self.endpoints = servers.iter().map(|server| Arc::clone(&self.known[*server])).collect();
-        let members = (0..).zip(&servers).map(|(number, server)| {
+        let endpoints = servers.iter().map(|server| Arc::clone(&self.known[*server])).collect();
+        let standing = |server: usize| self.standings.get(server).copied().unwrap_or_default();
+        let mut levels: BTreeMap<u32, Vec<Member>> = BTreeMap::new();
+        for (number, server) in (0..).zip(&servers) {
             let address = ([127, 0, (server >> 8) as u8, *server as u8], 80).into();
-            Member { number, address, weight: 1 }
-        });
+            let Standing { priority, weight } = standing(*server);
+            levels.entry(priority).or_default().push(Member { number, address, weight });
+        }
         // Any row will do, as long as it is the same one each time that a seed is played.
         let mut chance = 0u64;
         let chance = move || {
             chance = chance.wrapping_add(0x9e37_79b9_7f4a_7c15);
             chance
         };
-        self.level = Level::new(members.collect(), &self.balancer, chance);
+        self.choice = Choice::new(endpoints, levels.into_values().collect(), &self.balancer, chance);
         self.servers = servers;
-        self.floor.follow(&self.endpoints, &self.detection, now, || true);
+        self.floor.follow(self.choice.vitals(), &self.detection, now, || true);
     }
 
     /// A request begins.
@@ -105,15 +110,10 @@ impl Proxy {
 
     /// An attempt begins, at another server than those tried before.
     pub(crate) fn pick(&mut self, tried: &[usize], idempotent: bool, chance: &mut StdRng, now: Duration) -> Attempted {
-        let tried: Vec<usize> = tried.iter().filter_map(|tried| self.servers.iter().position(|s| s == tried)).collect();
-        let endpoints = &self.endpoints;
-        let level = &self.level;
-        let balance = |bits, chance| {
-            let all = tried.len() >= endpoints.len();
-            let may = |at: usize| (all || !tried.contains(&at)) && endpoints[at].admits(chance, now);
-            level.pick(None, bits, now, |at| may(at).then(|| &endpoints[at].load))
-        };
-        let picked = self.floor.pick(endpoints, idempotent && tried.is_empty(), now, || chance.random(), balance);
+        let endpoints = self.choice.vitals();
+        let was_tried = |at: usize| tried.contains(&self.servers[at]);
+        let choose = || self.choice.pick(None, was_tried, now, || chance.random());
+        let picked = self.floor.pick(endpoints, idempotent && tried.is_empty(), now, choose);
         let picked = picked.expect("a script has servers");
         endpoints[picked.at].load.begin();
         let turn = endpoints[picked.at].turns();
@@ -180,8 +180,9 @@ impl Proxy {
 
     /// How many endpoints there are, and how many of them are in use.
     pub(crate) fn in_use(&self) -> (usize, usize) {
-        let in_use = self.endpoints.iter().filter(|vitals| !matches!(vitals.state(), State::Ejected { .. })).count();
-        (self.endpoints.len(), in_use)
+        let endpoints = self.choice.vitals();
+        let in_use = endpoints.iter().filter(|vitals| !matches!(vitals.state(), State::Ejected { .. })).count();
+        (endpoints.len(), in_use)
     }
 
     pub(crate) fn state(&self, server: usize) -> State {

@@ -8,6 +8,8 @@ use sheetbend_control_plane_client::model::{LoadBalancer, Retry};
 #[derive(Clone, Debug)]
 pub(crate) struct Script {
     pub(crate) servers: Vec<Conduct>,
+    /// Of each server; where there are fewer, the others are all alike.
+    pub(crate) standings: Vec<Standing>,
     /// Each with a proxy of its own.
     pub(crate) callers: Vec<Caller>,
     /// When which server changes its ways.
@@ -24,6 +26,19 @@ pub(crate) struct Script {
     pub(crate) balancer: LoadBalancer,
     /// How long the callers go on asking.
     pub(crate) lasts: Duration,
+}
+
+/// How a server stands among the others.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Standing {
+    pub(crate) priority: u32,
+    pub(crate) weight: u32,
+}
+
+impl Default for Standing {
+    fn default() -> Self {
+        Self { priority: 0, weight: 1 }
+    }
 }
 
 /// Somebody who asks at random moments, whatever becomes of what was asked before.

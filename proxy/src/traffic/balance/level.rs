@@ -84,6 +84,11 @@ impl Level {
         self.numbers.is_empty()
     }
 
+    /// Whether a pick looks at as many as it takes to find one.
+    pub fn is_ring(&self) -> bool {
+        matches!(self.how, How::Ring(_))
+    }
+
     /// Their numbers among all endpoints.
     pub fn numbers(&self) -> impl Iterator<Item = usize> {
         self.numbers.iter().map(|number| *number as usize)
@@ -109,6 +114,26 @@ impl Level {
                 self.draw(|| self.at_random(next(&mut chance)), |at| load(at).is_some())
             }
             How::Ring(ring) => ring.pick(place.unwrap_or(chance), |at| load(at).is_some()),
+        }?;
+        self.numbers.get(at).map(|number| *number as usize)
+    }
+
+    /// One of those that are `good`, by their weights, or by the caller's place: looks at all of them.
+    pub fn find(&self, place: Option<u64>, chance: u64, good: impl Fn(usize) -> bool) -> Option<usize> {
+        let good = |at: &usize| self.numbers.get(*at).is_some_and(|number| good(*number as usize));
+        let at = match &self.how {
+            How::Ring(ring) => ring.pick(place.unwrap_or(chance), |at| good(&at)).filter(good),
+            _ => {
+                let weights = || (0..self.len()).filter(good).map(|at| (at, self.weight(at) as u64));
+                let all: u64 = weights().map(|(_, weight)| weight).sum();
+                let mut left = ((u128::from(chance) * u128::from(all)) >> 64) as u64;
+                let found = weights().find(|(_, weight)| {
+                    let is_it = left < *weight;
+                    left = left.saturating_sub(*weight);
+                    is_it
+                });
+                found.map(|(at, _)| at)
+            }
         }?;
         self.numbers.get(at).map(|number| *number as usize)
     }

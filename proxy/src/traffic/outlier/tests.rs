@@ -49,12 +49,9 @@ impl Backend {
 
     /// Picks by turns, as long as nobody is tried.
     pub(super) fn pick(&self, retryable: bool, now: Duration) -> Picked {
-        let mut turn = 0;
-        let balance = |_, _| {
-            turn += 1;
-            Some(turn % self.members.len())
-        };
-        self.floor.pick(&self.members, retryable, now, || u64::MAX, balance).unwrap()
+        let n = self.members.len();
+        let choose = || (1..=n).map(|at| at % n).find(|at| self.members[*at].admits(0.999_999, now)).or(Some(0));
+        self.floor.pick(&self.members, retryable, now, choose).unwrap()
     }
 
     pub(super) fn in_use(&self) -> usize {
@@ -197,6 +194,24 @@ fn where_most_fail_at_once_nobody_is_ejected() {
             assert_eq!(backend.report(at, BAD, secs(1)), None);
         }
     }
+}
+
+#[test]
+fn where_a_first_level_fails_a_reserve_that_nobody_has_asked_does_not_leave_it_to_one() {
+    let backend = Backend::of(11);
+    backend.members[10].put_into(1);
+    backend.judge(&Detection::DEFAULT, Duration::ZERO);
+    for _ in 0..20 {
+        let _ = (0..10).filter_map(|at| backend.report(at, BAD, secs(1))).count();
+    }
+    // Then the reserve begins to get something, and what comes of that decides.
+    assert_eq!(backend.floor.ejected().0, 3);
+    backend.report(10, BAD, secs(2));
+    let _ = (0..10).filter_map(|at| backend.fails(at, 7, secs(2))).count();
+    assert_eq!((backend.floor.ejected().0, backend.floor.tally().common_cause), (3, 1));
+    backend.report(10, Outcome::Good, secs(4));
+    let _ = (0..10).filter_map(|at| backend.fails(at, 7, secs(4))).count();
+    assert_eq!((backend.floor.ejected(), backend.in_use()), ((5, 5), 6), "half of all stay");
 }
 
 #[test]

@@ -40,6 +40,8 @@ pub struct Vitals {
     joined: AtomicU64,
     /// Which of its backend's levels it is in.
     level: AtomicU32,
+    /// Until then its level is taken to do without it, in nanoseconds.
+    passed_over: AtomicU64,
     /// What its checks say.
     pub(super) unwell: AtomicBool,
     history: Mutex<VecDeque<Turn>>,
@@ -86,18 +88,30 @@ impl Vitals {
         self.history.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect()
     }
 
-    /// What a balancer takes it to cost: everything, where it may not be chosen.
-    pub fn cost(&self, chance: f64, now: Duration) -> f64 {
-        if self.admits(chance, now) { self.load.cost(now) } else { f64::INFINITY }
-    }
-
     /// Whether it may be chosen. `chance`, in `0.0..1.0`, is drawn once a pick, and decides about those whose share grows.
     pub fn admits(&self, chance: f64, now: Duration) -> bool {
         match self.state() {
             State::Serving => true,
             State::Ejected { .. } | State::Probing => false,
-            State::Ramping { since } => now.saturating_sub(since).as_secs_f64() >= chance * self.ramp().as_secs_f64(),
+            State::Ramping { since } => chance < self.grown(since, now),
         }
+    }
+
+    /// How much of what its level may get it can take, in `0.0..=1.0`.
+    pub fn share(&self, now: Duration) -> f64 {
+        match self.state() {
+            // It fails, and is in use for the floor alone: where another level does well, that gets more.
+            _ if self.unwell.load(Relaxed) || (now.as_nanos() as u64) < self.passed_over.load(Relaxed) => 0.0,
+            State::Serving => 1.0,
+            State::Ejected { .. } | State::Probing => 0.0,
+            State::Ramping { since } => self.grown(since, now),
+        }
+    }
+
+    /// How much of its share it has back that has grown since then.
+    fn grown(&self, since: Duration, now: Duration) -> f64 {
+        let (passed, ramp) = (now.saturating_sub(since), self.ramp());
+        if passed >= ramp { 1.0 } else { passed.as_secs_f64() / ramp.as_secs_f64() }
     }
 
     /// Since when it serves, where others served before: as a newcomer, or again after an ejection.
@@ -110,7 +124,7 @@ impl Vitals {
         self.joined.store(now.as_nanos() as u64, Relaxed);
     }
 
-    /// Says which of its backend's levels it is in; those are filled one after the other.
+    /// Says which of its backend's levels it is in; those get requests one after the other.
     pub fn put_into(&self, level: u32) {
         self.level.store(level, Relaxed);
     }
@@ -155,12 +169,18 @@ impl Vitals {
         self.load.forget();
         self.runs.end();
         self.newest.store(0, Relaxed);
+        self.pass_over(Duration::ZERO);
     }
 
     /// How long an ejection takes from now on.
     pub(super) fn take(&self, period: Duration) -> Duration {
         self.period.store(period.as_nanos() as u64, Relaxed);
         period
+    }
+
+    /// Its level is taken to do without it until then.
+    pub(super) fn pass_over(&self, until: Duration) {
+        self.passed_over.store(until.as_nanos() as u64, Relaxed);
     }
 
     pub(super) fn spare(&self, until: Duration) {

@@ -28,7 +28,7 @@ impl Floor {
             return Err(NotEjected::Gone);
         }
         let is_out = matches!(vitals.state(), State::Ejected { .. });
-        if !is_out && !turning.has_room_for(vitals) {
+        if !is_out && !turning.has_room() {
             return Err(NotEjected::Floor { ejected: turning.ejected.len(), all: turning.members.len() });
         }
         vitals.spare(Duration::ZERO);
@@ -36,7 +36,7 @@ impl Floor {
         vitals.take(self.detection.load().base_ejection_time);
         turning.eject(vitals, now + time, Some(Reason::Operator), now);
         turning.tally.ejected(Reason::Operator);
-        self.want(&turning);
+        self.want(&mut turning);
         Ok(())
     }
 
@@ -47,7 +47,7 @@ impl Floor {
         vitals.spare(now + time);
         vitals.forget();
         vitals.turn(State::Serving, Some(Reason::Operator), now);
-        self.want(&turning);
+        self.want(&mut turning);
     }
 }
 

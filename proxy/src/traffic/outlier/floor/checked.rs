@@ -66,7 +66,7 @@ impl Floor {
             if state.is_until_well() || now < vitals.spared() || vitals.is_out_by_hand(now) {
                 continue;
             }
-            if !matches!(state, State::Ejected { .. }) && !turning.has_room_for(vitals) {
+            if !matches!(state, State::Ejected { .. }) && !turning.has_room() {
                 turning.tally.floor += 1;
                 continue;
             }
@@ -74,7 +74,7 @@ impl Floor {
             turning.eject(vitals, UNTIL_WELL, Some(Reason::HealthCheck), now);
             turning.tally.ejected(Reason::HealthCheck);
         }
-        self.want(&turning);
+        self.want(&mut turning);
     }
 }
 
@@ -82,7 +82,7 @@ impl Floor {
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::Detection;
+    use super::super::{Detection, Picked};
     use super::*;
 
     fn floor(n: usize) -> (Floor, Vec<Arc<Vitals>>) {
@@ -102,8 +102,8 @@ mod tests {
         assert_eq!(members[1].history().last().and_then(|turn| turn.reason), Some(Reason::HealthCheck));
         let later = NOW + Duration::from_secs(86_400);
         for at in 0..100 {
-            let picked = floor.pick(&members, true, later, || 1 << 40, |bits, _| Some((bits % 3 + at) as usize % 3));
-            assert!(picked.is_some_and(|picked| picked.at != 1 && !picked.probe), "{picked:?}");
+            let picked = floor.pick(&members, true, later, || Some(at));
+            assert_eq!(picked, Some(Picked { at, probe: false }));
         }
         floor.checked(&members[1], true, later);
         assert_eq!(members[1].state(), State::Ramping { since: later });
@@ -147,15 +147,18 @@ mod tests {
     }
 
     #[test]
-    fn a_whole_level_may_be_unwell_while_the_next_is_whole() {
-        let members: Vec<Arc<Vitals>> = (0..5).map(|_| Arc::default()).collect();
+    fn a_whole_level_may_be_unwell_while_half_of_all_are_well() {
+        let members: Vec<Arc<Vitals>> = (0..6).map(|_| Arc::default()).collect();
         members[3..].iter().for_each(|vitals: &Arc<Vitals>| vitals.put_into(1));
         let floor = Floor::default();
         floor.follow(&members.clone().into(), &Detection::DEFAULT, Duration::ZERO, || true);
         members[..3].iter().for_each(|vitals| floor.checked(vitals, false, NOW));
         assert!(members[..3].iter().all(|vitals| vitals.state().is_until_well()));
         floor.checked(&members[3], false, NOW);
+        assert_eq!(members[3].state(), State::Serving, "it is needed");
+        assert_eq!(members[3].share(NOW), 0.0, "and its level gets no more than the others can take");
         floor.checked(&members[4], false, NOW);
+        floor.checked(&members[5], false, NOW);
         assert!(members.iter().all(|vitals| !vitals.state().is_until_well()), "all are unwell");
     }
 

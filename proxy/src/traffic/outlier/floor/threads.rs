@@ -40,9 +40,13 @@ impl Crowd {
     fn request(&self, chance: &mut StdRng, fails: impl Fn(usize) -> bool) -> Picked {
         let now = self.now();
         let n = self.all.len();
-        let balance = |bits: u64, _| Some(bits as usize % n);
-        let mut bits = StdRng::seed_from_u64(chance.random());
-        let picked = self.floor.pick(&self.all, chance.random(), now, || bits.random(), balance).unwrap();
+        let retryable = chance.random();
+        let choose = || {
+            let from = chance.random_range(0..n);
+            let good = |at: &usize| self.all[*at].admits(chance.random(), now);
+            (from..n).chain(0..from).find(good).or(Some(from))
+        };
+        let picked = self.floor.pick(&self.all, retryable, now, choose).unwrap();
         let vitals = &self.all[picked.at];
         let sent = Sent { probe: picked.probe, turn: vitals.turns(), at: now };
         let outcome = match chance.random_range(0..20) {
@@ -148,7 +152,7 @@ fn no_two_requests_try_an_endpoint_at_once_and_none_is_sent_to_one_that_stays_ej
     let (trying, twice, early) = (AtomicUsize::new(0), AtomicBool::new(false), AtomicBool::new(false));
     let work = |chance: &mut StdRng, time| {
         let now = if time < 1_000 { Duration::from_millis(999) } else { Duration::from_secs(3_600) };
-        let pick = || crowd.floor.pick(&crowd.all, true, now, || 0, |_, _| Some(1)).unwrap();
+        let pick = || crowd.floor.pick(&crowd.all, true, now, || Some(1)).unwrap();
         let picked = pick();
         early.fetch_or(time < 1_000 && picked.at == 0, Relaxed);
         if picked.probe {
@@ -173,4 +177,26 @@ fn no_two_requests_try_an_endpoint_at_once_and_none_is_sent_to_one_that_stays_ej
     assert!(!twice.into_inner(), "two at once");
     assert!(!early.into_inner(), "it was ejected still");
     assert!(out.turns() > 100, "it was tried {} times", out.turns());
+}
+
+#[test]
+fn while_somebody_is_in_doubt_requests_that_ask_nobody_on_purpose_take_no_lock() {
+    let crowd = Crowd::of(40);
+    let now = crowd.now();
+    let sent = Sent { probe: false, turn: 0, at: now };
+    crowd.floor.report(&crowd.all[0], sent, BAD, now, || 0.5);
+    let pick = || crowd.floor.pick(&crowd.all, true, now, || Some(1)).unwrap();
+    let pass = |picks: usize| {
+        let (done, is_done) = std::sync::mpsc::channel();
+        std::thread::scope(|scope| {
+            let held = crowd.floor.lock();
+            scope.spawn(move || done.send((0..picks).all(|_| !pick().probe)));
+            let passed = is_done.recv_timeout(Duration::from_secs(30));
+            drop(held);
+            passed
+        })
+    };
+    assert_eq!(pass(20), Ok(true), "half as many as there are go elsewhere");
+    assert_eq!(pick(), Picked { at: 0, probe: true });
+    assert_eq!(pass(100), Ok(true), "one at a time");
 }
