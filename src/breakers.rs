@@ -83,16 +83,41 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
 }
 
 async fn ask(args: &Args) -> Result<Vec<Said>, Failure> {
-    let mut said = Vec::new();
+    let (mut said, mut silent) = (Vec::new(), None);
     for (name, url) in proxies(&args.proxy, args.state_dir.as_deref())? {
-        let answer = admin_http::get(&url, "/breakers").await.map_err(failure)?;
+        let answer = match admin_http::get(&url, "/breakers").await {
+            Ok(answer) => answer,
+            Err(error) => {
+                silent = Some(go_on(&name, error)?);
+                continue;
+            }
+        };
         let document: Value = serde_json::from_slice(&answer).unwrap_or_default();
         let Some(breakers) = document["endpoints"].as_array() else {
             return Err(Failure::new(format!("{url} answers, but not with breakers: it is no proxy's admin port")));
         };
         said.push(Said { proxy: name, breakers: breakers.clone() });
     }
-    Ok(said)
+    somebody(said, silent)
+}
+
+/// One of several does not answer: that is said, and the others are asked.
+pub(crate) fn go_on(proxy: &str, error: AskError) -> Result<Failure, Failure> {
+    match error {
+        AskError::Url(_) => Err(failure(error)),
+        silent => {
+            eprintln!("{proxy}: {silent}");
+            Ok(Failure::new("none of the proxies answers"))
+        }
+    }
+}
+
+/// What was said, if anybody said anything.
+pub(crate) fn somebody<T>(said: Vec<T>, silent: Option<Failure>) -> Result<Vec<T>, Failure> {
+    match silent {
+        Some(silent) if said.is_empty() => Err(silent),
+        _ => Ok(said),
+    }
 }
 
 /// Name and admin port of everybody who is asked: those that are named, or the sidecars that run here.

@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use sheetbend_control_plane_client::admin_http::{self, AskError};
-use sheetbend_proxy::telemetry::explain::text;
+use sheetbend_proxy::telemetry::explain::{NO_RULE, plain, text};
 
 use crate::Failure;
+use crate::breakers::{go_on, somebody};
 use crate::run::record;
 
 #[derive(clap::Args)]
@@ -105,15 +106,16 @@ async fn told(proxies: &[(String, String)], id: &str) -> Result<Vec<Said>, Failu
     if id.is_empty() || !id.chars().all(good) {
         return Err(Failure::usage(format!("`{id}` is no request id")));
     }
-    let (mut said, mut kept) = (Vec::new(), String::new());
+    let (mut said, mut kept, mut silent) = (Vec::new(), String::new(), None);
     for (name, url) in proxies {
         match admin_http::get(url, &format!("/explain/{id}")).await {
             Ok(answer) => said.push((name.clone(), serde_json::from_slice(&answer).unwrap_or_default())),
             Err(AskError::Status(_, status, why)) if status.as_u16() == 404 => kept = why,
-            Err(error) => return Err(failure(error)),
+            Err(error) => silent = Some(go_on(name, error)?),
         }
     }
     match said.is_empty() {
+        true if kept.is_empty() => somebody(said, silent),
         true => Err(Failure::new(format!("asked {} of the mesh's proxies: {}", proxies.len(), kept.trim()))),
         false => Ok(said),
     }
@@ -121,20 +123,23 @@ async fn told(proxies: &[(String, String)], id: &str) -> Result<Vec<Said>, Failu
 
 async fn listed(proxies: &[(String, String)]) -> Result<Vec<Said>, Failure> {
     let mut said = Vec::new();
+    let mut silent = None;
     for (name, url) in proxies {
-        let answer = admin_http::get(url, "/explain").await.map_err(failure)?;
-        said.push((name.clone(), serde_json::from_slice(&answer).unwrap_or_default()));
+        match admin_http::get(url, "/explain").await {
+            Ok(answer) => said.push((name.clone(), serde_json::from_slice(&answer).unwrap_or_default())),
+            Err(error) => silent = Some(go_on(name, error)?),
+        }
     }
-    Ok(said)
+    somebody(said, silent)
 }
 
 /// Asks again while the proxy itself asks the control plane.
 async fn decided(proxies: &[(String, String)], args: &Args, to: &str) -> Result<Vec<Said>, Failure> {
     const PATIENCE: Duration = Duration::from_secs(3);
     const PAUSE: Duration = Duration::from_millis(50);
-    let headers: BTreeMap<_, _> = args.headers.iter().cloned().collect();
+    let headers = joined(&args.headers);
     let asked = json!({ "to": to, "method": args.method, "path": args.path, "headers": headers }).to_string();
-    let mut said = Vec::new();
+    let (mut said, mut silent) = (Vec::new(), None);
     for (name, url) in proxies {
         let until = Instant::now() + PATIENCE;
         let answer = loop {
@@ -145,19 +150,28 @@ async fn decided(proxies: &[(String, String)], args: &Args, to: &str) -> Result<
                 Err(AskError::Status(_, status, why)) if status.as_u16() == 400 => {
                     return Err(Failure::usage(why.trim()));
                 }
-                answer => break answer.map_err(failure)?,
+                answer => break answer,
             }
         };
-        said.push((name.clone(), serde_json::from_slice(&answer).unwrap_or_default()));
+        match answer {
+            Ok(answer) => said.push((name.clone(), serde_json::from_slice(&answer).unwrap_or_default())),
+            Err(error) => silent = Some(go_on(name, error)?),
+        }
     }
-    Ok(said)
+    somebody(said, silent)
 }
 
-fn failure(error: AskError) -> Failure {
-    match error {
-        AskError::Url(_) => Failure::usage(format!("--proxy: {error}")),
-        _ => Failure::new(error),
+/// What came more than once is one value, with commas (RFC 9110 §5.3), as rules see it.
+fn joined(headers: &[(String, String)]) -> BTreeMap<String, String> {
+    let mut joined: BTreeMap<String, String> = BTreeMap::new();
+    for (name, value) in headers {
+        let all = joined.entry(name.to_ascii_lowercase()).or_default();
+        if !all.is_empty() {
+            all.push(',');
+        }
+        all.push_str(value);
     }
+    joined
 }
 
 fn stories(said: &[Said]) -> String {
@@ -187,7 +201,10 @@ fn decisions(said: &[Said]) -> String {
         let _ = write!(out, "{proxy}: to {}, ", word(&said["to"]));
         match (decided["destination"].as_str(), decided["rule"].as_object()) {
             (None, _) => out.push_str("no part of the mesh\n"),
-            (Some(name), None) => drop(writeln!(out, "{name}, no rule takes it")),
+            (Some(name), None) => drop(writeln!(out, "{name}")),
+            (Some(name), Some(rule)) if word(&rule["name"]).ends_with(NO_RULE) => {
+                let _ = writeln!(out, "{name}, no rule takes it ({})", word(&rule["place"]));
+            }
             (Some(name), Some(rule)) => {
                 let _ = writeln!(out, "{name}, rule {} ({})", word(&rule["name"]), word(&rule["place"]));
                 let _ = writeln!(out, "  policy     {}", rule["policy"]);
@@ -210,22 +227,6 @@ fn decisions(said: &[Said]) -> String {
     out
 }
 
-/// Whatever strangers sent, nothing in it reaches a terminal but letters: what could move its cursor, turn a line round or hide
-/// a part of it is shown in JSON's form, `\u009b`.
-fn plain(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        if c == '\n' || !c.is_control() && (c.is_ascii() || c.is_alphanumeric()) {
-            out.push(c);
-            continue;
-        }
-        for unit in c.encode_utf16(&mut [0; 2]) {
-            let _ = write!(out, "\\u{unit:04x}");
-        }
-    }
-    out
-}
-
 fn word(value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),
@@ -242,6 +243,23 @@ fn header(text: &str) -> Result<(String, String), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_header_that_is_there_twice_has_both_values() {
+        let of = |name: &str, value: &str| (name.to_string(), value.to_string());
+        let joined = joined(&[of("X-A", "1"), of("x-b", "2"), of("x-a", "3")]);
+        assert_eq!(joined, BTreeMap::from([of("x-a", "1,3"), of("x-b", "2")]));
+    }
+
+    #[test]
+    fn no_rule_is_said_only_where_there_is_a_route() {
+        let said =
+            |rule: Value| json!({ "to": "web:80", "decided": { "destination": "web.default:80", "rule": rule } });
+        let text = |rule: Value| decisions(&[("p".to_string(), said(rule))]);
+        assert_eq!(text(Value::Null), "p: to web:80, web.default:80\n");
+        let none = json!({ "name": "default/r#no-rule", "place": "a.yaml:7" });
+        assert_eq!(text(none), "p: to web:80, web.default:80, no rule takes it (a.yaml:7)\n");
+    }
 
     #[test]
     fn nothing_that_a_stranger_sent_moves_the_cursor_or_turns_the_line_round() {

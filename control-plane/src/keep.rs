@@ -12,7 +12,7 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 use crate::listen::Door;
 use crate::own::Own;
 use crate::report::Reports;
-use crate::resources::Problem;
+use crate::resources::{GONE, Problem};
 use crate::state::{Shared, Written, lock, stopped};
 use crate::trust::Trust;
 
@@ -138,20 +138,20 @@ pub(crate) async fn resources(shared: Arc<Shared>) {
         tracing::warn!(%error, folder = %path.display(), "changes are seen within 2 s only: the folder cannot be watched");
     }
     let task = async {
-        let (mut failing, mut told) = (false, Told::default());
+        let (mut failing, mut told, mut wait) = (false, Told::default(), READ_ANYWAY);
         loop {
             // With or without a hint: some file systems give none, and a hint may be the first of several.
-            if let Ok(Some(())) = timeout(READ_ANYWAY, hinted.recv()).await {
+            if let Ok(Some(())) = timeout(wait, hinted.recv()).await {
                 tokio::time::sleep(SETTLED).await;
                 let _ = hinted.try_recv();
             }
             if watching.is_err() {
-                tokio::time::sleep(READ_ANYWAY).await;
+                tokio::time::sleep(wait).await;
             }
             let reader = shared.clone();
             match tokio::task::spawn_blocking(move || reload(&reader)).await {
-                Ok(Ok(())) => {
-                    failing = false;
+                Ok(Ok(waits)) => {
+                    (failing, wait) = (false, if waits { GONE } else { READ_ANYWAY });
                     told.look(&shared);
                 }
                 Ok(Err(error)) if !failing => {
@@ -194,9 +194,10 @@ impl Told {
     }
 }
 
-fn reload(shared: &Shared) -> std::io::Result<()> {
+/// Reads what has changed, and gives whether it is worth another look soon.
+fn reload(shared: &Shared) -> std::io::Result<bool> {
     let mut folder = lock(&shared.folder);
-    let Some(folder) = folder.as_mut() else { return Ok(()) };
+    let Some(folder) = folder.as_mut() else { return Ok(false) };
     let (changed, refusals) = folder.reload(Instant::now())?;
     for refusal in refusals {
         tracing::error!("{refusal}; what this file last said well stays in force");
@@ -205,5 +206,5 @@ fn reload(shared: &Shared) -> std::io::Result<()> {
         tracing::info!(folder = %folder.path().display(), resources = folder.resources().count(), "read the resources again");
         shared.set_written(Written::of(Some(folder)));
     }
-    Ok(())
+    Ok(folder.waits())
 }

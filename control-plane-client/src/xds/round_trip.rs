@@ -11,6 +11,7 @@ use envoy_types::pb::google::protobuf::{Any, UInt32Value};
 use envoy_types::util::pack_any;
 use proptest::prelude::*;
 use prost::{Message, Name};
+use serde_json::json;
 
 use super::decode::{self, Decoded};
 use super::{DecodeError, INBOUND, Kind, MESH, ROOT_CA, encode};
@@ -269,7 +270,11 @@ proptest! {
 
     #[test]
     fn equal_content_has_equal_versions(destination in destination()) {
-        prop_assert_eq!(encode::version(&destination), encode::version(&destination.clone()));
+        let text = serde_json::to_string(&destination).unwrap();
+        let again: Destination = serde_json::from_str(&text).unwrap();
+        prop_assert_eq!(encode::version(&destination), encode::version(&again));
+        let other = Destination { default_cluster: "other".into(), ..again };
+        prop_assert_ne!(encode::version(&destination), encode::version(&other));
     }
 
     #[test]
@@ -294,8 +299,35 @@ fn what_the_mesh_is_survives_the_wire() {
 
 #[test]
 fn what_holds_for_callers_survives_the_wire() {
-    let sent = InboundPolicy::default();
+    let policy = json!({
+        "name": "default/web", "action": "DENY", "dryRun": true,
+        "rules": [{
+            "from": [{"principals": ["cluster.local/ns/a/sa/b", "*/sa/c"], "notNamespaces": ["d*"],
+                "trustDomains": ["*"], "notIpBlocks": ["10.0.0.0/8", "fd00::/8"]}],
+            "to": [{"hosts": ["*.example"], "ports": [80], "methods": ["GET"], "notPaths": ["/a/*"]}],
+            "when": [{"key": "request.headers[x-team]", "values": ["a", "b*"]},
+                {"key": "request.auth.claims[orgs][role]", "notValues": ["c"]}],
+        }],
+    });
+    let key = json!({"kid": "a", "key": {"EdDSA": "11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"}}); // RFC 8037 A.2
+    let sent: InboundPolicy = serde_json::from_value(json!({
+        "access": {
+            "default": "MeshOnly",
+            "policies": [policy],
+            "issuers": [{"issuer": "https://issuer", "audiences": ["web"], "keys": [key]}],
+        },
+        "limits": {
+            "rates": [{"name": "default/web#0", "requests": 5, "interval": "1s", "burst": 9, "forEach": "Caller"}],
+            "concurrency": {"maxRequests": 7, "maxPending": 2, "pendingTimeout": "100ms", "exemptPaths": ["/live"]},
+        },
+    }))
+    .unwrap();
+    assert_ne!(sent, InboundPolicy::default());
     assert_eq!(over(Kind::Listener, INBOUND, encode::inbound(&sent)), Ok(Decoded::Inbound(sent.into())));
+    let mut wrong: InboundPolicy = InboundPolicy::default();
+    wrong.access.issuers.push(TokenIssuer { issuer: "https://issuer".into(), ..TokenIssuer::default() });
+    let refused = over(Kind::Listener, INBOUND, encode::inbound(&wrong)).unwrap_err();
+    assert!(refused.to_string().contains("jwks"), "{refused}");
 }
 
 #[test]

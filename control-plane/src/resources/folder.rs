@@ -22,6 +22,9 @@ const MAX_DEPTH: usize = 8;
 /// A file that is empty, or a folder without any, is believed after this long: it may be about to be written.
 const SETTLES: Duration = Duration::from_secs(1);
 
+/// A file that is gone is believed to be after this long: an editor may be about to write it anew.
+pub(crate) const GONE: Duration = Duration::from_millis(30);
+
 /// What is known of one file.
 #[derive(Debug, Default)]
 pub(crate) struct FileState {
@@ -95,6 +98,8 @@ pub(crate) struct Folder {
     piecemeal: bool,
     /// When it was first seen without the files that it had.
     emptied: Option<Instant>,
+    /// A file has just gone.
+    waits: bool,
 }
 
 impl Folder {
@@ -109,7 +114,7 @@ impl Folder {
 
     fn of(path: PathBuf, trust_domain: Option<&str>, piecemeal: bool) -> Self {
         let trust_domain = trust_domain.map(str::to_string);
-        Self { path, trust_domain, files: BTreeMap::new(), piecemeal, emptied: None }
+        Self { path, trust_domain, files: BTreeMap::new(), piecemeal, emptied: None, waits: false }
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -157,7 +162,7 @@ impl Folder {
             || found.iter().any(|(path, stamp)| !self.files.get(path).is_some_and(|file| file.is_known(stamp)));
         let looked_at = found.into_iter().filter_map(|(path, stamp)| self.look(path, stamp, moved, now)).collect();
         let (mut changed, mut news) = self.take(looked_at);
-        changed |= self.let_go(gone, &mut news);
+        changed |= self.let_go(gone, now, &mut news);
         if let Some((first, others)) = left_out.iter().find_map(|left| Some((left.keys().next()?, left.len() - 1))) {
             let reason = format!("not read, as {others} others are not: {MAX_FILES} files are read at most");
             let hint = Some("put several resources into one file, with `---` between them".to_string());
@@ -172,8 +177,11 @@ impl Folder {
     /// Reads a file that is another one than it was; or was refused, where something moved.
     fn look(&mut self, path: PathBuf, stamp: Stamp, moved: bool, now: Instant) -> Option<(PathBuf, Looked)> {
         let state = self.files.entry(path.clone()).or_default();
-        if state.is_known(&stamp) && (!moved || state.problems.is_empty()) {
-            return None;
+        if state.is_known(&stamp) {
+            state.emptied = None;
+            if !moved || state.problems.is_empty() {
+                return None;
+            }
         }
         state.seen = Some(stamp);
         let mut parsed = match read(&path) {
@@ -210,30 +218,39 @@ impl Folder {
         (changed, news)
     }
 
-    /// Forgets files that are gone, unless there is a file that nobody could read yet: it may be one of them under another
-    /// name, and what that said stays. Gives whether resources went with them.
-    fn let_go(&mut self, gone: BTreeMap<PathBuf, FileState>, news: &mut Vec<Problem>) -> bool {
-        let Some(unknown) = self.files.iter().find(|(_, state)| state.is_unknown()).map(|(path, _)| path.clone())
-        else {
-            return gone.values().any(|state| !state.good.is_empty());
-        };
+    /// Forgets files that are gone for long enough, unless there is a file that nobody could read yet: it may be one of them
+    /// under another name, and what that said stays. Gives whether resources went with them.
+    fn let_go(&mut self, gone: BTreeMap<PathBuf, FileState>, now: Instant, news: &mut Vec<Problem>) -> bool {
+        let unknown = self.files.iter().find(|(_, state)| state.is_unknown()).map(|(path, _)| path.clone());
         let mut changed = false;
+        self.waits = false;
         for (path, mut state) in gone {
             let before = state.good.len();
             let there: BTreeSet<String> = self.resources().map(Resource::key).collect();
             state.good.retain(|(_, resource)| !there.contains(&resource.key()));
-            changed |= state.good.len() != before;
-            if state.good.is_empty() {
+            let waits = self.emptied.is_none() && now < *state.emptied.get_or_insert(now) + GONE;
+            if state.good.is_empty() || unknown.is_none() && !waits {
+                changed |= before > 0;
                 continue;
             }
-            let reason = format!("gone, and what it said stays while {} has mistakes", unknown.display());
-            let hint = Some("mend those; then this one is forgotten".to_string());
-            let problem = Problem { file: path.clone(), line: 1, column: 1, reason, hint };
-            news.extend((!state.problems.contains(&problem)).then(|| problem.clone()));
-            (state.problems, state.seen) = (vec![problem], None);
+            changed |= state.good.len() != before;
+            self.waits |= waits;
+            state.seen = None;
+            if let Some(unknown) = &unknown {
+                let reason = format!("gone, and what it said stays while {} has mistakes", unknown.display());
+                let hint = Some("mend those; then this one is forgotten".to_string());
+                let problem = Problem { file: path.clone(), line: 1, column: 1, reason, hint };
+                news.extend((!state.problems.contains(&problem)).then(|| problem.clone()));
+                state.problems = vec![problem];
+            }
             self.files.insert(path, state);
         }
         changed
+    }
+
+    /// A file has just gone, and whether it stays so is worth another look after [`GONE`].
+    pub(crate) fn waits(&self) -> bool {
+        self.waits
     }
 
     /// A trust domain that is not the CA's.

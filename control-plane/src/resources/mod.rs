@@ -23,7 +23,7 @@ use sheetbend_control_plane_client::model::{
     Transport,
 };
 
-pub(crate) use folder::Folder;
+pub(crate) use folder::{Folder, GONE};
 pub use parse::Problem;
 pub(crate) use parse::suggestion;
 pub(crate) use precedence::{Rank, Ranked, in_order_of_age};

@@ -119,6 +119,12 @@ impl<'a, T: Copy> About<'a, T> {
             }
             if targets.is_empty() {
                 about.namespaces.entry(&object.namespace).or_default().push(what);
+                // Proxies of its Services may be known by names of other namespaces.
+                let of_here = accounts.iter().filter(|(service, _)| service.namespace == object.namespace);
+                let elsewhere = of_here.flat_map(|(_, names)| names).filter(|name| name.namespace != object.namespace);
+                for name in elsewhere.collect::<BTreeSet<_>>() {
+                    about.services.entry(name).or_default().push(what);
+                }
             }
         }
         about

@@ -1,12 +1,12 @@
 use sheetbend_control_plane_client::model::{
-    Abort, DefaultAccess, Fault, Match, PathMatch, TokenIssuer, TrafficLimits, Transport,
+    Abort, Action, AuthorizationPolicy, DefaultAccess, Fault, Match, PathMatch, TokenIssuer, TrafficLimits, Transport,
 };
 
 use super::*;
 use crate::registry::Instance;
 use crate::resources::{
-    FaultTarget, Faults, Limit, Parent, Ranked, Route, RouteBackend, RouteRule, RouteTarget, Service, Settings, Slice,
-    TCP_ROUTE, TLS_ROUTE, Tokens,
+    Authorization, FaultTarget, Faults, Limit, Parent, Ranked, Route, RouteBackend, RouteRule, RouteTarget, Service,
+    Settings, Slice, TCP_ROUTE, TLS_ROUTE, Tokens,
 };
 use sheetbend_control_plane_client::registration::RegisteredPort;
 
@@ -340,4 +340,61 @@ fn what_a_service_says_of_an_issuer_hides_what_its_namespace_says_of_the_same() 
     let world = world(&[registered("web", [127, 0, 0, 1], 8000, 41000)], &resources);
     assert_eq!(world.inbound(&name("web")).access.issuers, [own, other.clone()]);
     assert_eq!(world.inbound(&name("api")).access.issuers, [weak, other]);
+}
+
+fn authorization(object: &str, namespace: &str, targets: Vec<Parent>) -> Resource {
+    let object = ServiceName { namespace: namespace.into(), ..name(object) };
+    let policy = AuthorizationPolicy {
+        name: format!("{namespace}/{}", object.service).into(),
+        action: Action::Deny,
+        ..AuthorizationPolicy::default()
+    };
+    Resource::Authorization(Authorization { object, targets, policy: policy.into() })
+}
+
+/// The names of the policies that a service's proxies are told.
+fn policies(world: &World, service: &str, namespace: &str) -> Vec<String> {
+    let service = ServiceName { namespace: namespace.into(), ..name(service) };
+    world.inbound(&service).access.policies.iter().map(|policy| policy.name.to_string()).collect()
+}
+
+#[test]
+fn a_policy_holds_for_its_targets_or_for_all_of_its_namespace_and_for_nobody_else() {
+    let resources = [
+        authorization("of-web", "default", vec![about("web")]),
+        authorization("of-both", "default", vec![about("web"), about("api"), about("web")]),
+        authorization("of-all", "default", vec![]),
+        authorization("elsewhere", "other", vec![]),
+    ];
+    let world = world(&[registered("web", [127, 0, 0, 1], 8000, 41000)], &resources);
+    assert_eq!(policies(&world, "web", "default"), ["default/of-all", "default/of-both", "default/of-web"]);
+    assert_eq!(policies(&world, "api", "default"), ["default/of-all", "default/of-both"]);
+    assert_eq!(policies(&world, "new", "default"), ["default/of-all"], "before anybody knows of it");
+    assert_eq!(policies(&world, "web", "other"), ["other/elsewhere"]);
+    assert_eq!(policies(&world, "web", "third"), [""; 0]);
+}
+
+#[test]
+fn a_proxy_is_held_to_what_its_service_is_held_to_whatever_its_identity_is_called() {
+    let slice = |account: &str| {
+        Resource::Slice(Slice {
+            object: name(&account.replace('/', "-")),
+            service: name("web"),
+            transport: Transport::Sheetbend(format!("spiffe://cluster.local/ns/{account}").parse().unwrap()),
+            ports: vec![crate::resources::SlicePort { name: "".into(), port: 80, protocol: AppProtocol::Detect }],
+            endpoints: vec![],
+        })
+    };
+    let resources = [
+        slice("default/sa/shop"),
+        slice("pods/sa/runner"),
+        authorization("of-web", "default", vec![about("web")]),
+        authorization("of-all", "default", vec![]),
+        authorization("of-pods", "pods", vec![]),
+    ];
+    let world = world(&[], &resources);
+    assert_eq!(policies(&world, "shop", "default"), ["default/of-all", "default/of-web"]);
+    let all = ["default/of-all", "default/of-web", "pods/of-pods"];
+    assert_eq!(policies(&world, "runner", "pods"), all, "its identity is in another namespace than its Service");
+    assert_eq!(policies(&world, "other", "pods"), ["pods/of-pods"]);
 }

@@ -130,6 +130,8 @@ fn location(
     let well_known = if scheme == "https" { 443 } else { 80 };
     let port = port.filter(|port| *port != well_known).map(|port| format!(":{port}")).unwrap_or_default();
     let path = match &redirect.path {
+        // The server as a whole has no path.
+        _ if uri.path() == "*" => String::new(),
         Some(edit) => edited(uri.path(), edit, prefix),
         None => uri.path().to_string(),
     };
@@ -138,8 +140,11 @@ fn location(
     Some((StatusCode::from_u16(redirect.status_code).ok()?, location))
 }
 
-/// The same target with another path.
+/// The same target with another path; nothing of `OPTIONS *`, which has none (RFC 9110 §9.3.7).
 fn with_path(uri: &Uri, edit: &PathEdit, prefix: usize) -> Option<Uri> {
+    if uri.path() == "*" {
+        return None;
+    }
     let mut target = edited(uri.path(), edit, prefix);
     if let Some(query) = uri.query() {
         target.push('?');
@@ -244,6 +249,24 @@ mod tests {
                 let status = StatusCode::from_u16(status_code).unwrap();
                 assert_eq!(filtered, Filtered::Answer(status, wanted.parse().unwrap()), "{redirect:?} {authority}");
             }
+        }
+    }
+
+    #[test]
+    fn what_asks_of_the_server_as_a_whole_has_no_path_to_edit() {
+        let mut authority = Authority::from_static("web");
+        for path in [prefix("/xyz"), full("/xyz")] {
+            let filters =
+                Filters { rewrite: Some(Rewrite { path: path.clone(), hostname: None }), ..Filters::default() };
+            let mut head = head("*");
+            let rewritten = RuleFilters::new(&filters).unwrap().apply(&mut head, &mut authority, 0);
+            assert_eq!((rewritten, head.uri.path()), (Filtered::Continue, "*"));
+            let redirect =
+                Redirect { path, hostname: Some("a.example".into()), scheme: None, port: None, status_code: 302 };
+            let filters = Filters { redirect: Some(redirect), ..Filters::default() };
+            let answered = RuleFilters::new(&filters).unwrap().apply(&mut head, &mut authority, 0);
+            let location = HeaderValue::from_static("http://a.example");
+            assert_eq!(answered, Filtered::Answer(StatusCode::FOUND, location));
         }
     }
 

@@ -140,6 +140,27 @@ impl Explained {
     }
 }
 
+/// How the rule is called that stands for none, where a route has no rule for a request.
+pub const NO_RULE: &str = "#no-rule";
+
+/// Whatever strangers sent, nothing in it reaches a terminal but letters: what could move its cursor, turn a line round or hide
+/// a part of it is shown in JSON's form, `\u009b`.
+pub fn plain(text: &str) -> String {
+    use std::fmt::Write;
+
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c == '\n' || !c.is_control() && (c.is_ascii() || c.is_alphanumeric()) {
+            out.push(c);
+            continue;
+        }
+        for unit in c.encode_utf16(&mut [0; 2]) {
+            let _ = write!(out, "\\u{unit:04x}");
+        }
+    }
+    out
+}
+
 /// A record in words, one decision a line, in their order.
 pub fn text(record: &Value) -> String {
     let word = |value: &Value| match value {
@@ -156,7 +177,13 @@ pub fn text(record: &Value) -> String {
         lines.push(format!("  caller     {}", of("source")));
     }
     lines.push(match record["rule"].is_null() {
-        true => format!("  routed     to {} for {}: no rule takes it", of("destination"), of("target")),
+        true => format!("  routed     to {} for {}", of("destination"), of("target")),
+        false if word(&record["rule"]["name"]).ends_with(NO_RULE) => format!(
+            "  routed     to {} for {}: no rule takes it ({})",
+            of("destination"),
+            of("target"),
+            word(&record["rule"]["place"])
+        ),
         false => format!(
             "  routed     to {} for {} by rule {} ({})",
             of("destination"),
@@ -197,7 +224,7 @@ pub fn text(record: &Value) -> String {
     let grpc = record["grpc_status"].as_u64().map(|code| format!(", gRPC {code}")).unwrap_or_default();
     lines.push(format!("  ended      status {}{grpc}, flags {}, after {} ms", of("status"), of("flags"), of("ms")));
     lines.push(format!("  ended by   {}", of("ended_by")));
-    lines.join("\n") + "\n"
+    plain(&(lines.join("\n") + "\n"))
 }
 
 #[cfg(test)]
@@ -216,6 +243,22 @@ mod tests {
         assert_eq!(explained.of("r4999").len(), 1);
         assert!(explained.of("r0").is_empty());
         assert_eq!(explained.list()["requests"][0]["request_id"], "r4999");
+    }
+
+    #[test]
+    fn no_rule_is_said_where_a_route_has_none_and_nowhere_else() {
+        let said = |record: Value| text(&record).lines().find(|line| line.contains("routed")).unwrap().to_string();
+        let record = |rule: Value| json!({ "destination": "web.default:80", "target": "web:80", "rule": rule });
+        assert_eq!(said(record(Value::Null)), "  routed     to web.default:80 for web:80");
+        let rule = |name: &str| record(json!({ "name": name, "place": "a.yaml:7" }));
+        assert!(said(rule("default/r#no-rule")).ends_with("for web:80: no rule takes it (a.yaml:7)"));
+        assert!(said(rule("default/r#0")).ends_with("for web:80 by rule default/r#0 (a.yaml:7)"));
+    }
+
+    #[test]
+    fn what_a_stranger_sent_does_not_reach_a_terminal_as_it_is() {
+        let told = text(&json!({ "path": "/\u{9b}2J\u{202e}\u{1b}[1m\n\u{200b}/ä" }));
+        assert!(told.contains("/\\u009b2J\\u202e\\u001b[1m"), "{told}");
     }
 
     #[test]

@@ -381,3 +381,34 @@ fn a_route_with_which_a_port_has_more_matches_than_proxies_take_is_refused_and_w
     write("a.yaml", route("one", "", 999));
     assert_eq!(folder.reload(Instant::now()).unwrap(), (true, Vec::new()), "now there is room");
 }
+
+#[test]
+fn a_file_that_is_written_anew_under_its_name_says_what_it_said_meanwhile() {
+    let (dir, mut folder) = folder();
+    let (file, other) = (dir.path().join("deny.yaml"), dir.path().join("other.yaml"));
+    fs::write(&file, deny("deny-x")).unwrap();
+    fs::write(&other, SERVICE).unwrap();
+    let now = Instant::now();
+    folder.reload(now).unwrap();
+    let both = ["AuthorizationPolicy default/deny-x", "Service default/web"];
+    for round in 1..=2 {
+        let now = now + round * 10 * GONE;
+        let away = dir.path().join("deny.yaml~");
+        fs::rename(&file, &away).unwrap();
+        assert_eq!(folder.reload(now).unwrap(), (false, Vec::new()));
+        assert!(folder.waits() && keys(&folder) == both);
+        fs::rename(&away, &file).unwrap();
+        assert_eq!(folder.reload(now + GONE).unwrap(), (false, Vec::new()));
+        assert!(!folder.waits() && keys(&folder) == both, "it is there again");
+    }
+    let now = now + 100 * GONE;
+    fs::remove_file(&file).unwrap();
+    assert_eq!(folder.reload(now).unwrap(), (false, Vec::new()));
+    assert_eq!(folder.reload(now + GONE).unwrap(), (true, Vec::new()));
+    assert_eq!((keys(&folder).len(), folder.files().len()), (1, 1));
+    // Under another name it is there at once.
+    let new = dir.path().join("new.yaml");
+    fs::rename(&other, &new).unwrap();
+    assert_eq!(folder.reload(now).unwrap(), (true, Vec::new()));
+    assert_eq!((keys(&folder).len(), folder.files().len(), folder.waits()), (1, 1, false));
+}
