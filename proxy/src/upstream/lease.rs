@@ -180,9 +180,10 @@ impl Lease {
     /// A deadline passed, there or here.
     pub(crate) fn expired(&mut self) {
         let now = self.endpoint.now();
-        let waited = now.saturating_sub(self.began);
-        self.endpoint.vitals.load.longer_than(waited, now);
-        match blames(self.deadline.map(Deadline::set_by), waited) && !self.waits_for_caller() {
+        self.endpoint.vitals.load.longer_than(now.saturating_sub(self.began), now);
+        // What it took to connect is a part of the time that it had.
+        let had = now.saturating_sub(self.sent.at);
+        match blames(self.deadline.map(Deadline::set_by), had) && !self.waits_for_caller() {
             true => self.failed(Fault::LocalOrigin),
             false => self.report(Outcome::Unknown),
         }
@@ -257,12 +258,12 @@ impl Drop for Lease {
 
 /// Whether a deadline that passed speaks against an endpoint: where the mesh's operator set it, and it had time enough. Whoever
 /// calls can ask for less than what a healthy method takes, as often as it likes.
-fn blames(set_by: Option<SetBy>, waited: Duration) -> bool {
-    /// A shorter time is too short to say anything.
-    const ENOUGH: Duration = Duration::from_secs(1);
+fn blames(set_by: Option<SetBy>, had: Duration) -> bool {
+    /// A shorter time is too short to say anything: a second of a route, but for what passed before it was picked.
+    const ENOUGH: Duration = Duration::from_millis(950);
     match set_by {
         Some(SetBy::GrpcTimeout | SetBy::Expected) => false,
-        Some(SetBy::Route) | None => waited >= ENOUGH,
+        Some(SetBy::Route) | None => had >= ENOUGH,
     }
 }
 
@@ -335,8 +336,8 @@ mod tests {
         for set_by in [SetBy::GrpcTimeout, SetBy::Expected] {
             assert!(!blames(Some(set_by), long), "{set_by}");
         }
-        assert!(blames(Some(SetBy::Route), Duration::from_secs(1)));
-        assert!(!blames(Some(SetBy::Route), Duration::from_millis(999)));
+        assert!(blames(Some(SetBy::Route), Duration::from_millis(990)));
+        assert!(!blames(Some(SetBy::Route), Duration::from_millis(900)));
         assert!(blames(None, long), "by its own word");
     }
 }

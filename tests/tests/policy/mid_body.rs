@@ -72,7 +72,7 @@ async fn an_endpoint_that_breaks_off_its_answers_is_ejected() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_endpoint_whose_answers_are_not_whole_when_their_time_is_over_is_ejected() {
-    is_ejected(half(true).await, "", "timeouts: {request: 1s}").await;
+    is_ejected(half(true).await, "", "timeouts: {request: 1500ms}").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
