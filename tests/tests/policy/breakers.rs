@@ -111,6 +111,16 @@ async fn the_command_line_ejects_and_restores() {
     let shown = mesh.finish(["breakers", "--proxy", &proxy]).ok();
     assert!(shown.lines().any(|line| line.contains(&first) && line.contains("operator")), "{shown}");
 
+    // Where nobody answers, the others are shown all the same.
+    const NOBODY: &str = "http://127.0.0.1:1";
+    let shown = mesh.finish(["breakers", "--proxy", NOBODY, &proxy]);
+    assert!(shown.status.success() && shown.stdout.contains(&first), "{}", shown.stdout);
+    assert!(shown.stderr.starts_with(NOBODY), "{}", shown.stderr);
+    let listed = mesh.finish(["explain", "--latest", "--proxy", NOBODY, &proxy]);
+    assert!(listed.status.success() && listed.stderr.starts_with(NOBODY), "{}", listed.stderr);
+    let none = finish(mesh.sheetbend(["breakers", "--proxy", NOBODY]), START);
+    assert_eq!(none.status.code(), Some(1), "{}", none.stderr);
+
     let refused = finish(mesh.sheetbend(["breakers", "eject", &second, "--proxy", &proxy]), START);
     assert_eq!(refused.status.code(), Some(1), "{}", refused.stderr);
     assert!(refused.stderr.contains("too few would be left"), "{}", refused.stderr);
