@@ -281,8 +281,8 @@ impl<'a> Parts<'a> {
     pub(super) fn mesh(&self, inputs: &Inputs<'_>, ports: &BTreeMap<ServicePort, PortParts>) -> Mesh {
         let mut ranges: Vec<ipnet::IpNet> = self.settings.iter().flat_map(|s| s.mesh_ranges.iter().copied()).collect();
         ranges.extend(self.services.values().flat_map(|s| s.cluster_ips.iter().map(|ip| ipnet::IpNet::from(*ip))));
-        ranges.sort_unstable();
-        ranges.dedup();
+        // Those within another one add nothing, and neighbours are one: proxies take so many and no more.
+        let ranges = ipnet::IpNet::aggregate(&ranges);
         let namespaces: HashSet<&str> = ports.keys().map(|name| &*name.service.namespace).collect();
         let mut domains: Vec<Arc<str>> = vec!["svc".into(), "svc.cluster.local".into(), "default".into()];
         domains.push(format!("svc.{}", inputs.trust_domain).into());

@@ -398,3 +398,27 @@ fn a_proxy_is_held_to_what_its_service_is_held_to_whatever_its_identity_is_calle
     assert_eq!(policies(&world, "runner", "pods"), all, "its identity is in another namespace than its Service");
     assert_eq!(policies(&world, "other", "pods"), ["pods/of-pods"]);
 }
+
+#[test]
+fn services_with_addresses_within_the_ranges_of_the_mesh_add_none() {
+    let service = |number: u8| {
+        let cluster_ips = vec![[10, 96, number, 1].into(), [192, 0, 2, number].into()];
+        Resource::Service(Service {
+            name: name(&format!("s{number}")),
+            cluster_ips,
+            ports: vec![],
+            external_name: None,
+        })
+    };
+    let mut resources: Vec<Resource> = (0..=255).map(service).collect();
+    resources.push(Resource::Settings(Settings {
+        object: name("mesh"),
+        trust_domain: None,
+        mesh_ranges: vec!["10.96.0.0/12".parse().unwrap()],
+        allowed_addresses: Vec::new(),
+        outbound_policy: None,
+        default_inbound_policy: None,
+    }));
+    let ranges: Vec<String> = world(&[], &resources).mesh.ranges.iter().map(ToString::to_string).collect();
+    assert_eq!(ranges, ["10.96.0.0/12", "192.0.2.0/24"]);
+}
