@@ -32,8 +32,8 @@ use crate::model::{
 pub const MAX_ENDPOINTS: usize = 10_000;
 /// The longest name, path or value that is kept.
 pub const MAX_TEXT: usize = 4_096;
-/// Address ranges of a mesh, and its domains. Every Service may have an address of its own that is in no other range; who
-/// looks through all of them takes 20 µs, for a destination that nobody knows.
+/// Address ranges of a mesh, and its domains. Every Service may have an address of its own that is in no other range; all are
+/// looked through for a destination that nobody knows, and for no other.
 pub const MAX_RANGES: usize = 10_000;
 
 /// One resource of our stream, decoded.
