@@ -178,9 +178,8 @@ impl Way<'_> {
         (time, idle): (Option<Duration>, Option<&mut Idle>),
         outgoing: &mut Outgoing<'_>,
     ) -> Result<(Response<Incoming>, Checkout), Error> {
-        let mut stage = Stage::Waits;
         let fired = {
-            let exchange = pin!(self.exchange(lease, wire, reuse, &mut stage, outgoing));
+            let exchange = pin!(self.exchange(lease, wire, reuse, outgoing));
             match (time, idle) {
                 (None, None) => return exchange.await,
                 // Allocates where a route asks for it.
@@ -190,29 +189,24 @@ impl Way<'_> {
                 },
             }
         };
-        match stage {
-            // One connection that takes long is one fault, however many wait for it.
-            Stage::Waits => lease.waited(),
-            Stage::Dials | Stage::Sent => lease.too_slow(),
-        }
+        lease.too_slow();
         match fired {
             Timer::Idle(time) => Err(Error::Idle(time)),
             Timer::PerTry(within) => {
                 self.telemetry.count(Counter::TimeoutPerTry);
-                let sent = stage == Stage::Sent;
+                let sent = lease.stage() == Stage::Sent;
                 let processed = if sent { Processed::Maybe } else { Processed::No(Counter::RetriedTimeout) };
                 Err(Error::TooSlow { endpoint: lease.endpoint.place.clone(), within, processed })
             }
         }
     }
 
-    /// A request, and the head of its answer. `stage` tells how far it has come.
+    /// A request, and the head of its answer.
     async fn exchange(
         &self,
         lease: &mut Lease,
         wire: Wire,
         reuse: Reuse,
-        stage: &mut Stage,
         outgoing: &mut Outgoing<'_>,
     ) -> Result<(Response<Incoming>, Checkout), Error> {
         let endpoint = &Arc::clone(&lease.endpoint);
@@ -232,10 +226,10 @@ impl Way<'_> {
                     endpoint.bounds.take(Limit::Pending).map(|pending| (pending, of_route)).ok_or_else(full)
                 });
                 let _pending = pending.inspect_err(|_| lease.unreachable(&DialError::Overflow(Limit::Pending)))?;
-                let checkout = self.pool.checkout(endpoint, (wire, reuse), stage, self.identity, self.telemetry);
+                let checkout = self.pool.checkout(lease, (wire, reuse), self.identity, self.telemetry);
                 match checkout.boxed().await {
                     Ok(connected) => {
-                        lease.dialed();
+                        lease.connects();
                         connected
                     }
                     Err(source) => {
@@ -246,7 +240,7 @@ impl Way<'_> {
             }
         };
         let request = self.request(outgoing, sender.wire(), endpoint.is_ours())?;
-        *stage = Stage::Sent;
+        lease.sends();
         match sender.send(request).await {
             Ok(answer) => Ok((answer, checkout.holding(sender))),
             Err(_) if checkout.is_misunderstood() => {
@@ -298,6 +292,11 @@ impl Way<'_> {
         };
         Some(retry::decide(&attempt, rand::random(), is_granted))
     }
+}
+
+/// Whether something of a body is to come.
+fn has_more(body: &Incoming) -> bool {
+    !body.is_end_stream() && body.size_hint().exact() != Some(0)
 }
 
 /// Whether a request may have an HTTP/1.1 connection for itself.
@@ -354,7 +353,7 @@ fn judged(
         _ if status == Some(headers::GRPC_DEADLINE_EXCEEDED) || late => lease.expired(),
         Some(unsent) if *unsent == headers::SHED => lease.shed(),
         Some(unsent) if *unsent == headers::NOT_HTTP2 => lease.misunderstood(),
-        _ => more = lease.answered(says(head.status, status), ended.is_none() && !body.is_end_stream()),
+        _ => more = lease.answered(says(head.status, status), ended.is_none() && has_more(&body)),
     }
     let lease = more.then_some(lease);
     if head.status == StatusCode::SWITCHING_PROTOCOLS {

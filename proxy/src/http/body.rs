@@ -252,6 +252,7 @@ impl Keeper {
         kept.frames.as_ref()?;
         kept.attempt += 1;
         kept.waits.take().into_iter().for_each(Waker::wake);
+        kept.passing.passed.waited_for.store(false, Relaxed);
         Some(RequestBody::Kept(Attempt { shared: Arc::clone(&self.shared), at: 0, number: kept.attempt }))
     }
 

@@ -11,6 +11,17 @@ use crate::http::headers;
 use crate::traffic::breaker::Admitted;
 use crate::traffic::outlier::{Fault, Outcome, Picked, Sent, State};
 
+/// How far a request has come on its way to an endpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// It waits: for its turn, for room, for what somebody else dials.
+    Waits,
+    /// A connection is made for it.
+    Dials,
+    /// It may have an effect.
+    Sent,
+}
+
 /// The use of an endpoint, which hears of it once: with the end of the answer, with what failed, or, when this is dropped
 /// before, that somebody gave up. Whoever is being tried has passed with the head of its answer; if that breaks off later,
 /// it is one failure more.
@@ -22,12 +33,15 @@ pub struct Lease {
     admitted: Option<Admitted>,
     /// On the clock of the endpoint.
     began: Duration,
+    stage: Stage,
+    /// When it first was the endpoint that was waited for.
+    asked: Duration,
     deadline: Option<Deadline>,
     /// What passes of the request's body, where there is one.
     request: Option<Arc<Passed>>,
     reported: bool,
-    /// The answer has begun.
-    head_came: bool,
+    /// When the answer began.
+    headed: Option<Duration>,
     /// And something of its body came.
     moved: bool,
 }
@@ -41,10 +55,12 @@ impl Lease {
             sent,
             admitted,
             began: now,
+            stage: Stage::Waits,
+            asked: now,
             deadline: None,
             request: None,
             reported: false,
-            head_came: false,
+            headed: None,
             moved: false,
         }
     }
@@ -55,9 +71,27 @@ impl Lease {
         Self::of(endpoint, Picked { at: 0, probe: false }, None, now)
     }
 
-    /// A connection was made for it. What that took says nothing of how soon the endpoint answers.
-    pub(crate) fn dialed(&mut self) {
+    /// How far the request has come.
+    pub(crate) fn stage(&self) -> Stage {
+        self.stage
+    }
+
+    /// A connection is made for it.
+    pub(super) fn dials(&mut self) {
+        (self.stage, self.asked) = (Stage::Dials, self.endpoint.now());
+    }
+
+    /// It has a connection that it had to wait for. What that took says nothing of how soon the endpoint answers.
+    pub(crate) fn connects(&mut self) {
         self.began = self.endpoint.now();
+        if self.stage == Stage::Waits {
+            self.asked = self.began;
+        }
+    }
+
+    /// It may have an effect from now on.
+    pub(crate) fn sends(&mut self) {
+        self.stage = Stage::Sent;
     }
 
     /// When the caller will no longer care, and what passes of its request.
@@ -75,19 +109,37 @@ impl Lease {
         }
         let now = self.endpoint.now();
         self.endpoint.vitals.load.sample(now.saturating_sub(self.began), now);
-        self.head_came = true;
+        self.headed = Some(now);
         // Nobody waits for the end of a stream to learn whether an endpoint is back. Whether one that serves is in doubt
         // for a reason, only the end shows.
         let tries = self.sent.probe && self.endpoint.vitals.state() == State::Probing;
         if !more || tries || self.admitted.is_some_and(Admitted::is_trial) {
             self.report(Outcome::Good);
+        } else if self.sent.probe {
+            self.leave_question();
         }
         more
     }
 
-    /// Something of the answer's body came.
+    /// Others may ask what it was to find out, for as long as it takes.
+    fn leave_question(&mut self) {
+        if let Some(floor) = &self.endpoint.floor {
+            floor.report(&self.endpoint.vitals, self.sent, Outcome::Unknown, self.endpoint.now(), rand::random);
+        }
+        self.sent.probe = false;
+    }
+
+    /// Something of the answer's body came. One that goes on for long has gone well so far: if it breaks off later, that is
+    /// one failure more.
     pub(crate) fn moved(&mut self) {
+        const LONG: Duration = Duration::from_secs(1);
+        if self.reported {
+            return;
+        }
         self.moved = true;
+        if self.headed.is_some_and(|headed| self.endpoint.now().saturating_sub(headed) >= LONG) {
+            self.report(Outcome::Good);
+        }
     }
 
     /// The whole answer came.
@@ -179,10 +231,13 @@ impl Lease {
 
     /// A deadline passed, there or here.
     pub(crate) fn expired(&mut self) {
+        if self.stage == Stage::Waits {
+            return self.waited();
+        }
         let now = self.endpoint.now();
         self.endpoint.vitals.load.longer_than(now.saturating_sub(self.began), now);
         // What it took to connect is a part of the time that it had.
-        let had = now.saturating_sub(self.sent.at);
+        let had = now.saturating_sub(self.asked);
         match blames(self.deadline.map(Deadline::set_by), had) && !self.waits_for_caller() {
             true => self.failed(Fault::LocalOrigin),
             false => self.report(Outcome::Unknown),
@@ -197,6 +252,9 @@ impl Lease {
     /// It took longer for the head of its answer than an attempt may take, or nothing moved for longer than may be: by the
     /// route's word, and not by its caller's.
     pub(crate) fn too_slow(&mut self) {
+        if self.stage == Stage::Waits {
+            return self.waited();
+        }
         let now = self.endpoint.now();
         self.endpoint.vitals.load.longer_than(now.saturating_sub(self.began), now);
         match self.waits_for_caller() {
@@ -210,8 +268,9 @@ impl Lease {
         self.request.as_ref().is_some_and(|request| request.is_waited_for())
     }
 
-    /// It has waited, as long as an attempt may take, for a connection that was not its to make.
-    pub(crate) fn waited(&mut self) {
+    /// Its time was over while it waited for its turn, or for room: one connection that takes long is one fault, however many
+    /// wait for it.
+    fn waited(&mut self) {
         let now = self.endpoint.now();
         self.endpoint.vitals.load.longer_than(now.saturating_sub(self.began), now);
         self.report(Outcome::Unknown);
@@ -244,7 +303,7 @@ impl Drop for Lease {
         if self.reported {
             return;
         }
-        if self.head_came {
+        if self.headed.is_some() {
             return self.report(if self.moved { Outcome::Good } else { Outcome::Unknown });
         }
         if self.deadline.is_some_and(|deadline| deadline.left().is_zero()) {
@@ -283,6 +342,7 @@ mod tests {
     fn begun(endpoint: &Arc<EndpointState>) -> Lease {
         let picked = Picked { at: 0, probe: false };
         let mut lease = Lease::of(Arc::clone(endpoint), picked, None, endpoint.now());
+        lease.sends();
         assert!(lease.answered(Ok(()), true));
         lease
     }
@@ -328,6 +388,50 @@ mod tests {
         lease.moved();
         drop(lease);
         assert_eq!(heard(&endpoint), (1, 0, 0));
+    }
+
+    /// An endpoint that has been known for ten seconds.
+    fn known() -> Arc<EndpointState> {
+        let epoch = std::time::Instant::now() - Duration::from_secs(10);
+        let endpoints = Endpoints { epoch, ..Endpoints::default() };
+        let backend = ClusterName::from("web.default:80");
+        endpoints.at(Place::Address(([127, 0, 0, 1], 80).into()), Transport::Plain, None, Some(&backend))
+    }
+
+    #[tokio::test]
+    async fn whoever_had_no_connection_in_time_holds_it_against_the_endpoint_only_if_that_was_asked() {
+        let endpoint = known();
+        let over = || {
+            let picked = Picked { at: 0, probe: false };
+            let mut lease = Lease::of(Arc::clone(&endpoint), picked, None, Duration::ZERO);
+            lease.until(Deadline::of_route(std::time::Instant::now(), Duration::ZERO, false), None);
+            lease
+        };
+        drop(over());
+        over().too_slow();
+        let mut late = over();
+        late.connects();
+        late.sends();
+        drop(late);
+        assert_eq!(heard(&endpoint), (0, 0, 0), "all of them waited for room");
+        let mut sent = over();
+        sent.sends();
+        drop(sent);
+        assert_eq!(heard(&endpoint), (1, 1, 1));
+    }
+
+    #[test]
+    fn an_answer_that_goes_on_for_long_has_gone_well_and_its_break_is_one_failure_more() {
+        let endpoint = known();
+        let mut lease = begun(&endpoint);
+        lease.moved();
+        assert_eq!(heard(&endpoint), (0, 0, 0), "it has only just begun");
+        lease.headed = Some(Duration::ZERO);
+        lease.moved();
+        lease.moved();
+        assert_eq!(heard(&endpoint), (1, 0, 0));
+        lease.too_slow();
+        assert_eq!(heard(&endpoint), (2, 1, 1));
     }
 
     #[test]

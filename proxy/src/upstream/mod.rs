@@ -34,10 +34,10 @@ use sheetbend_control_plane_client::model::{ClusterName, RateLimit, RetryConstra
 pub use bounds::{Bounds, Permit};
 pub use dial::{BoxIo, DialError, Io};
 pub(crate) use dial::{Dialed, dial};
-pub use lease::Lease;
+pub use lease::{Lease, Stage};
 pub(crate) use own::{Entering, Own};
 pub(crate) use pool::Pooled;
-pub use pool::{Checkout, Pool, Reuse, Stage};
+pub use pool::{Checkout, Pool, Reuse};
 pub(crate) use sender::HEADERS;
 pub use sender::{SendError, Sender, Wire};
 pub(crate) use windows::{STREAMS, Windows};

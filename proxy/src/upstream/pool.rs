@@ -15,7 +15,7 @@ use tokio::time::MissedTickBehavior;
 use super::first_word::{FirstWord, Word};
 use super::sender::{Sender, Wire, connect_h2, until_over};
 use super::turn::{Turn, Turns, WAITS};
-use super::{Bounds, DialError, Dialed, EndpointState, Own, Permit, STREAMS, dial};
+use super::{Bounds, DialError, Dialed, EndpointState, Lease, Own, Permit, STREAMS, dial};
 use crate::http::body::RequestBody;
 use crate::rest::Rest;
 use crate::telemetry::Telemetry;
@@ -58,17 +58,6 @@ pub enum Reuse {
     Recent,
     /// None: it is to be new.
     Never,
-}
-
-/// How far a request has come on its way to an endpoint.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stage {
-    /// It waits: for its turn, for room, for what somebody else dials.
-    Waits,
-    /// A connection is made for it.
-    Dials,
-    /// It may have an effect.
-    Sent,
 }
 
 /// A connection that waits for its next request.
@@ -264,7 +253,7 @@ impl Checkout {
                     Ok((sender, self))
                 }
                 Err(error) => Err(match turn {
-                    Some(turn) => turn.fail(error),
+                    Some(turn) => turn.fail(error, !tell.is_closed()),
                     None => error,
                 }),
             };
@@ -380,27 +369,26 @@ impl Pool {
         Some((sender, checkout))
     }
 
-    /// A connection to `endpoint`, kept or new. `stage` tells whether it is this request that one is made for.
+    /// A connection to the endpoint of `lease`, kept or new.
     ///
     /// An endpoint that is not ours and is asked for [`Wire::Http2`] chooses: what comes back may be [`Sender::Http1`].
     pub async fn checkout(
         self: &Arc<Self>,
-        endpoint: &Arc<EndpointState>,
+        lease: &mut Lease,
         (wire, reuse): (Wire, Reuse),
-        stage: &mut Stage,
         identity: &Arc<IdentityStore>,
         telemetry: &Arc<Telemetry>,
     ) -> Result<(Sender, Checkout), DialError> {
-        let mut checkout = Checkout::begin(self, endpoint);
+        let mut checkout = Checkout::begin(self, &lease.endpoint);
         self.sweep();
         if let Some(sender) = self.take(wire, reuse, &mut checkout) {
             return Ok((sender, checkout));
         }
-        let turn = match self.turns(endpoint).filter(|_| wire == Wire::Http2) {
+        let mut turn = match self.turns(&lease.endpoint).filter(|_| wire == Wire::Http2) {
             Some(turns) => Some(turns.take().await?),
             None => None,
         };
-        if let Some(turn) = &turn {
+        if let Some(turn) = &mut turn {
             // Whoever had the turn before may have dialed what serves us too, or may have failed for us too.
             if let Some(sender) = self.take(wire, reuse, &mut checkout) {
                 return Ok((sender, checkout));
@@ -412,11 +400,11 @@ impl Pool {
         match self.room(wire, reuse, &mut checkout).await {
             Ok(Room::Ready(sender)) => Ok((sender, checkout)),
             Ok(Room::ToDial(permit)) => {
-                *stage = Stage::Dials;
+                lease.dials();
                 checkout.dialed(wire, permit, turn, identity, telemetry).await
             }
             Err(error) => Err(match turn {
-                Some(turn) => turn.fail(error),
+                Some(turn) => turn.fail(error, true),
                 None => error,
             }),
         }
