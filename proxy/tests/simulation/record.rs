@@ -36,8 +36,9 @@ pub(crate) struct Record {
     reached: Vec<Vec<Duration>>,
     /// When each server was ejected by somebody.
     ejected: Vec<Vec<Duration>>,
-    /// Seconds of endpoints of which a proxy saw enough: how often it judged them, and how often wrongly.
-    verdicts: (u32, u32),
+    /// Seconds of endpoints of which a proxy saw enough: how often it judged them, and how often wrongly; the bad ones, and
+    /// the good ones.
+    verdicts: [(usize, usize); 2],
     /// What must never be, and was.
     wrong: Vec<String>,
 }
@@ -46,7 +47,7 @@ impl Record {
     pub(crate) fn new(servers: usize) -> Self {
         let each = vec![Vec::new(); servers];
         let (asked, reached) = (each.clone(), each.clone());
-        Self { calls: Vec::new(), asked, reached, ejected: each, verdicts: (0, 0), wrong: Vec::new() }
+        Self { calls: Vec::new(), asked, reached, ejected: each, verdicts: [(0, 0); 2], wrong: Vec::new() }
     }
 
     pub(crate) fn ended(&mut self, begun: Duration, at: Duration, attempts: u32, end: End) {
@@ -91,15 +92,18 @@ impl Record {
     pub(crate) fn look(&mut self, now: Duration, proxies: &[Proxy], servers: &[Server]) {
         for proxy in proxies {
             self.check_floor(now, proxy);
-            for (at, server) in servers.iter().enumerate().filter(|(at, _)| proxy.seen(*at, now) >= 20) {
+            let servers =
+                servers.iter().enumerate().filter(|(_, server)| now >= server.since + server.conduct.seen_within());
+            for (at, server) in servers.filter(|(at, _)| proxy.seen(*at, now) >= 20) {
                 let Some(good) = server.conduct.truly() else { continue };
                 let wrong = match proxy.state(at) {
                     State::Serving => !good,
                     State::Ejected { .. } => good,
                     State::Probing | State::Ramping { .. } => false,
                 };
-                self.verdicts.0 += 1;
-                self.verdicts.1 += u32::from(wrong);
+                let verdicts = &mut self.verdicts[usize::from(good)];
+                verdicts.0 += 1;
+                verdicts.1 += usize::from(wrong);
             }
         }
     }
@@ -149,8 +153,8 @@ impl Record {
         self.asked[server].iter().copied().find(|at| *at >= from)
     }
 
-    /// Verdicts about endpoints, and wrong ones.
-    pub(crate) fn verdicts(&self) -> (u32, u32) {
+    /// Verdicts about endpoints that are bad, and about those that are good: all, and the wrong ones.
+    pub(crate) fn verdicts(&self) -> [(usize, usize); 2] {
         self.verdicts
     }
 

@@ -94,6 +94,13 @@ impl Conduct {
         }
     }
 
+    /// How long it takes to see that it is like this. What fails now and then is judged by the share of its failures, in
+    /// which for ten seconds there is also what it did before.
+    pub(crate) fn seen_within(&self) -> Duration {
+        let now_and_then = matches!(self, Self::Answers { errors, .. } if *errors > 0.0 && *errors < 1.0);
+        Duration::from_secs(if now_and_then { 10 } else { 2 })
+    }
+
     /// Good but for a share of errors, which come sooner than answers would.
     pub(crate) fn failing(errors: f64) -> Self {
         Self::Answers { median: Duration::from_millis(1), spread: 0.3, errors, at_once: 64 }

@@ -11,6 +11,8 @@ use super::script::Conduct;
 
 pub(crate) struct Server {
     pub(crate) conduct: Conduct,
+    /// Since when.
+    pub(crate) since: Duration,
     /// When each of those under way is done.
     busy_until: BinaryHeap<Reverse<Duration>>,
     /// Calls that hang here, with their attempt.
@@ -19,16 +21,16 @@ pub(crate) struct Server {
 
 /// What comes of a request, and after how long.
 pub(crate) enum Reply {
-    Answer { after: Duration, status: u16 },
+    Answer { after: Duration, status: u16, has_effect: bool },
     Reset { after: Duration },
     Nothing,
 }
 
 impl Reply {
-    /// Whether a server has done what the request asks for. One that hangs may have.
+    /// Whether a server has done what the request asks for. One that hangs may have, and so may one that says it failed.
     pub(crate) fn has_effect(&self) -> bool {
         match self {
-            Self::Answer { status, .. } => *status < 500,
+            Self::Answer { has_effect, .. } => *has_effect,
             Self::Reset { .. } | Self::Nothing => true,
         }
     }
@@ -36,12 +38,12 @@ impl Reply {
 
 impl Server {
     pub(crate) fn new(conduct: &Conduct) -> Self {
-        Self { conduct: conduct.clone(), busy_until: BinaryHeap::new(), held: Vec::new() }
+        Self { conduct: conduct.clone(), since: Duration::ZERO, busy_until: BinaryHeap::new(), held: Vec::new() }
     }
 
     /// From now on otherwise: gives the calls that hung here, whose connections end.
-    pub(crate) fn becomes(&mut self, conduct: Conduct) -> Vec<(usize, u32)> {
-        self.conduct = conduct;
+    pub(crate) fn becomes(&mut self, conduct: Conduct, now: Duration) -> Vec<(usize, u32)> {
+        (self.conduct, self.since) = (conduct, now);
         std::mem::take(&mut self.held)
     }
 
@@ -49,8 +51,9 @@ impl Server {
         match self.conduct {
             Conduct::Answers { median, spread, errors, at_once } => {
                 let after = median.mul_f64((spread * normal(chance)).exp());
-                let status = if chance.random_bool(errors) { 503 } else { 200 };
-                Reply::Answer { after: self.queue(now, after, at_once), status }
+                let (fails, has_effect) = (chance.random_bool(errors), chance.random());
+                let status = if fails { [502, 503, 504][chance.random_range(0..3)] } else { 200 };
+                Reply::Answer { after: self.queue(now, after, at_once), status, has_effect: !fails || has_effect }
             }
             Conduct::Resets => Reply::Reset { after: Duration::from_millis(1) },
             // It changed its ways while this was on its way: nobody is there any more.

@@ -204,7 +204,7 @@ impl World {
             }
             Event::Look => self.record.look(self.now, &self.proxies, &self.servers),
             Event::Becomes(server, conduct) => {
-                for (call, attempt) in self.servers[server].becomes(conduct) {
+                for (call, attempt) in self.servers[server].becomes(conduct, self.now) {
                     self.plan(self.now + HOP, Event::Returns(call, attempt, Outcome::Reset));
                 }
             }
@@ -268,7 +268,7 @@ impl World {
             self.record.wrong(format!("request {id}, not idempotent, had {} effects", call.effects));
         }
         match reply {
-            Reply::Answer { after, status } => {
+            Reply::Answer { after, status, .. } => {
                 self.plan(self.now + after + HOP, Event::Returns(id, attempt, Outcome::Status(status)));
             }
             Reply::Reset { after } => self.plan(self.now + after + HOP, Event::Returns(id, attempt, Outcome::Reset)),

@@ -263,10 +263,12 @@ fn two_threads_never_take_the_last_place_below_the_floor_both() {
 proptest! {
     #[test]
     fn half_are_in_use_whatever_happens(
-        endpoints in 1usize..10,
+        endpoints in 1usize..10, first in 0usize..10,
         events in proptest::collection::vec((0usize..10, 0u8..4, 0u64..3_000), 0..300)
     ) {
         let backend = Backend::of(endpoints);
+        backend.members.iter().skip(first).for_each(|vitals| vitals.put_into(1));
+        backend.follow(&backend.members, Duration::ZERO);
         let mut now = secs(1);
         let mut probes = Vec::new();
         for (at, what, passed) in events {

@@ -168,6 +168,8 @@ mod tests {
             n in 1usize..12, verdicts in proptest::collection::vec((0usize..12, any::<bool>()), 0..60)
         ) {
             let (floor, members) = floor(n);
+            members[n.div_ceil(3)..].iter().for_each(|vitals| vitals.put_into(1));
+            floor.follow(&members.clone().into(), &Detection::DEFAULT, NOW, || true);
             for (at, well) in verdicts {
                 floor.checked(&members[at % n], well, NOW);
                 let out = members.iter().filter(|vitals| matches!(vitals.state(), State::Ejected { .. })).count();

@@ -21,6 +21,8 @@ struct Crowd {
 impl Crowd {
     fn of(n: usize) -> Self {
         let all: Vec<Arc<Vitals>> = (0..n).map(|_| Arc::default()).collect();
+        // In two levels, the first of which may be the smaller one.
+        all[n.div_ceil(3)..].iter().for_each(|vitals| vitals.put_into(1));
         let crowd = Self { floor: Floor::default(), all, clock: AtomicU64::new(1) };
         crowd.follow(n);
         crowd
